@@ -1,0 +1,287 @@
+"""The command line: each subcommand is a thin call of one public function."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import tyro
+from rich.console import Console
+from torch import nn
+
+from qsnn.benchmark import benchmark as run_benchmark
+from qsnn.certify import certify
+from qsnn.checkpoint import load, load_weights, read_recipe, save
+from qsnn.convert import ConvertConfig
+from qsnn.convert import convert as to_snn
+from qsnn.data import Data, load_data
+from qsnn.distill import DistillConfig
+from qsnn.distill import distill as to_student
+from qsnn.fold import fold as to_integers
+from qsnn.models import create_model
+from qsnn.neurons import SNN
+from qsnn.quantize import QuantizeConfig
+from qsnn.quantize import quantize as to_qann
+from qsnn.records import Record, append, environment, now
+from qsnn.report import draw_curve, table, write_report
+from qsnn.run import RunConfig
+from qsnn.run import run as run_flow
+from qsnn.summary import summary
+from qsnn.train import TrainConfig, accuracy, fit
+
+_FILE = tyro.conf.Positional[Path]
+_QAT = TrainConfig(epochs=8, lr=0.04)
+
+
+def run(config: tyro.conf.OmitArgPrefixes[RunConfig]) -> None:
+    """Do the whole flow: teacher, QANN, SNN, certificate, student, fold, benchmark, report."""
+    console = Console()
+    if config.out == RunConfig().out and config.data != RunConfig().data:
+        config = replace(config, out=Path("runs") / Path(config.data).name)
+    result = run_flow(config, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(table(result.results))
+    console.print("wrote:", *(str(path) for path in result.files), sep="\n  ", highlight=False, soft_wrap=True)
+    if not result.exact:
+        raise ValueError("the certificate does not say EXACT; see the report")
+
+
+def train(
+    data: str,
+    out: Path,
+    model: str = "vgg-small",
+    weights: Path | None = None,
+    data_root: Path | None = None,
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008
+) -> None:
+    """Train a float network, the teacher.
+
+    Args:
+        data: Data set: digits, mnist, fashion-mnist, cifar10, or a folder of images.
+        out: File to write.
+        model: Name of the network, or your own as package.module:function.
+        weights: Trained float weights to start from; with --epochs 0 they are only wrapped into a checkpoint.
+        data_root: Folder of the data sets; default $QSNN_DATA.
+        config: Training options.
+    """
+    found = load_data(data, root=data_root)
+    teacher = create_model(model, found, seed=config.seed)
+    if weights is not None:
+        load_weights(teacher, weights)
+    _fit(teacher, found, config, out, "teacher")
+    _written(teacher, out, found)
+
+
+def quantize(
+    file: _FILE,
+    out: Path,
+    data_root: Path | None = None,
+    config: tyro.conf.OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),  # noqa: B008
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = _QAT,
+) -> None:
+    """Make a low-precision network of a float one: calibration, then quantization-aware training.
+
+    Args:
+        file: Checkpoint of the teacher.
+        out: File to write.
+        data_root: Folder of the data sets; default $QSNN_DATA.
+        config: Precision.
+        training: Quantization-aware training against the teacher; --epochs 0 only calibrates.
+    """
+    teacher, data = _loaded(file, data_root, ("teacher",))
+    qann = to_qann(teacher, data, config)
+    _fit(qann, data, training, out, "QANN", teacher=teacher)
+    _written(qann, out, data)
+
+
+def convert(
+    file: _FILE,
+    out: Path,
+    certify: bool = False,
+    data_root: Path | None = None,
+    config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008
+) -> None:
+    """Turn a quantized network into a spiking one.
+
+    Args:
+        file: Checkpoint of the QANN.
+        out: File to write.
+        certify: Prove on the test images that deferred firing at T = L equals the QANN in every layer.
+        data_root: Folder of the data sets; default $QSNN_DATA.
+        config: Time steps and firing.
+    """
+    qann = load(file)
+    _expect(qann, file, ("qann",))
+    snn = to_snn(qann, config)
+    save(snn, out)
+    print(f"wrote {out}")
+    if certify:
+        _certify(snn, qann, file, data_root)
+
+
+def distill(
+    file: _FILE,
+    teacher: Path,
+    out: Path,
+    data_root: Path | None = None,
+    config: tyro.conf.OmitArgPrefixes[DistillConfig] = DistillConfig(),  # noqa: B008
+) -> None:
+    """Train a spiking student of few time steps against a teacher.
+
+    Args:
+        file: Checkpoint of the spiking network.
+        teacher: Checkpoint of the quantized or float network it learns from.
+        out: File to write.
+        data_root: Folder of the data sets; default $QSNN_DATA.
+        config: Loss terms and training options.
+    """
+    snn, data = _loaded(file, data_root, ("snn", "student"))
+    state = _state(out)
+    student = to_student(cast(SNN, snn), load(teacher), data, config, resume=state)
+    _written(student, out, data)
+    state.unlink(missing_ok=True)
+
+
+def fold(file: _FILE, out: Path) -> None:
+    """Turn a spiking network into its integer form.
+
+    Args:
+        file: Checkpoint of the SNN or student.
+        out: File to write.
+    """
+    snn = load(file)
+    _expect(snn, file, ("snn", "student"))
+    save(to_integers(cast(SNN, snn)), out)
+    print(f"wrote {out}")
+
+
+def benchmark(
+    files: tyro.conf.Positional[tuple[Path, ...]],
+    timesteps: int = 8,
+    firing: str | None = None,
+    html: Path | None = None,
+    figure: Path | None = None,
+    records: Path | None = None,
+    data_root: Path | None = None,
+) -> None:
+    """Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.
+
+    Args:
+        files: Checkpoints.
+        timesteps: Largest T.
+        firing: online or deferred; default what the network is made for.
+        html: Write a report here.
+        figure: Draw accuracy against T here (.png or .svg).
+        records: Append a record for each checkpoint here.
+        data_root: Folder of the data sets; default $QSNN_DATA.
+    """
+    if not files:
+        raise ValueError("expected at least one checkpoint: qsnn benchmark FILE ...")
+    models = [load(file) for file in files]
+    data = _data(models[0].qsnn_recipe, files[0], data_root)  # type: ignore[arg-type]
+    results = [
+        run_benchmark(model, data.test, timesteps=timesteps, firing=firing, name=file.stem)
+        for model, file in zip(models, files, strict=True)
+    ]
+    Console().print(table(results))
+    world, recipes = environment(), {file.stem: m.qsnn_recipe for m, file in zip(models, files, strict=True)}
+    title = f"{', '.join(file.stem for file in files)} on {data.name}"
+    if html is not None:
+        write_report(
+            html, title=title, results=results, certificate=None, config=cast(dict[str, Any], recipes), environment=world,
+            command=f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}", notes=[], stages=None,
+        )  # fmt: skip
+    if figure is not None:
+        draw_curve(results, figure, title=title)
+    if records is not None:
+        for result, recipe in zip(results, recipes.values(), strict=True):
+            seed = cast(dict[str, Any], recipe).get("distill", {}).get("seed", 0)
+            append(records, Record(
+                name=f"benchmark/{result.name}", data=data.name, seed=seed, n=result.n, metrics=result.metrics(),
+                config=cast(dict[str, Any], recipe), environment=world, time=now(),
+            ))  # fmt: skip
+    for path in (html, figure, records):
+        if path is not None:
+            print(f"wrote {path}")
+
+
+def info(file: _FILE) -> None:
+    """Print what a checkpoint holds: how it was made, from what, and what it weighs.
+
+    Args:
+        file: A checkpoint of qsnn.
+    """
+    recipe = read_recipe(file)
+    for key, value in recipe.items():
+        print(f"{key}: {value}")
+    print(summary(load(file)))
+
+
+def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, label: str, **options: Any) -> None:
+    state = _state(out)
+    fit(model, data, config, resume=state, label=label, **options)
+    model.qsnn_recipe = {**model.qsnn_recipe, "train": asdict(config)}  # type: ignore[arg-type,assignment,dict-item]
+    state.unlink(missing_ok=True)
+
+
+def _state(out: Path) -> Path:
+    """Where a run keeps its state between epochs, so that the same command goes on after an interruption."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.with_name(f".{out.name}.resume")
+
+
+def _written(model: nn.Module, out: Path, data: Data) -> None:
+    save(model, out)
+    print(f"wrote {out} (validation accuracy {accuracy(model, data.val):.2f} %)")
+
+
+def _expect(model: nn.Module, file: Path, kinds: tuple[str, ...]) -> None:
+    kind = model.qsnn_recipe["kind"]  # type: ignore[index]
+    if kind not in kinds:
+        raise ValueError(f"{file} holds a {kind!r}; expected {' or '.join(map(repr, kinds))}")
+
+
+def _loaded(file: Path, root: Path | None, kinds: tuple[str, ...]) -> tuple[nn.Module, Data]:
+    model = load(file)
+    _expect(model, file, kinds)
+    return model, _data(cast(dict[str, Any], model.qsnn_recipe), file, root)
+
+
+def _data(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
+    name = recipe.get("data", {}).get("name")
+    if name is None:
+        raise ValueError(f"{file} does not say which data set it was made for; use the Python interface")
+    return load_data(name, root=root)
+
+
+def _certify(snn: SNN, qann: nn.Module, file: Path, root: Path | None) -> None:
+    certificate = certify(snn, qann, _data(cast(dict[str, Any], qann.qsnn_recipe), file, root).test)
+    print(certificate)
+    if not certificate.exact:
+        raise ValueError("the spiking network is not equal to the quantized one")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run, "train": train, "quantize": quantize, "convert": convert, "distill": distill, "fold": fold,
+    "benchmark": benchmark, "info": info,
+}  # fmt: skip
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; bad input ends with one line and exit status 2, Ctrl-C with 130."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=args,
+            prog="qsnn",
+            description="From a trained ANN to a spiking network that answers in two time steps, with proof.",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"qsnn: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("qsnn: stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        raise SystemExit(130) from None

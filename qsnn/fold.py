@@ -1,0 +1,307 @@
+"""fold(): the integer form of a spiking network. Batch norm, scales and biases go into integer thresholds."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from qsnn.graph import ADD_FUNCTIONS, child_recipe, input_shape_of, is_call, module_of
+from qsnn.integer import Current, CurrentIF, FloatLayer, IntegerIF, IntegerInput, IntegerLayer, SumPool
+from qsnn.neurons import SNN, IFNode, Repeat
+from qsnn.quantizers import integer_weights, level_quant
+
+_PASSED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A node of the new graph and what one unit of it is worth: the product of ``factors`` over ``divisor``."""
+
+    node: fx.Node
+    factors: tuple[Tensor, ...] = ()
+    divisor: int = 1
+    integer: bool = True
+    bound: float = 1.0
+
+    @property
+    def per_tensor(self) -> bool:
+        return all(factor.numel() == 1 for factor in self.factors)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What a node of the old graph stands for: the sum of its terms plus a bias a step."""
+
+    terms: tuple[_Term, ...]
+    bias: Tensor | None = None
+
+    @property
+    def spikes_only(self) -> bool:
+        """One integer term with one gain for the whole tensor: a layer can take it as integers."""
+        return len(self.terms) == 1 and self.bias is None and self.terms[0].integer and self.terms[0].per_tensor
+
+
+def fold(snn: SNN) -> SNN:
+    r"""Return the integer form of a spiking network: integer weights, spikes 0/1, thresholds per channel.
+
+    With integer weights W and spikes, a layer's input A is an integer. Scales, batch norm and bias go into what a unit
+    of A is worth, :math:`g_c = \gamma'_c\, s_w\, \theta_{in}`, and a bias b_c; the neuron compares A with the integers
+    of :class:`~qsnn.integer.IntegerIF`. γ < 0 flips a channel's weights, average pooling sums spikes. Where currents
+    meet (a residual sum before its neuron) they are added in float64. Spikes and argmax are those of the unfolded
+    network in float64, the scales read once in the dtype it runs in.
+
+    Args:
+        snn: what :func:`qsnn.convert` or :func:`qsnn.distill` returned. It is not changed; training mode is left.
+    Raises:
+        TypeError: not an SNN.
+        ValueError: already folded, or an operation that has no integer form (it is named).
+    """
+    if not isinstance(snn, SNN):
+        raise TypeError(f"expected an SNN from convert or distill, got {type(snn).__name__}")
+    if snn.folded:
+        raise ValueError("this network is folded already")
+    network = copy.deepcopy(snn.network).eval()
+    with torch.no_grad():
+        folder = _Folder(network, _shapes(network, input_shape_of(snn)))
+        folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True)
+    folded.eval()
+    folded.qsnn_recipe = child_recipe(snn, "folded")  # type: ignore[assignment]
+    return folded
+
+
+def _shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+    """The shape of every node's value for one image, by name; nothing where the image shape is unknown."""
+    if shape is None:
+        return {}
+    probe = copy.deepcopy(network)
+    weight = next(iter(network.parameters()))
+    ShapeProp(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
+    return {n.name: tuple(n.meta["tensor_meta"].shape) for n in probe.graph.nodes if "tensor_meta" in n.meta}
+
+
+class _Folder:
+    """Walks the old graph in order and builds the new one; ``values`` says what each old node stands for."""
+
+    def __init__(self, network: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.old, self.shapes = network, shapes
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, _Value] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.old.graph.nodes:
+            value = self._fold_node(node)
+            if value is not None:
+                self.values[node] = value
+        return fx.GraphModule(self.root, self.graph, "Folded")
+
+    def _fold_node(self, node: fx.Node) -> _Value | None:
+        if node.op == "placeholder":
+            return _Value((_Term(self.graph.placeholder(node.name), integer=False, bound=float("inf")),))
+        if node.op == "get_attr":
+            return None
+        if node.op == "output":
+            (source,) = node.all_input_nodes
+            self.graph.output(self._current(self.values[source], "readout"))
+            return None
+        module = module_of(self.old, node)
+        if module is not None:
+            return self._module(node, module, self.values[node.all_input_nodes[0]])
+        if is_call(node, (operator.mul,)):
+            source, amplitude = node.args
+            factor = operator.attrgetter(str(amplitude.target))(self.old) if isinstance(amplitude, fx.Node) else amplitude
+            return self._scaled(self.values[source], torch.as_tensor(factor, dtype=torch.float64).reshape(-1))
+        if is_call(node, ADD_FUNCTIONS, ("add", "add_")) and len(node.all_input_nodes) == 2:
+            return self._added(*(self.values[source] for source in node.all_input_nodes))
+        if is_call(node, (torch.cat,)):
+            return self._concatenated(node)
+        if is_call(node, (torch.flatten,), ("flatten",)):
+            return self._flattened(node, self.values[node.all_input_nodes[0]])
+        raise ValueError(f"cannot fold {node.name} ({node.target}): it has no integer form")
+
+    def _module(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value:
+        name = str(node.target)
+        if isinstance(module, _PASSED):
+            return value
+        if isinstance(module, IFNode):
+            return self._neuron(name, module, value)
+        if isinstance(module, Repeat):
+            terms = tuple(replace(t, node=self._call(name, Repeat(), t.node)) for t in value.terms)
+            return _Value(terms, value.bias)
+        quant = level_quant(module)
+        if quant is not None:
+            step = quant.step
+            call = self._call(name, IntegerInput(step, quant.levels), value.terms[0].node)
+            return _Value((_Term(call, (step.double().reshape(-1),), bound=quant.levels),))
+        if isinstance(module, _LAYERS):
+            return self._layer(name, module, value)
+        if isinstance(module, _BATCH_NORMS):
+            return self._batch_norm(node, module, value)
+        if isinstance(module, _AVERAGE_POOLS):
+            return self._average_pool(node, module, value)
+        if isinstance(module, _MAX_POOLS):
+            if not (value.spikes_only and all(float(f) > 0 for f in value.terms[0].factors)):
+                raise ValueError(f"cannot fold the max pool {name}: it must follow spikes")
+            return _Value((replace(value.terms[0], node=self._call(name, copy.deepcopy(module), value.terms[0].node)),))
+        if isinstance(module, nn.Flatten):
+            return self._flattened(node, value)
+        raise ValueError(f"cannot fold {name} ({type(module).__name__}): it has no integer form")
+
+    def _call(self, name: str, module: nn.Module, *inputs: fx.Node) -> fx.Node:
+        """Add ``module`` under the path ``name`` (or name_1, ... where taken) and a call of it."""
+        taken = {existing for existing, _ in self.root.named_modules()}
+        unique, count = name, 0
+        while unique in taken:
+            count += 1
+            unique = f"{name}_{count}"
+        parent = self.root
+        *path, last = unique.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(last, module)
+        return self.graph.call_module(unique, inputs)
+
+    def _neuron(self, name: str, neuron: IFNode, value: _Value) -> _Value:
+        bias = self._bias(value)
+        threshold = neuron.threshold.detach()
+        (first, *rest) = value.terms
+        if first.integer and not rest:
+            module: nn.Module = IntegerIF(
+                _stack(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound
+            )
+        else:
+            factors = [_stack(term.factors) for term in value.terms]
+            module = CurrentIF(factors, [t.divisor for t in value.terms], bias, threshold, neuron.initial)
+        return _Value((_Term(self._call(name, module, *(term.node for term in value.terms))),))
+
+    def _layer(self, name: str, layer: nn.Module, value: _Value) -> _Value:
+        integers, scale = integer_weights(layer)
+        bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[union-attr,operator]
+        if not value.spikes_only or integers.dtype == torch.float32:
+            weight = integers.double() * scale.double()
+            call = self._call(name, FloatLayer(weight, layer), self._current(value, f"{name}_input"))
+            return _Value((_Term(call, integer=False, bound=float("inf")),), bias)
+        (term,) = value.terms
+        stored = integers if integers.dtype == torch.int8 else (integers * 2.0**-24).half()
+        bits = int(layer.weight_quant.tensor_quant(layer.weight)[3])  # type: ignore[operator,union-attr]
+        module = IntegerLayer(stored, layer, term.bound, bits)
+        factors = (*term.factors, scale.double().reshape(-1))
+        return _Value((_Term(self._call(name, module, term.node), factors, term.divisor, True, module.bound),), bias)
+
+    def _batch_norm(self, node: fx.Node, norm: Any, value: _Value) -> _Value:
+        scale = 1.0 / torch.sqrt(norm.running_var.double() + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = -norm.running_mean.double() * scale + (0.0 if norm.bias is None else norm.bias.double())
+        bias = self._bias(value) * scale + shift
+        if len(value.terms) == 1 and bool((scale < 0).any()):
+            inside = value.terms[0].node
+            layer = self.root.get_submodule(str(inside.target)) if inside.op == "call_module" else None
+            if isinstance(layer, IntegerLayer) and len(node.all_input_nodes[0].users) == 1:
+                flip = torch.where(scale < 0, -1, 1).view(-1, *[1] * (layer.weight.dim() - 1))
+                layer.weight.mul_(flip.to(layer.weight.dtype))
+                scale = scale.abs()
+        scaled = self._scaled(replace(value, bias=None), scale)
+        return replace(scaled, bias=bias)
+
+    def _average_pool(self, node: fx.Node, pool: Any, value: _Value) -> _Value:
+        source = node.all_input_nodes[0]
+        if isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
+            if source.name not in self.shapes:
+                raise ValueError(f"cannot fold {node.target}: the image shape is unknown; quantize with data records it")
+            sides = self.shapes[source.name][2:]
+            out = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * len(sides)
+            if any(side % (o or side) for side, o in zip(sides, out, strict=True)):
+                raise ValueError(f"cannot fold {node.target}: {sides} does not divide into {out} equal windows")
+            kernel = tuple(side // (o or side) for side, o in zip(sides, out, strict=True))
+            stride, padding, ceil = kernel, (0,) * len(kernel), False
+        else:
+            dims = 1 if isinstance(pool, nn.AvgPool1d) else 2
+            kernel, stride, padding = (_tuple(x, dims) for x in (pool.kernel_size, pool.stride, pool.padding))
+            ceil = pool.ceil_mode
+            if (any(padding) and (value.bias is not None or not pool.count_include_pad)) or ceil:
+                raise ValueError(f"cannot fold {node.target}: windows of unequal size; use no padding and no ceil_mode")
+        size = 1
+        for side in kernel:
+            size *= side
+        terms = []
+        for term in value.terms:
+            if not term.integer:
+                raise ValueError(f"cannot fold {node.target}: it pools a real current; put it behind the activation")
+            call = self._call(str(node.target), SumPool(kernel, stride, padding, ceil), term.node)
+            terms.append(replace(term, node=call, divisor=term.divisor * size, bound=term.bound * size))
+        return _Value(tuple(terms), value.bias)
+
+    def _flattened(self, node: fx.Node, value: _Value) -> _Value:
+        source = node.all_input_nodes[0]
+        shape = self.shapes.get(source.name, ())
+        pixels = 1
+        for side in shape[2:]:
+            pixels *= side
+        if not shape and not (all(t.per_tensor for t in value.terms) and value.bias is None):
+            raise ValueError(f"cannot fold {node.name}: the image shape is unknown; quantize with data records it")
+
+        def spread(x: Tensor) -> Tensor:
+            return x if x.numel() == 1 else x.repeat_interleave(pixels)
+
+        terms = tuple(
+            replace(term, node=self.graph.call_function(torch.flatten, (term.node, 1)), factors=tuple(map(spread, term.factors)))
+            for term in value.terms
+        )
+        return _Value(terms, None if value.bias is None else spread(value.bias))
+
+    def _added(self, first: _Value, second: _Value) -> _Value:
+        bias = None
+        if first.bias is not None or second.bias is not None:
+            bias = self._bias(first) + self._bias(second)
+        return _Value((*first.terms, *second.terms), bias)
+
+    def _concatenated(self, node: fx.Node) -> _Value:
+        parts = [self.values[source] for source in node.all_input_nodes]
+        worth = [(tuple(float(f) for f in p.terms[0].factors), p.terms[0].divisor) for p in parts if p.spikes_only]
+        if len(worth) == len(parts) and len(set(worth)) == 1:
+            call = self.graph.call_function(torch.cat, ([p.terms[0].node for p in parts], 1))
+            return _Value((replace(parts[0].terms[0], node=call, bound=max(p.terms[0].bound for p in parts)),))
+        currents = [self._current(part, f"{node.name}_input") for part in parts]
+        call = self.graph.call_function(torch.cat, (currents, 1))
+        return _Value((_Term(call, integer=False, bound=float("inf")),))
+
+    def _scaled(self, value: _Value, factor: Tensor) -> _Value:
+        terms = tuple(replace(term, factors=(*term.factors, factor)) for term in value.terms)
+        return _Value(terms, None if value.bias is None else value.bias * factor)
+
+    def _bias(self, value: _Value) -> Tensor:
+        return torch.zeros(1, dtype=torch.float64) if value.bias is None else value.bias
+
+    def _current(self, value: _Value, name: str) -> fx.Node:
+        """A node that holds the value itself in float64."""
+        (first, *rest) = value.terms
+        if not rest and value.bias is None and not first.factors and first.divisor == 1:
+            return first.node
+        factors = [_stack(term.factors) for term in value.terms]
+        module = Current(factors, [term.divisor for term in value.terms], self._bias(value))
+        return self._call(name.replace(".", "_"), module, *(term.node for term in value.terms))
+
+
+def _stack(factors: tuple[Tensor, ...]) -> Tensor:
+    """(F, C): the factors of one gain, scalars spread over the channels."""
+    if not factors:
+        return torch.ones(1, 1, dtype=torch.float64)
+    channels = max(factor.numel() for factor in factors)
+    return torch.stack([factor.double().expand(channels) for factor in factors])
+
+
+def _tuple(x: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    return (x,) * dims if isinstance(x, int) else tuple(x)

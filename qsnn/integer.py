@@ -1,0 +1,294 @@
+"""The layers of a folded network: integer sums, spikes 0/1, integer thresholds from exact rationals."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qsnn.quantizers import round_half_up
+
+EXACT_FLOAT32 = 2**23
+"""Sums of integers below this are exact in float32, whatever the order of the additions, and can be rounded."""
+
+
+class Timed(nn.Module):
+    """A layer that the time loop tells T and the way of firing."""
+
+    timesteps: int | None = None
+    firing: str = "online"
+
+    @property
+    def steps(self) -> int:
+        """T of the running forward, 1 outside of one."""
+        return self.timesteps or 1
+
+
+class IntegerInput(nn.Module):
+    """The input quantizer: real pixels (B, *) -> integers in float32, divided and rounded in float64."""
+
+    def __init__(self, step: Tensor, levels: int) -> None:
+        super().__init__()
+        self.register_buffer("step", step.detach().clone())
+        self.levels = levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return clip(round_half_up(x / s), -L, L)."""
+        return round_half_up(x.double() / self.step.double()).clamp_(-self.levels, self.levels).float()
+
+
+class IntegerLayer(Timed):
+    """A convolution or linear layer with integer weights W: integers in, their exact weighted sums out.
+
+    It runs in float32, rounded to the nearest integer, while bound · T < 2**23, else in float64.
+
+    Args:
+        weight: int8, or float16 for IEEE-half weights, which count in units of 2**-24.
+        layer: where kernel size, stride, padding, dilation and groups are read.
+        input_bound: largest absolute input.
+        weight_bits: precision of W [bit].
+    """
+
+    def __init__(self, weight: Tensor, layer: nn.Module, input_bound: float, weight_bits: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.weight_bits = weight_bits
+        self.input_bound = input_bound
+        self.options: dict[str, Any] = {}
+        if not isinstance(layer, nn.Linear):
+            self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+
+    @property
+    def integers(self) -> Tensor:
+        """W as integers in float64."""
+        return self.weight.double() * (2.0**24 if self.weight.dtype == torch.float16 else 1.0)
+
+    @property
+    def bound(self) -> float:
+        """max_c Σ|W_c| · (largest input)."""
+        return float(self.integers.flatten(1).abs().sum(1).max()) * self.input_bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Integer sums in float32 or float64."""
+        exact32 = self.weight.dtype == torch.int8 and self.bound * self.steps < EXACT_FLOAT32
+        dtype = torch.float32 if exact32 else torch.float64
+        weight = self.integers.to(dtype)
+        return _apply(x.to(dtype), weight, None, self.options).round_()
+
+
+class FloatLayer(nn.Module):
+    """A layer whose input is a current, not spikes (a linear bottleneck, a float input): float64."""
+
+    def __init__(self, weight: Tensor, layer: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.double())
+        self.options: dict[str, Any] = {}
+        if not isinstance(layer, nn.Linear):
+            self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Weighted sums in float64."""
+        return _apply(x.double(), self.weight, None, self.options)
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    if not options:
+        return F.linear(x, weight, bias)
+    return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias, **options)
+
+
+class SumPool(nn.Module):
+    """Average pooling without the division: sums of integers stay integers."""
+
+    def __init__(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], ceil: bool) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding, self.ceil = kernel, stride, padding, ceil
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Window sums."""
+        size = 1
+        for side in self.kernel:
+            size *= side
+        pool = F.avg_pool1d if len(self.kernel) == 1 else F.avg_pool2d
+        return pool(x, self.kernel, self.stride, self.padding, self.ceil, True).mul_(size).round_()
+
+
+class Current(Timed):
+    r"""The real current of a step, :math:`\sum_j g_j A_j + b`, in float64, added in graph order.
+
+    Args:
+        factors: for each input, the numbers whose product over ``divisor`` is g_j, (F, C) or (F, 1).
+        divisors: for each input the number of window elements of the pooling it went through.
+        bias: b of each step, (C,) or (1,).
+    """
+
+    def __init__(self, factors: list[Tensor], divisors: list[int], bias: Tensor) -> None:
+        super().__init__()
+        for index, factor in enumerate(factors):
+            self.register_buffer(f"factors_{index}", factor)
+        self.register_buffer("divisors", torch.tensor(divisors, dtype=torch.int64))
+        self.register_buffer("bias", bias)
+
+    def gain(self, index: int, dims: int) -> Tensor:
+        """g_j in float64, shaped to multiply a tensor of ``dims`` dimensions."""
+        factors: Tensor = getattr(self, f"factors_{index}")
+        return _per_channel(factors.prod(0) / self.divisors[index], dims)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """(T·B, C, *) for each input -> (T·B, C, *)."""
+        total = self.gain(0, inputs[0].dim()) * inputs[0].double()
+        for index, x in enumerate(inputs[1:], 1):
+            total = total + self.gain(index, x.dim()) * x.double()
+        return total + _per_channel(self.bias, total.dim())
+
+
+def _per_channel(x: Tensor, dims: int) -> Tensor:
+    return x.view(-1, *[1] * (dims - 2))
+
+
+class CurrentIF(Current):
+    """An IF neuron where currents meet, or that sees a real current: it fires when S >= (k + ½)·θ, in float64."""
+
+    is_spiking = True
+
+    def __init__(
+        self, factors: list[Tensor], divisors: list[int], bias: Tensor, threshold: Tensor, initial: float
+    ) -> None:
+        super().__init__(factors, divisors, bias)
+        self.register_buffer("threshold", threshold.double())
+        self.initial = initial
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Spikes {0, 1} in float32, (T·B, C, *)."""
+        steps = self.steps
+        dims = inputs[0].dim()
+        sums = [x.double().unflatten(0, (steps, -1)).cumsum(0) for x in inputs]
+        total = self.gain(0, dims) * sums[0]
+        for index, x in enumerate(sums[1:], 1):
+            total = total + self.gain(index, dims) * x
+        time = torch.arange(1, steps + 1, device=total.device).view(-1, *[1] * dims)
+        total = total + time * _per_channel(self.bias, dims)
+        theta, offset = self.threshold, 1.0 - self.initial
+        if self.firing == "deferred":
+            count = ((total[-1] / theta) + self.initial).floor().clamp_(0, steps)
+            # the division may round across an integer: compare with the products, which is the definition
+            count = count - (count > 0).double() * (total[-1] < (count - 1 + offset) * theta)
+            count = count + (count < steps).double() * (total[-1] >= (count + offset) * theta)
+            spikes = (time - 1) < count
+        else:
+            fired = torch.zeros_like(total[0])
+            spikes = torch.empty(total.shape, dtype=torch.bool, device=total.device)
+            for t in range(steps):
+                spikes[t] = total[t] >= (fired + offset) * theta
+                fired += spikes[t]
+        return spikes.float().flatten(0, 1)
+
+
+class IntegerIF(Timed):
+    r"""An IF neuron in integers: it fires at step t, after k spikes, when :math:`A_t \ge M_{t,k}`.
+
+    .. math:: M_{t,k} = \lceil ((k + 1)\,\theta - v_0 - t\,b_c) / g_c \rceil
+
+    A_t is the integer input summed up to step t, g_c > 0 the current of one unit, b_c the bias of a step. M is an
+    integer, computed once per T from the exact rationals of the stored numbers. A channel with g_c = 0 fires by its bias
+    alone: M is -∞ or ∞.
+
+    Args:
+        factors: numbers whose product over ``divisor`` is g, (F, C) or (F, 1) float64.
+        divisor: window elements of the pooling that the input went through.
+        bias: b, (C,) or (1,) float64.
+        threshold: θ, scalar.
+        initial: v₀ / θ.
+        input_bound: largest absolute input of a step.
+    """
+
+    is_spiking = True
+
+    def __init__(
+        self, factors: Tensor, divisor: int, bias: Tensor, threshold: Tensor, initial: float, input_bound: float
+    ) -> None:
+        super().__init__()
+        channels = max(factors.shape[1], bias.shape[0])
+        self.register_buffer("factors", factors.expand(-1, channels).clone())
+        self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
+        self.register_buffer("bias", bias.expand(channels).clone())
+        self.register_buffer("threshold", threshold.double())
+        self.initial = initial
+        self.input_bound = input_bound
+        self._tables: dict[tuple[int, bool], Tensor] = {}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._tables = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @property
+    def sign(self) -> Tensor:
+        """Sign of g by channel, (C,)."""
+        return torch.where(self.factors.prod(0) < 0, -1.0, 1.0)
+
+    def table(self, timesteps: int, firing: str) -> Tensor:
+        """Return M, (T, T, C) by t and k, of which only k < t count; deferred only its last row, (1, T, C)."""
+        key = (timesteps, firing == "deferred")
+        if key not in self._tables:
+            self._tables[key] = self._exact_table(*key).to(self.factors.device)
+        return self._tables[key]
+
+    def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
+        theta = Fraction(float(self.threshold))
+        start = theta * Fraction(self.initial)
+        rows = [timesteps] if last_only else range(1, timesteps + 1)
+        table = torch.full((len(rows), timesteps, self.factors.shape[1]), float("inf"), dtype=torch.float64)
+        for c, column in enumerate(self.factors.T.tolist()):
+            gain = Fraction(1, int(self.divisor))
+            for factor in column:
+                gain *= abs(Fraction(factor))
+            bias = Fraction(float(self.bias[c]))
+            for row, t in enumerate(rows):
+                for k in range(t):
+                    need = (k + 1) * theta - start - t * bias
+                    if gain == 0:
+                        table[row, k, c] = -float("inf") if need <= 0 else float("inf")
+                    else:
+                        limit = -((-need.numerator * gain.denominator) // (need.denominator * gain.numerator))
+                        table[row, k, c] = float(limit) if abs(limit) < 2**52 else float("inf") * (1 if limit > 0 else -1)
+        return table
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Integers (T·B, C, *) -> spikes {0, 1} in float32 of the same shape."""
+        steps = self.steps
+        sign = self.sign
+        if bool((sign < 0).any()):
+            x = x * _per_channel(sign, x.dim()).to(x.dtype)
+        if x.dtype == torch.float32 and self.input_bound * steps >= EXACT_FLOAT32:
+            x = x.double()
+        dims = x.dim()
+        x = x.unflatten(0, (steps, -1))
+        table = self.table(steps, self.firing).to(x.dtype)
+        if self.firing == "deferred":
+            total = x.sum(0)
+            count = torch.zeros_like(total)
+            for k in range(steps):
+                count += total >= _per_channel(table[0, k], dims)
+            time = torch.arange(steps, device=x.device).view(-1, *[1] * dims)
+            return (time < count).float().flatten(0, 1)
+        spikes = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        total = torch.zeros_like(x[0])
+        fired = torch.zeros(x.shape[1:], dtype=torch.int64 if steps > 4 else torch.int8, device=x.device)
+        channel = _per_channel(torch.arange(table.shape[2], device=x.device), dims)
+        for t in range(steps):
+            total = total + x[t]
+            if t == 0:
+                limit = _per_channel(table[0, 0], dims)
+            elif steps <= 4:
+                limit = _per_channel(table[t, 0], dims)
+                for k in range(1, t + 1):
+                    limit = torch.where(fired == k, _per_channel(table[t, k], dims), limit)
+            else:
+                limit = table[t].flatten()[fired * table.shape[2] + channel]
+            spike = total >= limit
+            fired += spike
+            spikes[t] = spike
+        return spikes.flatten(0, 1)

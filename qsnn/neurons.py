@@ -1,0 +1,215 @@
+"""The IF neuron, its two ways of firing, and the time loop of a spiking network. The equations live here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from spikingjelly.activation_based.neuron import BaseNode
+from torch import Tensor, fx, nn
+
+from qsnn.data import check_images
+
+FIRINGS = ("online", "deferred")
+
+
+class _IFFunction(torch.autograd.Function):
+    r"""T steps of the soft-reset IF neuron with their own backward.
+
+    Forward, :math:`h_t = v_{t-1} + x_t`, :math:`s_t = [h_t \ge \theta]`, :math:`v_t = h_t - \theta s_t`. Backward, with
+    :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of area 1
+    and width θ (Bengio et al. 2013).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        spikes, potentials = torch.empty_like(x), torch.empty_like(x)
+        theta = float(threshold)
+        for t in range(x.shape[0]):
+            h = torch.add(v, x[t], out=potentials[t])
+            v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
+        ctx.save_for_backward(potentials, spikes)
+        ctx.theta = theta
+        return spikes, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        grad_spikes, grad_v = grads
+        potentials, spikes = ctx.saved_tensors
+        theta: float = ctx.theta
+        grad_x = torch.empty_like(potentials)
+        grad_theta = 0.0
+        for t in reversed(range(len(potentials))):
+            grad_s = torch.sub(grad_spikes[t], grad_v, alpha=theta)
+            # times θ·σ: hardtanh's backward is one pass that keeps what lies strictly inside an interval
+            direct = torch.ops.aten.hardtanh_backward(grad_s, potentials[t], 0.5 * theta, 1.5 * theta)
+            if ctx.needs_input_grad[1]:
+                grad_theta = grad_theta - (direct / theta + grad_v * spikes[t]).sum()
+            grad_v = torch.add(grad_v, direct, alpha=1 / theta, out=grad_x[t])
+        return grad_x, (grad_theta if ctx.needs_input_grad[1] else None), (grad_v if ctx.needs_input_grad[2] else None)
+
+
+class IFNode(BaseNode):
+    r"""Integrate-and-fire neuron with soft reset, a SpikingJelly node.
+
+    Online: :math:`v \leftarrow v + x_t;\; s_t = [v \ge \theta];\; v \leftarrow v - \theta s_t`, from
+    :math:`v_0 = \theta/2`, which centres the rounding error: on a constant current the spike count after L steps is
+    :math:`\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, 0, L)`, s = θ/L.
+
+    Deferred: :math:`n = \mathrm{clip}(\lfloor(\sum_t x_t + v_0)/\theta\rfloor, 0, T)`, spikes in the first n steps. No
+    spike comes too early or too late, at the cost of T steps of latency a layer.
+
+    Args:
+        threshold: θ > 0 [units of the current], a scalar; a parameter of the module that is not trained unless you set
+            ``requires_grad`` (a batch norm before the neuron can do the same).
+        initial: v₀ / θ [1].
+    Shape:
+        step_mode "m": x and spikes (T, B, *); "s": (B, *). Inside an :class:`SNN` (``timesteps`` set): (T·B, *).
+    Raises:
+        ValueError: θ is not positive and finite.
+    Source:
+        Bu et al., "Optimal ANN-SNN Conversion ...", ICLR 2022 (v₀); Rueckauer et al. 2017 (soft reset).
+    """
+
+    threshold: nn.Parameter
+
+    def __init__(self, threshold: float | Tensor = 1.0, *, initial: float = 0.5, step_mode: str = "m") -> None:
+        value = torch.as_tensor(threshold, dtype=torch.float32).detach().clone()
+        if value.dim() or not bool(value.isfinite()) or not bool(value > 0):
+            raise ValueError(f"expected one positive, finite threshold, got {value.tolist()}")
+        super().__init__(v_threshold=float(value), v_reset=None, step_mode=step_mode)
+        self.threshold = nn.Parameter(value, requires_grad=False)
+        self.initial = initial
+        self.timesteps: int | None = None
+        """T of the running forward of the SNN that holds this node; None outside of one."""
+        self.firing = "online"
+
+    def materialize_states(self, inputs: tuple[Any, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
+        """Give a potential that has not started yet (SpikingJelly's placeholder 0.0) the value v₀."""
+        (v,) = states
+        x = inputs[0][0] if step_mode == "m" else inputs[0]
+        if not torch.is_tensor(v) or v.shape != x.shape:
+            v = (self.initial * self.threshold).to(x.dtype).expand_as(x)
+        return (v,)
+
+    def single_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """One step of the online equation, states in and out."""
+        spikes, v = _IFFunction.apply(inputs[0].unsqueeze(0), self.threshold, states[0])
+        return (spikes.squeeze(0),), (v,)
+
+    def multi_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """T steps of the equation that ``firing`` names, states in and out."""
+        if self.firing == "deferred":
+            spikes, v = self._defer(inputs[0], states[0])
+        else:
+            spikes, v = _IFFunction.apply(inputs[0], self.threshold, states[0])
+        return (spikes,), (v,)
+
+    def _defer(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.sum(0) + v
+        count = (total / self.threshold).floor().clamp_(0, x.shape[0])
+        order = torch.arange(x.shape[0], device=x.device, dtype=x.dtype).view(-1, *[1] * count.dim())
+        return (order < count).to(x.dtype), total - count * self.threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes {0, 1} of the shape of x."""
+        if self.timesteps is None:
+            return super().forward(x)
+        return super().forward(x.unflatten(0, (self.timesteps, -1))).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return f"threshold={float(self.threshold):.4g}, initial={self.initial}, step_mode={self.step_mode}"
+
+
+class Repeat(nn.Module):
+    """Hand a value that is the same at every step to each of T steps: (B, *) -> (T·B, *).
+
+    Convert puts it where the static front of the network (the input and all before the first neuron, computed once)
+    meets the part that runs in time.
+    """
+
+    timesteps: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Repeat x ``timesteps`` times along a new first dimension that is folded into the batch."""
+        if self.timesteps is None or self.timesteps == 1:
+            return x
+        return x.expand(self.timesteps, *x.shape).flatten(0, 1)
+
+
+class SNN(nn.Module):
+    r"""A spiking network and its time loop: every call starts from rest and runs T steps.
+
+    Stateless layers see time folded into the batch, (T·B, *); what comes before the first neuron is computed once.
+    Nobody needs to call reset, and the state of one call never reaches the next.
+
+    Args:
+        network: an fx graph with :class:`IFNode`s, as :func:`qsnn.convert` makes it.
+        timesteps: T of a call that names none.
+        firing: "online" or "deferred" (see :class:`IFNode`), of a call that names none.
+        folded: whether ``network`` is the integer form that :func:`qsnn.fold` makes.
+    Shape:
+        images: (B, C, H, W); step logits z: (T, B, K); returned: the running means
+        :math:`m_t = \tfrac1t\sum_{i\le t} z_i`, (T, B, K), online; their last one, (1, B, K), deferred.
+    """
+
+    def __init__(
+        self, network: fx.GraphModule, timesteps: int = 2, firing: str = "online", *, folded: bool = False
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.folded = folded
+        self.timesteps, self.firing = self._checked(timesteps, firing)
+
+    @staticmethod
+    def _checked(timesteps: int, firing: str) -> tuple[int, str]:
+        if not isinstance(timesteps, int) or timesteps < 1:
+            raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
+        if firing not in FIRINGS:
+            raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
+        return timesteps, firing
+
+    def neurons(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the name and module of every spiking layer, named as the layer it replaced."""
+        for name, module in self.network.named_modules():
+            if getattr(module, "is_spiking", False) or isinstance(module, IFNode):
+                yield name, module
+
+    def step_logits(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Tensor:
+        """Return the logits z of every step, (T, B, K); losses see these.
+
+        Raises:
+            ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
+        """
+        steps, firing = self._checked(
+            self.timesteps if timesteps is None else timesteps, self.firing if firing is None else firing
+        )
+        shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
+        check_images(images, None if shape is None else tuple(shape))
+        stateful = [module for module in self.network.modules() if hasattr(module, "timesteps")]
+        try:
+            for module in stateful:
+                module.timesteps, module.firing = steps, firing
+                if isinstance(module, BaseNode):
+                    module.reset()
+            return self.network(images).unflatten(0, (steps, -1))
+        finally:
+            for module in stateful:
+                module.timesteps = None
+                if isinstance(module, BaseNode):
+                    module.reset()
+
+    def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Tensor:
+        """Return the answer after each step (online), or the final one (deferred)."""
+        firing = self.firing if firing is None else firing
+        z = self.step_logits(images, timesteps=timesteps, firing=firing)
+        if firing == "deferred":
+            return z.mean(0, keepdim=True)
+        counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype).view(-1, 1, 1)
+        return z.cumsum(0) / counts

@@ -1,0 +1,312 @@
+"""The quantizers: how a real number becomes an integer times a step, and what its gradient is.
+
+They are written as Brevitas injectors, so that Brevitas' own layers (``QuantConv2d``, ``QuantReLU``, ...) carry them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from brevitas.core.bit_width import BitWidthConst
+from brevitas.core.function_wrapper import Identity
+from brevitas.core.quant import IntQuant, RescalingIntQuant
+from brevitas.core.restrict_val import FloatRestrictValue
+from brevitas.core.scaling import ParameterScaling
+from brevitas.core.utils import StatelessBuffer
+from brevitas.core.zero_point import ZeroZeroPoint
+from brevitas.inject import ExtendedInjector
+from brevitas.inject.enum import QuantType, ScalingImplType, ScalingPerOutputType
+from brevitas.proxy import ActQuantProxyFromInjector
+from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
+from brevitas.quant import Int8WeightPerChannelFloat
+from brevitas.quant.solver import WeightQuantSolver
+from torch import Tensor, nn
+
+
+def round_half_up(x: Tensor) -> Tensor:
+    r"""Nearest integer, ties upwards: :math:`\lfloor x \rfloor + [x - \lfloor x \rfloor \ge \tfrac12]`.
+
+    Unlike ``floor(x + 0.5)`` it is right for every float (0.49999997 + 0.5 is 1 in float32).
+
+    >>> round_half_up(torch.tensor([-0.5, 0.5, 1.5, 0.49999997]))
+    tensor([0., 1., 2., 0.])
+    """
+    below = x.floor()
+    return below.add_((x - below >= 0.5).to(x.dtype))
+
+
+class RoundHalfUp(nn.Module):
+    """:func:`round_half_up` as the ``float_to_int_impl`` of a Brevitas quantizer; the gradient passes straight through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _StraightThrough.apply(x, round_half_up(x.detach()))
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _LevelFunction(torch.autograd.Function):
+    """Equation (Q) and its gradient in few passes over memory; autograd through Brevitas' chain of ops takes many."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+        q = x / step
+        ctx.save_for_backward(q)
+        ctx.low, ctx.high, ctx.step = low, high, step
+        return _levels(q, low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        (q,) = ctx.saved_tensors
+        low, high, step = ctx.low, ctx.high, ctx.step
+        # hardtanh's backward is one pass that keeps the gradient strictly inside an interval
+        grad_x = torch.ops.aten.hardtanh_backward(grad, q, low - 0.5 * (low < 0), high + 0.5)
+        grad_step = None
+        if ctx.needs_input_grad[1]:
+            gain = 1.0 / math.sqrt(q.numel() / q.shape[0] * high)  # Esser et al. 2020, per sample
+            total = dense_dot(grad, _levels(q, low, high)) - dense_dot(grad_x, q)
+            grad_step = total.mul_(gain).reshape(step.shape)
+        return grad_x, grad_step, None, None
+
+
+def _levels(q: Tensor, low: int, high: int) -> Tensor:
+    """clip(round_half_up(q), low, high), faster where the sign is known."""
+    if low < 0:
+        return round_half_up(q).clamp_(low, high)
+    # the float below 1/2 instead of 1/2: q + 1/2 would round up to 1 for the q just below 1/2. Right for all q > 0,
+    # and what is below 0 is clipped.
+    return q.add(math.nextafter(0.5, 0) if q.dtype == torch.float64 else 0.49999997).floor_().clamp_(0, high)
+
+
+def dense_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of a·b, in one pass where both lie in memory alike (channels-last included)."""
+    if a.stride() == b.stride() and (a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last)):
+        flat = (a.numel(),), (1,)
+        return torch.dot(a.as_strided(*flat, a.storage_offset()), b.as_strided(*flat, b.storage_offset()))
+    return (a * b).sum()
+
+
+class LevelIntQuant(IntQuant):
+    """Brevitas' integer quantizer with any number of levels: the integers run from 0 (or -L) to L."""
+
+    def __init__(
+        self, levels: int, signed: bool, narrow_range: bool, input_view_impl: nn.Module, float_to_int_impl: nn.Module
+    ) -> None:
+        super().__init__(narrow_range, signed, input_view_impl, float_to_int_impl)
+        self.levels = levels
+
+    def min_int(self, bit_width: Tensor) -> Tensor:
+        return torch.full_like(bit_width, -self.levels if self.signed else 0)
+
+    def max_int(self, bit_width: Tensor) -> Tensor:
+        return torch.full_like(bit_width, self.levels)
+
+
+class LevelScaling(nn.Module):
+    """The integer that the threshold θ is divided by to give the step, s = θ / L."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = StatelessBuffer(torch.tensor(float(levels)))
+
+    def forward(self, bit_width: Tensor) -> Tensor:
+        return self.levels()
+
+
+class LevelQuant(RescalingIntQuant):
+    r"""Equation (Q): :math:`y = s\,\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, n_0, L)`, :math:`s = |\theta|/L`, θ learned.
+
+    n₀ is 0, or -L when signed. The gradient to x passes where x/s lies inside the clip range; the gradient to s is that
+    of the learned step size, scaled by 1/√(elements · L). θ is NaN until :meth:`calibrate_` has set it.
+
+    Source: Esser et al., "Learned Step Size Quantization", ICLR 2020; Bu et al., "Optimal ANN-SNN Conversion ...",
+    ICLR 2022 (the same function, seen from the IF neuron).
+    """
+
+    def __init__(
+        self,
+        int_quant: nn.Module,
+        scaling_impl: nn.Module,
+        int_scaling_impl: nn.Module,
+        zero_point_impl: nn.Module,
+        bit_width_impl: nn.Module,
+        levels: int,
+    ) -> None:
+        super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
+        self.levels = levels
+        self.fused = True
+        """False: run Brevitas' own chain of operations, which the certificate's reference does."""
+        self.collecting = False
+        """True: the next forward sets θ from its input; ``quantize`` uses it."""
+        self.ready = False
+
+    @property
+    def signed(self) -> bool:
+        """Whether the integers run from -L (inputs) or from 0 (activations)."""
+        return bool(self.int_quant.signed)
+
+    @property
+    def step(self) -> Tensor:
+        """The step s = θ / L [units of x], a scalar in the dtype the model runs in."""
+        return self.scaling_impl(self.scaling_impl.value, self.int_scaling_impl(self.msb_clamp_bit_width_impl()))
+
+    @torch.no_grad()
+    def calibrate_(self, x: Tensor) -> None:
+        """Set θ so that (Q) has the least mean-squared error on x; signed quantizers take max|x|.
+
+        Shape:
+            x: any; at most 2**20 of its elements are looked at, evenly spaced.
+        """
+        x = x.detach().flatten()
+        top = x.abs().max() if self.signed else x.max()
+        if not bool(top > 0):
+            top = torch.ones_like(top)  # a dead layer: any step does
+        if not self.signed:
+            sample = x[:: max(1, x.numel() // 2**20)].relu()
+            candidates = top * torch.linspace(0.04, 1.0, 49, device=x.device)
+            errors = torch.stack([
+                (sample - round_half_up(sample * (self.levels / t)).clamp_(0, self.levels) * (t / self.levels)).square().mean()
+                for t in candidates
+            ])
+            top = candidates[errors.argmin()]
+        self.scaling_impl.value.fill_(float(top))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.collecting:
+            self.calibrate_(x)
+        if not self.ready:
+            if not bool(self.scaling_impl.value.isfinite().all()):
+                raise RuntimeError(
+                    "this quantizer has no step yet: calibrate it with quantize(model, data), or load a trained state_dict"
+                )
+            self.ready = True
+        if not self.fused:
+            return super().forward(x)
+        step = self.step
+        low = -self.levels if self.signed else 0
+        y = _LevelFunction.apply(x, step, low, self.levels)
+        bit_width = self.msb_clamp_bit_width_impl()
+        return y, step, self.zero_point_impl(x, step, bit_width), bit_width
+
+
+class LevelActQuant(ExtendedInjector):
+    """Brevitas injector of :class:`LevelQuant`; give ``levels``, ``signed`` and ``bit_width``."""
+
+    proxy_class = ActQuantProxyFromInjector
+    tensor_quant = LevelQuant
+    int_quant = LevelIntQuant
+    int_scaling_impl = LevelScaling
+    scaling_impl = ParameterScaling
+    restrict_scaling_impl = FloatRestrictValue
+    scaling_init = math.nan
+    scaling_shape = ()
+    scaling_min_val = 1e-10
+    zero_point_impl = ZeroZeroPoint
+    bit_width_impl = BitWidthConst
+    float_to_int_impl = RoundHalfUp
+    input_view_impl = Identity
+    narrow_range = True
+    signed = False
+    dtype = None
+    device = None
+
+
+class HalfQuant(nn.Module):
+    """IEEE half values of the weights (round to nearest even), gradient straight through; scale 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = StatelessBuffer(torch.tensor(1.0))
+        self.zero = StatelessBuffer(torch.tensor(0.0))
+        self.bits = StatelessBuffer(torch.tensor(16.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = _StraightThrough.apply(x, x.detach().half().to(x.dtype))
+        return y, self.one(), self.zero(), self.bits()
+
+
+class HalfWeightQuant(ExtendedInjector):
+    """Brevitas injector of :class:`HalfQuant` for weights."""
+
+    proxy_class = WeightQuantProxyFromInjector
+    tensor_quant = HalfQuant
+    signed = True
+    narrow_range = False
+
+
+class XnorWeightQuant(WeightQuantSolver):
+    r"""1 bit: :math:`\mathrm{sign}(w)\cdot\alpha_c`, :math:`\alpha_c = \mathrm{mean}|w_c|` per output channel.
+
+    Source: Rastegari et al., "XNOR-Net", ECCV 2016.
+    """
+
+    quant_type = QuantType.BINARY
+    scaling_impl_type = ScalingImplType.STATS
+    scaling_stats_op = "ave"
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = "fp"
+    scaling_min_val = 1e-10
+    bit_width = 1
+    narrow_range = True
+    signed = True
+
+
+def weight_quantizer(bits: int) -> dict[str, Any]:
+    """Return the keyword arguments that give a Brevitas layer weights of ``bits`` [bit].
+
+    1: :class:`XnorWeightQuant`; 2 to 8: integers, one scale per output channel, -(2**(b-1) - 1) to 2**(b-1) - 1;
+    16: :class:`HalfQuant`; 32: float, no quantizer.
+
+    Raises:
+        ValueError: any other number.
+    """
+    if bits == 1:
+        return {"weight_quant": XnorWeightQuant}
+    if 2 <= bits <= 8:
+        return {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": bits}
+    if bits == 16:
+        return {"weight_quant": HalfWeightQuant}
+    if bits == 32:
+        return {"weight_quant": None}
+    raise ValueError(f"weight bits must be 1 to 8, 16 (fp16) or 32 (float), got {bits}")
+
+
+def level_quant(module: nn.Module) -> LevelQuant | None:
+    """Return the :class:`LevelQuant` that a Brevitas activation layer holds, or None."""
+    proxy = getattr(getattr(module, "act_quant", None), "fused_activation_quant_proxy", None)
+    quant = getattr(proxy, "tensor_quant", None)
+    return quant if isinstance(quant, LevelQuant) else None
+
+
+def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Read the integers W and the scale s of a layer's weights; W·s is what the layer's forward uses, bit for bit.
+
+    Args:
+        layer: a Brevitas ``QuantConv`` or ``QuantLinear``, or a plain one (its float weights then come with scale 1).
+
+    Shape:
+        W: that of the weight; int8 for 1 to 8 bit, float64 multiples of 1 for fp16 (the values times 2**24), float
+        weights unchanged. s: ``(C, 1, ...)`` or ``()``, in the weight's dtype.
+    """
+    weight = cast(Tensor, layer.weight)
+    quant = getattr(layer, "weight_quant", None)
+    with torch.no_grad():
+        if quant is None or not quant.is_quant_enabled:
+            return weight.detach().clone(), torch.ones((), dtype=weight.dtype, device=weight.device)
+        value, scale, _, bit_width = quant.tensor_quant(weight)[:4]
+        if int(bit_width) == 16:
+            return value.double() * 2.0**24, torch.full((), 2.0**-24, dtype=weight.dtype, device=weight.device)
+        integers = torch.round(value / scale)
+        return integers.to(torch.int8), scale.detach()

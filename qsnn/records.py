@@ -1,0 +1,230 @@
+"""Results are records: what was measured, on which data, by which code, on which machine; and safe writing of files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import uuid
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Z95 = 1.959963984540054
+"""The 97.5 % quantile of the normal distribution [1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One result, with everything needed to ask for it again.
+
+    No field has a default: a line read back must never be filled in with the machine or the date that reads it.
+    """
+
+    name: str
+    """What was measured, e.g. "run/student"."""
+    data: str
+    """Name of the data set."""
+    seed: int
+    """Seed of the run."""
+    n: int
+    """Test images the metrics were measured on."""
+    metrics: dict[str, Any]
+    """Name to number, or to a list of numbers (None where there is none)."""
+    config: dict[str, Any]
+    """Every setting, as JSON has it: string keys, lists for tuples."""
+    environment: dict[str, Any]
+    """What ``environment()`` returned on the machine that measured."""
+    time: str
+    """When it was measured, ISO 8601, UTC."""
+
+
+def now() -> str:
+    """Return the present second in UTC as ISO 8601, for ``Record.time``."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Say which code, versions and device make a result; no host name, no user, no path.
+
+    ``commit`` is None unless this very file is tracked by git; ``dirty`` tells whether a file of the package differs
+    from that commit. A package that is not installed has the version None.
+
+    Args:
+        device: what the result is measured on, "cpu" or "cuda"; None takes CUDA where there is one.
+    """
+    import torch
+
+    # the number of threads may change during a process; the rest is looked up once
+    return {**_machine(device), "threads": torch.get_num_threads()}
+
+
+@cache
+def _machine(device: str | None) -> dict[str, Any]:
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    here = Path(__file__)
+    tracked = _git("ls-files", "--error-unmatch", here.name) is not None  # a venv may lie inside a foreign checkout
+    commit = _git("rev-parse", "HEAD") if tracked else None
+    return {
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git("status", "--porcelain", "--", ".")),
+        "qsnn": _version("qsnn") or "0",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "brevitas", "spikingjelly", "numpy")},
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _git(*args: str) -> str | None:
+    # without optional locks, `status` leaves the index alone while someone else commits
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)  # reads metadata: importing brevitas takes seconds
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def append(path: str | Path, record: Record) -> None:
+    """Add ``record`` to a file of JSON lines, in one write, so that two processes may append to the same file.
+
+    A last line that was cut by a crash is left as it is; the new record starts on its own line.
+
+    Args:
+        path: the file; it and its folder are made where missing.
+        record: what to add.
+    Raises:
+        ValueError: the record holds something that JSON has no word for (nan, a tensor, a path).
+        OSError: the disk took only a part of the line.
+    """
+    try:
+        text = json.dumps(asdict(record), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"record {record.name!r}: expected finite numbers, strings, None, lists and dicts, came: {error}; "
+            f"convert with float(), str() or .tolist(), and write None for a number that does not exist"
+        ) from error
+    line = text.encode() + b"\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        written = os.write(file, line)
+    finally:
+        os.close(file)
+    if written != len(line):
+        raise OSError(f"{path}: expected to write {len(line)} bytes, came {written}; free some space, append again")
+
+
+def read(path: str | Path) -> list[Record]:
+    """Read every record of a file that ``append`` wrote.
+
+    Warns:
+        UserWarning: the last line was cut (a crash while writing); it is left out.
+    Raises:
+        ValueError: another line is not a record; names the file and the line.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # a complete line ends in "\n", so that an empty piece follows it
+                message = f"{path}:{number}: the last line was cut after {len(line)} bytes; that record is left out"
+                warnings.warn(message, stacklevel=2)
+                continue
+            raise ValueError(
+                f"{path}:{number}: expected a JSON record, came {line[:40]!r} ({error}); "
+                f"if a crash cut this line, delete it"
+            ) from error
+        try:
+            records.append(Record(**fields))
+        except TypeError as error:
+            wanted = ", ".join(Record.__dataclass_fields__)
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object with {wanted}; came {line[:40]!r} ({error}); "
+                f"delete the line or add what it lacks"
+            ) from error
+    return records
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a whole file or none of it: written beside ``path``, flushed to the disk, then renamed.
+
+    Args:
+        path: the file; its folder is made where missing.
+        data: the content; a string is encoded as UTF-8.
+    Raises:
+        OSError: it could not be written; ``path`` is then as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with open(beside, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def interval(correct_fraction: float, n: int) -> tuple[float, float]:
+    r"""Bound an accuracy: the 95 % Wilson score interval of a proportion p of n,
+
+    .. math:: \frac{p + z^2/2n \pm z\sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}, \quad z = 1.96.
+
+    >>> low, high = interval(0.5, 100)
+    >>> round(low, 4), round(high, 4)
+    (0.4038, 0.5962)
+
+    Args:
+        correct_fraction: p, share of right answers [0 to 1].
+        n: answers counted, >= 1.
+    Raises:
+        ValueError: p outside [0, 1] or n < 1.
+    Source:
+        Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    if not 0 <= correct_fraction <= 1:
+        raise ValueError(f"expected a fraction from 0 to 1, came {correct_fraction}; divide a percentage by 100")
+    if n < 1:
+        raise ValueError(f"expected n >= 1 answers, came {n}; measure on at least one image")
+    p, z2n = correct_fraction, Z95**2 / n
+    centre = (p + z2n / 2) / (1 + z2n)
+    half = math.sqrt(z2n * (p * (1 - p) + z2n / 4)) / (1 + z2n)
+    # at p = 0 and p = 1 one bound is p itself, which rounding may miss by 1e-17
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))

@@ -1,0 +1,299 @@
+"""What a person looks at: the table in the terminal, the accuracy curve, and one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsnn.records import interval, write_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from qsnn.benchmark import Benchmark
+
+# name -> (light, dark); c0 to c4 after Okabe and Ito, told apart by colour-blind readers. Figures are drawn in the
+# light colours; in the page each of them becomes a CSS variable, so that one drawing serves both themes.
+_COLOURS = {
+    "paper": ("#ffffff", "#14171c"), "ink": ("#1c2127", "#e6e9ed"), "muted": ("#5d6671", "#9aa4b0"),
+    "line": ("#d9dee4", "#333a43"), "box": ("#f5f7f9", "#1c2128"),
+    "c0": ("#0072b2", "#56a8e8"), "c1": ("#d55e00", "#ff8f4a"), "c2": ("#009e73", "#2fc89a"),
+    "c3": ("#b8588e", "#e08fbd"), "c4": ("#8a6d00", "#e0bd3c"),
+}  # fmt: skip
+_INK, _MUTED, _LINE, _PAPER = (_COLOURS[name][0] for name in ("ink", "muted", "line", "paper"))
+_RC: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "qsnn", "font.size": 9.0, "text.parse_math": False,  # "$" is no formula
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _MUTED, "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11.0,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": _LINE, "xtick.color": _MUTED, "xtick.labelcolor": _INK,
+    "ytick.color": _MUTED, "ytick.labelcolor": _INK, "legend.frameon": False, "legend.labelcolor": _INK,
+}  # fmt: skip
+_NONE = "\u2013"  # what a table shows where there is no number
+_DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
+pipelined hardware the answer takes depth \u00d7 T steps."""
+_LEGEND = """± half the 95 % Wilson interval. Spike rate: spikes per neuron and step. Synops (spike-driven accumulates)
+and MACs (multiply-accumulates; of a spiking model: those before its first neuron) per image."""
+
+
+def _at(result: Benchmark, t: int) -> float | None:
+    """Accuracy after ``t`` steps [%]; an ANN has one for every t; None where it was not measured."""
+    return dict(zip(result.timesteps or (t,), result.accuracy, strict=True)).get(t)
+
+
+def _steps(results: Sequence[Benchmark]) -> list[int]:
+    """The T's shown: the powers of two among the measured ones, and the last; [0] where nothing spikes."""
+    measured = sorted({t for result in results for t in result.timesteps}) or [0]
+    return [t for t in measured if t & (t - 1) == 0 or t == measured[-1]]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return _NONE if value is None else f"{value:.{digits}f}"
+
+
+def _si(value: float | None, gap: str = "\u00a0") -> str:
+    """A count in three digits: 1234 -> "1.23 k"."""
+    size, unit = next((s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if (value or 0) >= 0.9995 * s[0]), (1.0, ""))
+    return _NONE if value is None else f"{value / size:.3g}{gap if unit else ''}{unit}"
+
+
+def _headline_model(results: Sequence[Benchmark]) -> Benchmark:
+    """The student; without one, the last spiking model; without that, the last model."""
+    ranked = [r for r in results if r.timesteps] or results
+    return next((r for r in ranked if r.name.startswith("student")), ranked[-1])
+
+
+def headline(results: Sequence[Benchmark], config: dict[str, Any]) -> str:
+    """Say the result in one sentence: the student at T = 2 (else at its last T), and the models it came from."""
+    model = _headline_model(results)
+    t = 2 if 2 in model.timesteps else _steps([model])[-1]
+    when = {0: "", 1: " in one step", 2: " in two steps"}.get(t, f" in {t} steps")
+    bits = next((value for key, value in _flat(config) if key.split(".")[-1] == "weight_bits"), None)
+    words = {"QANN": f"the {f'{bits}-bit ' if bits else ''}QANN it was made from", "teacher": "the float teacher"}
+    others = [f", {words[r.name]} {r.accuracy[0]:.1f} %" for k in words for r in results if r.name == k and r != model]
+    text = f"{model.name[:1].upper()}{model.name[1:]}: {_number(_at(model, t), 1)} %{when}{''.join(others)}."
+    return text.replace(" %", "\u00a0%")
+
+
+def table(results: Sequence[Benchmark]) -> Table:
+    """Return the results as a table for the terminal, 80 columns wide; an ANN's accuracy stands dimmed at every T."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    steps = _steps(results)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    accuracy = (f"T={t}\n[%]" if t else "[%]" for t in steps)
+    for i, head in enumerate(("model", "firing", "weights\n[KiB]", *accuracy, "spike\nrate", "synops")):
+        out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
+    for r in results:
+        cells = [Text(_number(_at(r, t))[:5], style="" if r.timesteps else "dim") for t in steps]  # 100.0, else 99.99
+        cells += [Text(_number(r.spike_rate, 3)), Text(_si(r.synops, gap=""))]
+        out.add_row(Text(r.name), r.firing or "ANN", f"{r.weight_bytes / 1024:.1f}", *cells)
+    return out
+
+
+def _curve(results: Sequence[Benchmark], width: float, height: float, title: str = "") -> Figure:
+    """Accuracy against T: a line and a 95 % band a spiking model, a level line an ANN; sizes in inches."""
+    from matplotlib.figure import Figure  # pyplot would keep every figure, and ask for a display
+
+    spiking, anns = [r for r in results if r.timesteps], [r for r in results if not r.timesteps]
+    steps = _steps(spiking)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot(facecolor="none")
+    for r, dashes in zip(anns, ["--", ":", "-."] * len(anns), strict=False):
+        axes.axhline(r.accuracy[0], color=_MUTED, linestyle=dashes, linewidth=1.3, label=r.name)
+    for i, r in enumerate(spiking):
+        colour = _COLOURS[f"c{i % 5}"][0]
+        low, high = zip(*(interval(a / 100, r.n) for a in r.accuracy), strict=True)
+        axes.fill_between(r.timesteps, [100 * a for a in low], [100 * a for a in high], color=colour, alpha=0.12, lw=0)
+        # later lines are thinner and hollow: of two equal curves (a folded student) both are seen
+        axes.plot(
+            r.timesteps, r.accuracy, color=colour, marker="osD^v"[i % 5], label=r.name, zorder=3 + i,
+            markersize=max(3.5, 7 - i), linewidth=max(1.0, 2.4 - 0.4 * i), markerfacecolor=_PAPER if i else colour,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    axes.set_xticks(steps, [str(t) for t in steps])
+    axes.set_xlim(steps[0] * 0.9, max(steps[-1], 2 * steps[0]) * 1.1)
+    everything = [a for r in results for a in r.accuracy]
+    later = [a for r in spiking for t, a in zip(r.timesteps, r.accuracy, strict=True) if t > steps[0]]
+    top = max(everything)
+    # a first step that fell so low that it would hide the rest is written, not drawn
+    span = top - min([*later, *(r.accuracy[0] for r in anns)]) if later else top
+    low_end = min(a for a in everything if a >= top - 4 * max(span, 1.0))
+    margin = 0.2 * max(top - low_end, 1.0)
+    floor = max(0.0, low_end - margin)
+    axes.set_ylim(floor, min(100.0, top + margin) + margin / 6)
+    below = [f"↓ {r.name}, T = {steps[0]}: {a:.1f} %" for r in spiking for a in r.accuracy if a < floor]
+    box = {"facecolor": _PAPER, "edgecolor": "none", "pad": 2}
+    axes.text(0.02, 0.03, "\n".join(below), transform=axes.transAxes, size=8, color=_MUTED, bbox=box, zorder=20)
+    axes.set(xlabel="time steps T", ylabel="accuracy [%]", title=title)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
+    return figure
+
+
+def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str) -> None:
+    """Draw accuracy [%] against T, with 95 % Wilson bands; the ANNs are level lines.
+
+    Args:
+        results: at least one with timesteps.
+        path: ends in .png (150 dpi) or .svg; written whole or not at all.
+        title: stands above the axes.
+    Raises:
+        ValueError: another suffix, or nothing that spikes.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise ValueError(f"expected a file that ends in .png or .svg, came {Path(path).name!r}; rename it")
+    if not any(r.timesteps for r in results):
+        raise ValueError(f"expected a result with timesteps, came {[r.name for r in results]}; benchmark the SNN too")
+    write_atomic(path, _drawn(results, kind, _PAPER, 7, 4.4, title))
+
+
+def _drawn(results: Sequence[Benchmark], kind: str, paper: str, *size_and_title: Any) -> bytes:
+    """The curve as a file, without a date: equal results make equal bytes."""
+    import matplotlib
+
+    data = io.BytesIO()
+    with matplotlib.rc_context(_RC):
+        _curve(results, *size_and_title).savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
+    return data.getvalue()
+
+
+def _inline_curve(results: Sequence[Benchmark]) -> str:
+    """The curve as SVG inside the page, in the page's fonts and colours."""
+    text = re.sub(r"<metadata>.*?</metadata>", "", _drawn(results, "svg", "none", 4.5, 3.2).decode(), flags=re.DOTALL)
+    for name, (light, _) in _COLOURS.items():
+        text = text.replace(light, f"var(--{name})")
+    return f'<figure role="img" aria-label="accuracy against time steps">{text[text.index("<svg") :]}</figure>'
+
+
+def _html(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kind: str = "") -> str:
+    """A table of HTML cells, a name first in each row, in a box that scrolls; a cell may bring its own <td>."""
+    top = f"<thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead>" if head else ""
+    body = ""
+    for name, *cells in rows:
+        body += f"<tr><th>{name}</th>{''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in cells)}</tr>\n"
+    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>' if rows else ""
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def _results(results: Sequence[Benchmark]) -> str:
+    steps, rows = _steps(results), []
+    for r in results:
+        cells = [escape(r.name), r.firing or "ANN", f"{r.weight_bytes / 1024:.1f}"]
+        for t in steps if r.timesteps else [0]:
+            a = _at(r, t)
+            low, high = interval((a or 0) / 100, r.n)
+            text = _NONE if a is None else f"{a:.2f} <small>±{50 * (high - low):.2f}</small>"
+            cells.append(text if r.timesteps else f'<td class="ann" colspan="{len(steps)}">{text}</td>')
+        rows.append([*cells, _number(r.spike_rate, 3), _si(r.synops), _si(r.macs)])
+    accuracy = [f"T&nbsp;=&nbsp;{t}<br>[%]" if t else "accuracy<br>[%]" for t in steps]
+    return _html(rows, ["model", "firing", "weights<br>[KiB]", *accuracy, "spike<br>rate", "synops", "MACs"], "results")
+
+
+def _rates(results: Sequence[Benchmark]) -> str:
+    """Bars: spikes a neuron and step, by layer; models that name their layers alike stand side by side."""
+    layers = _headline_model(results).spike_rates
+    shown = [r for r in results if layers and set(r.spike_rates) == set(layers)]
+    full = max([rate for r in shown for rate in r.spike_rates.values()], default=0) or 1
+    bar = '<i style="width:{:.1f}%"></i>{:.3f}'
+    rates = [(layer, [r.spike_rates[layer] for r in shown]) for layer in layers]
+    rows = [[escape(layer), *(bar.format(65 * rate / full, rate) for rate in row)] for layer, row in rates]
+    return _html(rows, ["layer", *(escape(r.name) for r in shown)], "rates")
+
+
+def _confusion(matrix: list[list[int]]) -> str:
+    """The matrix, or where it is too large to be read (K > 20) the most frequent mistakes."""
+    if len(matrix) > 20:
+        wrong = [(n, i, k) for i, row in enumerate(matrix) for k, n in enumerate(row) if n and i != k]
+        return _html([[f"{i} → {k}", f"{n} images"] for n, i, k in sorted(wrong, reverse=True)[:12]])
+    rows = []
+    for i, row in enumerate(matrix):
+        # the root makes a single mistake visible beside the diagonal
+        shade = [f"var(--c{int(i != k)}) {60 * (n / max(1, sum(row))) ** 0.5:.0f}%" for k, n in enumerate(row)]
+        cell = '<td style="background:color-mix(in srgb,{},transparent)">{}</td>'
+        rows.append([str(i), *(cell.format(s, n or "") for s, n in zip(shade, row, strict=True))])
+    return _html(rows, ["", *(str(k) for k in range(len(matrix)))], "confusion")
+
+
+_CSS = "*{box-sizing:border-box}:root{color-scheme:light dark;LIGHT}@media(prefers-color-scheme:dark){:root{DARK}}" """
+body{margin:0 auto;max-width:1000px;padding:2rem 1rem 4rem;background:var(--paper);color:var(--ink);
+ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
+h1{font-size:1.1rem;font-weight:600;color:var(--muted);margin:0} h2{font-size:1.15rem;margin:2.4rem 0 .7rem}
+.lead{font-size:1.5rem;line-height:1.35;font-weight:600;margin:.3rem 0 .5rem;max-width:none;text-wrap:balance}
+p,li{max-width:46rem} small,.muted{color:var(--muted)} .muted{font-size:.875rem} .scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+th,td{padding:.35rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+thead th{color:var(--muted);font-weight:500;vertical-align:bottom;line-height:1.25} tbody th{font-weight:600}
+th:first-child,.settings td,.rates :is(th,td),.results :is(th,td):nth-child(2){text-align:left}
+.results,.rates{width:100%} .results .ann{text-align:center} tbody th{position:sticky;left:0;background:var(--paper)}
+.settings th{font-weight:400;color:var(--muted)} .settings td{white-space:normal;overflow-wrap:anywhere}
+.confusion :is(td,th){padding:.25rem .1rem;min-width:1.95rem;text-align:center;border:1px solid var(--paper)}
+.rates td{min-width:8rem} i{display:inline-block;height:.6rem;margin-right:.4rem;background:var(--c0)}
+figure{margin:0;max-width:600px} svg{display:block;width:100%;height:auto} svg text{font-family:inherit!important}
+pre{background:var(--box);border-radius:6px;padding:.8rem 1rem;overflow-x:auto;font:.8125rem/1.5 monospace}"""
+for _i, _name in enumerate(("LIGHT", "DARK")):
+    _CSS = _CSS.replace(_name, ";".join(f"--{key}:{pair[_i]}" for key, pair in _COLOURS.items()))
+
+
+def write_report(
+    path: str | Path, *, title: str, results: Sequence[Benchmark], certificate: str | None, config: dict[str, Any],
+    environment: dict[str, Any], command: str, notes: Sequence[str], stages: Sequence[tuple[str, float]] | None,
+) -> None:  # fmt: skip
+    """Write one HTML page, light and dark, that asks the network for nothing.
+
+    Args:
+        path: the file, written whole or not at all.
+        title: what was run, e.g. "vgg-small on digits".
+        results: one a model, in the order of the flow; at least one.
+        certificate: the text of ``certify``; like ``stages``, None leaves the section out.
+        config: every setting; nested dicts are flattened.
+        environment: ``records.environment()``.
+        command: what to type to get the same again.
+        notes: sentences for the reader, plain text.
+        stages: (name, seconds) of what was run.
+    Raises:
+        ValueError: no results.
+    """
+    if not results:
+        raise ValueError("expected at least one result, came none; call benchmark(model, data.test) first")
+    model = _headline_model(results)
+    if any(r.firing == "deferred" for r in results):
+        notes = [*notes, _DEFERRED]
+    agreeing = [
+        [escape(r.name), *(f"T = {t}: {a:.2f} %" for t, a in zip(r.timesteps, r.agreement, strict=True))]
+        for r in results if r.timesteps and r.agreement
+    ]  # fmt: skip
+    settings = [[[escape(k), escape(str(v))] for k, v in _flat(values)] for values in (config, environment)]
+    confused = next((r for r in [model, *reversed(results)] if r.confusion), model)
+    sections = [
+        ("Results", f'{_results(results)}<p class="muted">{_LEGEND}</p>'),
+        ("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""),
+        ("Accuracy against time steps", _inline_curve(results) if _steps(results) != [0] else ""),
+        ("Same answer as the QANN", _html(agreeing)),
+        ("Spike rate by layer", _rates(results)),
+        (f"Confusion (row: label, column: answer): {escape(confused.name)}", _confusion(confused.confusion or [])),
+        ("Certificate", f"<pre>{escape(certificate)}</pre>" if certificate else ""),
+        ("Time", _html([[escape(name), f"{seconds:.1f} s"] for name, seconds in stages or []])),
+        ("Configuration", _html(settings[0], kind="settings")),
+        ("Environment", _html(settings[1], kind="settings")),
+        ("How to get the same again", f"<pre>{escape(command)}</pre>"),
+    ]
+    body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections if content)
+    write_atomic(path, f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_CSS}</style></head>
+<body><h1>{escape(title)}</h1><p class="lead">{escape(headline(results, config))}</p>
+<p class="muted">{model.n:,} test images.</p>{body}</body></html>\n""")

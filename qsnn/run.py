@@ -1,0 +1,211 @@
+"""run(): the whole flow, from a data set to a student of two time steps and a report of what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from qsnn.benchmark import Benchmark, benchmark
+from qsnn.certify import certify
+from qsnn.checkpoint import load, load_weights, read_recipe, save
+from qsnn.convert import ConvertConfig, convert
+from qsnn.data import Data, load_data
+from qsnn.distill import DistillConfig, distill
+from qsnn.fold import fold
+from qsnn.models import create_model
+from qsnn.neurons import SNN
+from qsnn.quantize import QuantizeConfig, quantize
+from qsnn.records import Record, append, environment, now
+from qsnn.report import draw_curve, write_report
+from qsnn.train import TrainConfig, fit
+
+Say = Callable[[str], None]
+
+# (teacher epochs, quantization-aware epochs, distillation epochs), chosen on validation accuracy and the time they take
+_EPOCHS = {"digits": (20, 60, 40), "mnist": (4, 4, 3), "fashion-mnist": (12, 8, 6), "cifar10": (20, 15, 10)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What the whole flow trains, and where it writes."""
+
+    data: str = "digits"
+    """"digits", "mnist", "fashion-mnist", "cifar10", or a folder of images."""
+    out: Path = Path("runs/digits")
+    """Folder for checkpoints, records, figure and report."""
+    model: str = "vgg-small"
+    """Name of the float network, or your own as package.module:function."""
+    weights: Path | None = None
+    """Trained float weights; the teacher is then not trained."""
+    weight_bits: int = 4
+    """Bits of the weights."""
+    levels: int = 2
+    """Nonzero activation levels L."""
+    timesteps: int = 2
+    """Time steps T of the student."""
+    max_timesteps: int = 8
+    """Largest T of the benchmark."""
+    label_smoothing: float = 0.1
+    """Label smoothing of the student's cross entropy."""
+    epochs: tuple[int, int, int] | None = None
+    """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    data_root: Path | None = None
+    """Folder of the data sets; default $QSNN_DATA, else a cache folder."""
+    fresh: bool = False
+    """Start over, even where a stage is done."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What the flow measured and wrote."""
+
+    results: tuple[Benchmark, ...]
+    certificate: str
+    exact: bool
+    files: tuple[Path, ...]
+
+
+def run(config: RunConfig, say: Say = print) -> RunResult:
+    """Train a teacher, quantize, convert, certify, distill, fold and benchmark it; write everything into ``out``.
+
+    Stages that are done are not done again, and training goes on from its last epoch, as long as the configuration is
+    the same; ``fresh`` starts over.
+
+    Args:
+        config: what to run.
+        say: takes one line for each stage.
+    """
+    data = load_data(config.data, root=config.data_root)
+    flow = _Flow(config, data, say)
+    return flow.run()
+
+
+class _Flow:
+    def __init__(self, config: RunConfig, data: Data, say: Say) -> None:
+        self.config, self.data, self.say = config, data, say
+        self.out = Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.stages: list[tuple[str, float]] = []
+        epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
+        self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
+        self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, seed=config.seed)
+        self.quantize_config = QuantizeConfig(weight_bits=config.weight_bits, levels=config.levels)
+        self.convert_config = ConvertConfig(timesteps=config.timesteps, firing="online")
+        self.distill_config = DistillConfig(
+            timesteps=config.timesteps, epochs=epochs[2], label_smoothing=config.label_smoothing, seed=config.seed
+        )
+
+    def run(self) -> RunResult:
+        started = time.perf_counter()
+        teacher = self._stage("teacher", self._teacher, train=asdict(self.teacher_config))
+        qann = self._stage(
+            "qann", lambda state: self._qann(teacher, state), teacher,
+            quantize=asdict(self.quantize_config), train=asdict(self.qat_config),
+        )  # fmt: skip
+        snn = cast(SNN, self._stage("snn", lambda _: convert(qann, self.convert_config), qann))
+        certificate = certify(snn, qann, self.data.test)
+        self.say(f"certificate: {certificate.verdict} (deferred, T = {certificate.timesteps}, {certificate.images:,} test images)")
+        student = cast(
+            SNN,
+            self._stage("student", lambda state: distill(snn, qann, self.data, self.distill_config, resume=state),
+                        snn, distill=asdict(self.distill_config)),
+        )  # fmt: skip
+        folded = cast(SNN, self._stage("folded", lambda _: fold(student), student))
+        results = self._benchmark(teacher, qann, snn, folded)
+        self.stages.append(("all", time.perf_counter() - started))
+        files = self._write(results, certificate, folded)
+        return RunResult(results, str(certificate), certificate.exact, files)
+
+    def _path(self, name: str) -> Path:
+        return self.out / f"{name}.safetensors"
+
+    def _stage(
+        self, name: str, make: Callable[[Path], nn.Module], parent: nn.Module | None = None, **configs: Any
+    ) -> nn.Module:
+        """Load the stage's file if it was made from this parent with these configs; else make and save it."""
+        path, state = self._path(name), self.out / f".{name}.resume.safetensors"
+        if self.config.fresh:
+            path.unlink(missing_ok=True)
+            state.unlink(missing_ok=True)
+        key = {"parent": None if parent is None else parent.qsnn_recipe["sha256"], **configs}
+        if path.exists():
+            recipe = read_recipe(path)
+            if recipe.get("stage") == _plain(key):
+                self.say(f"{name}: done before, loaded {path}")
+                return load(path)
+        started = time.perf_counter()
+        model = make(state)
+        model.qsnn_recipe = {**model.qsnn_recipe, "stage": key}  # type: ignore[arg-type,assignment,dict-item]
+        save(model, path)
+        state.unlink(missing_ok=True)
+        self.stages.append((name, time.perf_counter() - started))
+        self.say(f"{name}: {self.stages[-1][1]:.1f} s, wrote {path}")
+        return load(path)
+
+    def _teacher(self, state: Path) -> nn.Module:
+        teacher = create_model(self.config.model, self.data, seed=self.config.seed)
+        if self.config.weights is not None:
+            load_weights(teacher, self.config.weights)
+            return teacher.eval()
+        fit(teacher, self.data, self.teacher_config, resume=state, label="teacher")
+        return teacher
+
+    def _qann(self, teacher: nn.Module, state: Path) -> nn.Module:
+        qann = quantize(teacher, self.data, self.quantize_config)
+        fit(qann, self.data, self.qat_config, teacher=teacher, resume=state, label="QANN")
+        return qann
+
+    def _benchmark(self, teacher: nn.Module, qann: nn.Module, snn: SNN, student: SNN) -> tuple[Benchmark, ...]:
+        started = time.perf_counter()
+        test, steps = self.data.test, self.config.max_timesteps
+        results = (
+            benchmark(teacher, test, name="teacher", reference=qann),
+            benchmark(qann, test, name="QANN", reference=qann),
+            benchmark(snn, test, timesteps=steps, name="SNN online", reference=qann),
+            benchmark(snn, test, timesteps=steps, firing="deferred", name="SNN deferred", reference=qann),
+            benchmark(student, test, timesteps=steps, name="student", reference=qann),
+        )
+        self.stages.append(("benchmark", time.perf_counter() - started))
+        return results
+
+    def _write(self, results: tuple[Benchmark, ...], certificate: Any, folded: SNN) -> tuple[Path, ...]:
+        curve, report, records = self.out / "curve.png", self.out / "report.html", self.out / "records.jsonl"
+        config = _plain({
+            "run": {**asdict(self.config), "out": self.out.name, "data_root": None, "fresh": False},
+            "teacher": asdict(self.teacher_config), "quantize": asdict(self.quantize_config),
+            "train": asdict(self.qat_config), "distill": asdict(self.distill_config),
+        })  # fmt: skip
+        world = environment()
+        for result in results:
+            metrics = {**result.metrics(), "certificate": certificate.verdict}
+            append(records, Record(
+                name=f"run/{result.name}", data=self.data.name, seed=self.config.seed, n=result.n, metrics=_plain(metrics),
+                config=config, environment=world, time=now(),
+            ))  # fmt: skip
+        title = f"{self.config.model} on {self.data.name}"
+        draw_curve(results, curve, title=title)
+        command = f"qsnn run --data {self.config.data} --model {self.config.model} --out {self.out.name} --seed {self.config.seed}"
+        write_report(
+            report, title=title, results=results, certificate=str(certificate), config=config, environment=world,
+            command=command, notes=[], stages=self.stages,
+        )  # fmt: skip
+        names = ("teacher", "qann", "snn", "student", "folded")
+        return (*(self._path(name) for name in names), curve, report, records)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back: lists for tuples, strings for paths."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+

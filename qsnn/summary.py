@@ -1,0 +1,173 @@
+"""summary(): what a network weighs and computes, layer by layer and by precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsnn.graph import device_of, input_shape_of
+from qsnn.integer import Current, FloatLayer, IntegerIF, IntegerLayer
+from qsnn.quantizers import level_quant
+
+_FLOAT_BITS = 32
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, IntegerLayer, FloatLayer)
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer: its output for one image, the bits of its weights and of its input, and what it costs."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    """Of the output, without the batch."""
+    weight_bits: int
+    input_bits: int
+    """32 where the input is not quantized, 1 for spikes."""
+    parameters: int
+    """Weights; bias and batch norm are in :attr:`Summary.other_parameters`."""
+    macs: int
+    """Multiply-accumulates for one image, or for one time step."""
+    static: bool
+    """In a spiking network: whether the layer runs once, before time begins."""
+
+    @property
+    def bytes(self) -> float:
+        """Memory of the weights at their precision [byte]."""
+        return self.parameters * self.weight_bits / 8
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a network and their totals; ``str()`` is a table."""
+
+    layers: tuple[LayerSummary, ...]
+    other_parameters: int
+    """Biases, batch norm, steps and thresholds, 32 bit each."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all parameters, weights at their precision and the others at 32 bit [byte]."""
+        return round(sum(layer.bytes for layer in self.layers) + 4 * self.other_parameters)
+
+    @property
+    def float_bytes(self) -> int:
+        """The same network's memory in float32 [byte]."""
+        return 4 * (sum(layer.parameters for layer in self.layers) + self.other_parameters)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image (of one time step)."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def macs_by_precision(self) -> dict[str, int]:
+        """MACs by "W<weight bits>A<input bits>"."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            key = f"W{layer.weight_bits}A{layer.input_bits}"
+            found[key] = found.get(key, 0) + layer.macs
+        return found
+
+    def __str__(self) -> str:
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [
+            f"{'layer':<{width}}  {'type':<8}  {'output':<12}  {'W bit':>5}  {'A bit':>5}  {'weights':>10}  {'KiB':>9}  {'MACs':>13}"
+        ]
+        for layer in self.layers:
+            lines.append(
+                f"{layer.name:<{width}}  {layer.kind:<8}  {'x'.join(map(str, layer.shape)):<12}  {layer.weight_bits:>5}  "
+                f"{layer.input_bits:>5}  {layer.parameters:>10,}  {layer.bytes / 1024:>9.2f}  {layer.macs:>13,}"
+            )
+        ratio = self.float_bytes / max(1, self.weight_bytes)
+        precision = ", ".join(f"{key}: {macs:,}" for key, macs in self.macs_by_precision.items())
+        lines.append(f"other parameters: {self.other_parameters:,} at 32 bit")
+        lines.append(f"memory: {self.weight_bytes / 1024:.2f} KiB, float32 {self.float_bytes / 1024:.2f} KiB ({ratio:.1f} x)")
+        lines.append(f"MACs by precision: {precision}")
+        return "\n".join(lines)
+
+
+def weight_bits(layer: nn.Module) -> int:
+    """Return the bits of a layer's weights: 1 to 8, 16 (fp16) or 32 (float)."""
+    if isinstance(layer, IntegerLayer):
+        return layer.weight_bits
+    quant = getattr(layer, "weight_quant", None)
+    if quant is None or not quant.is_quant_enabled:
+        return _FLOAT_BITS
+    return int(quant.tensor_quant(layer.weight)[3])
+
+
+@torch.no_grad()
+def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
+    """Return memory and operations of every layer with weights.
+
+    Args:
+        model: a float network, a QANN, an SNN or its folded form. It is run once on a black image.
+        shape: (C, H, W) of one image; by default the one the model was made for.
+    Raises:
+        ValueError: no shape is given and none is recorded.
+    """
+    shape = shape or input_shape_of(model)
+    if shape is None:
+        raise ValueError("summary needs the image shape: summary(model, (C, H, W))")
+    network = getattr(model, "network", model)
+    spiking = network is not model
+    training = network.training
+    network.eval()
+    rows: list[LayerSummary] = []
+    started = False
+    current = _FLOAT_BITS
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal current, started
+            quant = level_quant(module)
+            if quant is not None:
+                current = quant.levels.bit_length() + quant.signed
+            elif hasattr(module, "threshold"):
+                current, started = 1, True
+            elif type(module).__name__ == "IntegerInput":
+                current = module.levels.bit_length() + 1
+            if not isinstance(module, _WEIGHTED):
+                return
+            weight = module.integers if isinstance(module, IntegerLayer) else module.weight
+            macs = output[0].numel() * weight[0].numel()
+            kind = "linear" if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
+            rows.append(
+                LayerSummary(
+                    name, kind, tuple(output.shape[1:]), weight_bits(module), current, weight.numel(), macs,
+                    spiking and not started,
+                )
+            )  # fmt: skip
+
+        return record
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name]
+    timed = [module for module in network.modules() if hasattr(module, "timesteps")]
+    try:
+        for module in timed:
+            module.timesteps = 1
+        network(torch.zeros(1, *shape, device=device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in timed:
+            module.timesteps = None
+            if hasattr(module, "reset"):
+                module.reset()
+        network.train(training)
+    return Summary(tuple(rows), _other_parameters(network))
+
+
+def _other_parameters(network: nn.Module) -> int:
+    """Biases, steps and thresholds; batch norm counts as the two numbers a channel that it is at inference."""
+    count = sum(p.numel() for p in network.parameters()) - sum(
+        m.weight.numel() for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)
+    )
+    for module in network.modules():
+        if isinstance(module, IntegerIF | Current):
+            count += 2 * module.bias.numel()
+    return count
