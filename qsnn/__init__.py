@@ -4,7 +4,8 @@ from qsnn.benchmark import Benchmark, benchmark
 from qsnn.certify import Certificate, certify
 from qsnn.checkpoint import load, load_weights, read_recipe, save
 from qsnn.convert import ConvertConfig, convert
-from qsnn.data import Data, batches, load_data
+from qsnn.data import Data, batches
+from qsnn.datasets import load_data
 from qsnn.distill import DistillConfig, distill
 from qsnn.fold import fold
 from qsnn.models import create_model

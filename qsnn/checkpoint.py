@@ -73,7 +73,8 @@ def load(path: str | Path) -> nn.Module:
         ValueError: the file is truncated, not written by qsnn, or does not fit the model it names.
     """
     recipe, tensors = _read(path)
-    model = _build(recipe)
+    with torch.random.fork_rng():  # new layers draw weights, which are overwritten
+        model = _build(recipe, tensors)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -93,29 +94,54 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     raw = _bytes(path)
     try:
-        tensors = load_tensors(raw) if _header(raw) is not None else torch.load(path, weights_only=True, map_location="cpu")
+        if _header(raw) is not None:
+            tensors: Any = load_tensors(raw)
+        else:
+            tensors = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(tensors, dict):
+            raise ValueError(f"expected a state_dict, got {type(tensors).__name__}")
         model.load_state_dict(tensors.get("state_dict", tensors))
     except Exception as error:  # torch.load raises many kinds for a broken file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot load {path} into {type(model).__name__}: {reason}") from error
 
 
-def _build(recipe: dict[str, Any]) -> nn.Module:
+def resume_file(path: str | Path, *key: Any) -> Path:
+    """Return where a training run that ends in ``path`` keeps its state between epochs; make the folder.
+
+    The same command finds it again; a run of another model, data set or option finds none, and starts from the start.
+
+    Args:
+        path: the file that the run will write.
+        key: all that the run depends on; what JSON has no word for counts by its ``repr``.
+    Raises:
+        ValueError: ``path`` is a folder (said before hours of training, not after).
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected a file to write, {path} is a folder; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=repr).encode()).hexdigest()[:12]
+    return path.with_name(f".{path.name}.{digest}.resume")
+
+
+def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Module:
     """The structure a recipe describes, with weights and steps still to be loaded."""
     spec, shape = recipe["model"], recipe.get("input_shape")
-    model = build_model(
-        spec["name"], None if shape is None else tuple(shape), recipe.get("num_classes"), **spec.get("options", {})
-    )
+    classes = recipe.get("num_classes") or len(recipe.get("data", {}).get("classes", ())) or None
+    model = build_model(spec["name"], None if shape is None else tuple(shape), classes, **spec.get("options", {}))
     model.qsnn_recipe = {**recipe, "kind": "teacher"}  # type: ignore[assignment]
     if "quantize" not in recipe or recipe["kind"] == "teacher":
         return model
     model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]))
     if recipe["kind"] == "qann":
         return model
-    for module in model.modules():
+    for name, module in model.named_modules():
         quant = level_quant(module)
         if quant is not None:
-            quant.scaling_impl.value.data.fill_(1.0)  # any step builds the same structure
+            # any θ builds the same spiking network; fold concatenates spikes as integers only where their θ is the same
+            theta = tensors.get(f"network.{name}.threshold")
+            quant.scaling_impl.value.data.fill_(1.0 if theta is None else float(theta))
     snn = convert(model, ConvertConfig(**recipe["convert"]))
     return fold(snn) if recipe["kind"] == "folded" else snn
 
@@ -148,7 +174,9 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is no safetensors file, or a truncated one ({len(raw)} bytes)")
     text = (header.get("__metadata__") or {}).get(_KEY)
     if text is None:
-        raise ValueError(f"{path} was not written by qsnn; for weights of your own: qsnn train --model ... --weights {path}")
+        raise ValueError(
+            f"{path} was not written by qsnn; for weights of your own: qsnn train --model ... --weights {path}"
+        )
     try:
         tensors = load_tensors(raw)
     except SafetensorError as error:

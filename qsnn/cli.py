@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -14,13 +18,15 @@ from torch import nn
 
 from qsnn.benchmark import benchmark as run_benchmark
 from qsnn.certify import certify
-from qsnn.checkpoint import load, load_weights, read_recipe, save
+from qsnn.checkpoint import load, load_weights, read_recipe, resume_file, save
 from qsnn.convert import ConvertConfig
 from qsnn.convert import convert as to_snn
-from qsnn.data import Data, load_data
+from qsnn.data import Data
+from qsnn.datasets import load_data
 from qsnn.distill import DistillConfig
 from qsnn.distill import distill as to_student
 from qsnn.fold import fold as to_integers
+from qsnn.graph import recipe_of
 from qsnn.models import create_model
 from qsnn.neurons import SNN
 from qsnn.quantize import QuantizeConfig
@@ -70,7 +76,8 @@ def train(
     teacher = create_model(model, found, seed=config.seed)
     if weights is not None:
         load_weights(teacher, weights)
-    _fit(teacher, found, config, out, "teacher")
+    start = None if weights is None else hashlib.sha256(weights.read_bytes()).hexdigest()
+    _fit(teacher, found, config, out, start, label="teacher")
     _written(teacher, out, found)
 
 
@@ -92,7 +99,7 @@ def quantize(
     """
     teacher, data = _loaded(file, data_root, ("teacher",))
     qann = to_qann(teacher, data, config)
-    _fit(qann, data, training, out, "QANN", teacher=teacher)
+    _fit(qann, data, training, out, label="QANN", teacher=teacher)
     _written(qann, out, data)
 
 
@@ -138,8 +145,10 @@ def distill(
         config: Loss terms and training options.
     """
     snn, data = _loaded(file, data_root, ("snn", "student"))
-    state = _state(out)
-    student = to_student(cast(SNN, snn), load(teacher), data, config, resume=state)
+    expert = load(teacher)
+    _expect(expert, teacher, ("teacher", "qann"))
+    state = resume_file(out, snn.qsnn_recipe, expert.qsnn_recipe, asdict(config))
+    student = to_student(cast(SNN, snn), expert, data, config, resume=state)
     _written(student, out, data)
     state.unlink(missing_ok=True)
 
@@ -179,28 +188,34 @@ def benchmark(
     """
     if not files:
         raise ValueError("expected at least one checkpoint: qsnn benchmark FILE ...")
-    models = [load(file) for file in files]
-    data = _data(models[0].qsnn_recipe, files[0], data_root)  # type: ignore[arg-type]
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
+    models = dict(zip(names, map(load, files), strict=True))
+    recipes = {name: recipe_of(model) for name, model in models.items()}
+    sets = {str(recipe.get("data", {}).get("name")) for recipe in recipes.values()}
+    if len(sets) > 1:
+        raise ValueError(f"expected checkpoints of one data set, got {', '.join(sorted(sets))}; benchmark them apart")
+    data = _data(recipes[names[0]], files[0], data_root)
     results = [
-        run_benchmark(model, data.test, timesteps=timesteps, firing=firing, name=file.stem)
-        for model, file in zip(models, files, strict=True)
+        run_benchmark(model, data.test, timesteps=timesteps, firing=firing, name=name) for name, model in models.items()
     ]
     Console().print(table(results))
-    world, recipes = environment(), {file.stem: m.qsnn_recipe for m, file in zip(models, files, strict=True)}
-    title = f"{', '.join(file.stem for file in files)} on {data.name}"
+    world = environment()
+    title = f"{', '.join(names)} on {data.name}"
     if html is not None:
+        command = f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}"
         write_report(
-            html, title=title, results=results, certificate=None, config=cast(dict[str, Any], recipes), environment=world,
-            command=f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}", notes=[], stages=None,
+            html, title=title, results=results, certificate=None, config=recipes, environment=world, command=command,
+            notes=[], stages=None,
         )  # fmt: skip
     if figure is not None:
         draw_curve(results, figure, title=title)
     if records is not None:
         for result, recipe in zip(results, recipes.values(), strict=True):
-            seed = cast(dict[str, Any], recipe).get("distill", {}).get("seed", 0)
+            seed = recipe.get("distill", recipe.get("train", {})).get("seed", 0)
             append(records, Record(
                 name=f"benchmark/{result.name}", data=data.name, seed=seed, n=result.n, metrics=result.metrics(),
-                config=cast(dict[str, Any], recipe), environment=world, time=now(),
+                config=recipe, environment=world, time=now(),
             ))  # fmt: skip
     for path in (html, figure, records):
         if path is not None:
@@ -219,17 +234,11 @@ def info(file: _FILE) -> None:
     print(summary(load(file)))
 
 
-def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, label: str, **options: Any) -> None:
-    state = _state(out)
-    fit(model, data, config, resume=state, label=label, **options)
+def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, start: Any = None, **options: Any) -> None:
+    state = resume_file(out, model.qsnn_recipe, asdict(config), start)
+    fit(model, data, config, resume=state, **options)
     model.qsnn_recipe = {**model.qsnn_recipe, "train": asdict(config)}  # type: ignore[arg-type,assignment,dict-item]
     state.unlink(missing_ok=True)
-
-
-def _state(out: Path) -> Path:
-    """Where a run keeps its state between epochs, so that the same command goes on after an interruption."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.with_name(f".{out.name}.resume")
 
 
 def _written(model: nn.Module, out: Path, data: Data) -> None:
@@ -271,17 +280,45 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line and exit status 2, Ctrl-C with 130."""
+    if "" not in sys.path:
+        sys.path.append("")  # a model of one's own in the working directory, also where the script `qsnn` is called
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            args=args,
-            prog="qsnn",
-            description="From a trained ANN to a spiking network that answers in two time steps, with proof.",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        _parse(args)()
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"qsnn: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("qsnn: stopped; the same command goes on from the last finished epoch", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _parse(args: list[str] | None) -> Callable[[], None]:
+    """The command with its arguments, not yet called.
+
+    tyro draws a box around the ValueError of a config that refuses an option; it is raised here instead, so that it
+    becomes one line like any other. Parsing and calling are apart so that only what tyro prints is held back.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: _later(command) for name, command in COMMANDS.items()},
+                args=args,
+                prog="qsnn",
+                description="From a trained ANN to a spiking network that answers in two time steps, with proof.",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as leave:
+        failure = leave.__context__  # names the config, or the option that could not be read, which the box explains
+        if failure is not None and isinstance(getattr(failure, "arg", None), str):
+            raise ValueError(getattr(failure, "message", failure)) from None
+        sys.stderr.write(shown.getvalue())
+        raise
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def later(*args: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **options)
+
+    return later

@@ -124,7 +124,7 @@ class IFNode(BaseNode):
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
-        return f"threshold={float(self.threshold):.4g}, initial={self.initial}, step_mode={self.step_mode}"
+        return f"threshold={float(self.threshold.detach()):.4g}, initial={self.initial}, step_mode={self.step_mode}"
 
 
 class Repeat(nn.Module):

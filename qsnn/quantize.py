@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any
 
 import brevitas.nn as qnn
@@ -167,13 +165,10 @@ def calibrate_(qann: nn.Module, images: Tensor) -> None:
 
 def _calibration_images(source: Any, count: int) -> Tensor:
     found: list[Tensor] = []
-    loader: Iterable[tuple[Tensor, Tensor]] = batches(source, min(count, 512))
-    for images, _ in islice(loader, -(-count // 512) if hasattr(source, "__getitem__") else None):
+    for images, _ in batches(source, min(count, 512)):
         found.append(images)
         if sum(len(part) for part in found) >= count:
             break
-    if not found:
-        raise ValueError("the calibration data is empty: expected at least one batch of (images, labels)")
     return torch.cat(found)[:count]
 
 
@@ -230,10 +225,7 @@ def _quantized_layer(layer: nn.Module, bits: int) -> nn.Module:
 
 
 def _activation(levels: int, bits: int) -> nn.Module:
-    relu = qnn.QuantReLU(act_quant=LevelActQuant, levels=levels, bit_width=bits)
-    # (Q) clips at 0 itself, so the ReLU inside would be one more pass over memory for nothing.
-    relu.act_quant.fused_activation_quant_proxy.activation_impl = nn.Identity()
-    return relu
+    return qnn.QuantReLU(act_quant=LevelActQuant, levels=levels, bit_width=bits)
 
 
 def _quantize_input_(network: fx.GraphModule, bits: int) -> None:

@@ -201,10 +201,22 @@ class LevelQuant(RescalingIntQuant):
         return y, step, self.zero_point_impl(x, step, bit_width), bit_width
 
 
+class LevelActProxy(ActQuantProxyFromInjector):
+    """Brevitas' proxy without the ReLU inside: (Q) clips at 0 itself, so that would be one more pass for nothing.
+
+    It is left out here and not once after construction, since Brevitas builds the quantizer again when it loads.
+    """
+
+    def init_tensor_quant(self) -> None:
+        """Build the quantizer from the injector."""
+        super().init_tensor_quant()
+        self.fused_activation_quant_proxy.activation_impl = nn.Identity()
+
+
 class LevelActQuant(ExtendedInjector):
     """Brevitas injector of :class:`LevelQuant`; give ``levels``, ``signed`` and ``bit_width``."""
 
-    proxy_class = ActQuantProxyFromInjector
+    proxy_class = LevelActProxy
     tensor_quant = LevelQuant
     int_quant = LevelIntQuant
     int_scaling_impl = LevelScaling

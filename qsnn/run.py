@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +13,13 @@ from torch import nn
 
 from qsnn.benchmark import Benchmark, benchmark
 from qsnn.certify import certify
-from qsnn.checkpoint import load, load_weights, read_recipe, save
+from qsnn.checkpoint import load, load_weights, read_recipe, resume_file, save
 from qsnn.convert import ConvertConfig, convert
-from qsnn.data import Data, load_data
+from qsnn.data import Data
+from qsnn.datasets import load_data
 from qsnn.distill import DistillConfig, distill
 from qsnn.fold import fold
+from qsnn.graph import recipe_of
 from qsnn.models import create_model
 from qsnn.neurons import SNN
 from qsnn.quantize import QuantizeConfig, quantize
@@ -61,6 +64,15 @@ class RunConfig:
     fresh: bool = False
     """Start over, even where a stage is done."""
 
+    def __post_init__(self) -> None:
+        """Refuse before the training what would fail after it.
+
+        Raises:
+            ValueError: which option, and what it may be.
+        """
+        if self.max_timesteps < 1:
+            raise ValueError(f"max_timesteps must be a whole number of at least 1, got {self.max_timesteps}")
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -91,7 +103,6 @@ class _Flow:
     def __init__(self, config: RunConfig, data: Data, say: Say) -> None:
         self.config, self.data, self.say = config, data, say
         self.out = Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
         self.stages: list[tuple[str, float]] = []
         epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
@@ -104,14 +115,22 @@ class _Flow:
 
     def run(self) -> RunResult:
         started = time.perf_counter()
-        teacher = self._stage("teacher", self._teacher, train=asdict(self.teacher_config))
+        weights = self.config.weights and hashlib.sha256(self.config.weights.read_bytes()).hexdigest()
+        teacher = self._stage(
+            "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,
+            train=asdict(self.teacher_config),
+        )  # fmt: skip
         qann = self._stage(
             "qann", lambda state: self._qann(teacher, state), teacher,
             quantize=asdict(self.quantize_config), train=asdict(self.qat_config),
         )  # fmt: skip
-        snn = cast(SNN, self._stage("snn", lambda _: convert(qann, self.convert_config), qann))
+        snn = cast(
+            SNN,
+            self._stage("snn", lambda _: convert(qann, self.convert_config), qann, convert=asdict(self.convert_config)),
+        )
         certificate = certify(snn, qann, self.data.test)
-        self.say(f"certificate: {certificate.verdict} (deferred, T = {certificate.timesteps}, {certificate.images:,} test images)")
+        proved_on = f"deferred, T = {certificate.timesteps}, {certificate.images:,} test images"
+        self.say(f"certificate: {certificate.verdict} ({proved_on})")
         student = cast(
             SNN,
             self._stage("student", lambda state: distill(snn, qann, self.data, self.distill_config, resume=state),
@@ -130,11 +149,12 @@ class _Flow:
         self, name: str, make: Callable[[Path], nn.Module], parent: nn.Module | None = None, **configs: Any
     ) -> nn.Module:
         """Load the stage's file if it was made from this parent with these configs; else make and save it."""
-        path, state = self._path(name), self.out / f".{name}.resume.safetensors"
+        key = {"parent": None if parent is None else recipe_of(parent)["sha256"], **configs}
+        path = self._path(name)
+        state = resume_file(path, key)
         if self.config.fresh:
             path.unlink(missing_ok=True)
             state.unlink(missing_ok=True)
-        key = {"parent": None if parent is None else parent.qsnn_recipe["sha256"], **configs}
         if path.exists():
             recipe = read_recipe(path)
             if recipe.get("stage") == _plain(key):
@@ -177,27 +197,41 @@ class _Flow:
 
     def _write(self, results: tuple[Benchmark, ...], certificate: Any, folded: SNN) -> tuple[Path, ...]:
         curve, report, records = self.out / "curve.png", self.out / "report.html", self.out / "records.jsonl"
+        weights = self.config.weights and self.config.weights.name  # a record holds no path of a machine
         config = _plain({
-            "run": {**asdict(self.config), "out": self.out.name, "data_root": None, "fresh": False},
+            "run": {**asdict(self.config), "out": self.out.name, "weights": weights, "data_root": None, "fresh": False},
             "teacher": asdict(self.teacher_config), "quantize": asdict(self.quantize_config),
             "train": asdict(self.qat_config), "distill": asdict(self.distill_config),
         })  # fmt: skip
         world = environment()
         for result in results:
-            metrics = {**result.metrics(), "certificate": certificate.verdict}
+            metrics = _plain({**result.metrics(), "certificate": certificate.verdict})
             append(records, Record(
-                name=f"run/{result.name}", data=self.data.name, seed=self.config.seed, n=result.n, metrics=_plain(metrics),
+                name=f"run/{result.name}", data=self.data.name, seed=self.config.seed, n=result.n, metrics=metrics,
                 config=config, environment=world, time=now(),
             ))  # fmt: skip
         title = f"{self.config.model} on {self.data.name}"
         draw_curve(results, curve, title=title)
-        command = f"qsnn run --data {self.config.data} --model {self.config.model} --out {self.out.name} --seed {self.config.seed}"
         write_report(
             report, title=title, results=results, certificate=str(certificate), config=config, environment=world,
-            command=command, notes=[], stages=self.stages,
+            command=_command(self.config), notes=[], stages=self.stages,
         )  # fmt: skip
         names = ("teacher", "qann", "snn", "student", "folded")
         return (*(self._path(name) for name in names), curve, report, records)
+
+
+def _command(config: RunConfig) -> str:
+    """What to type to get the same again: every option that is not the default, without the folders of this machine."""
+    words = ["qsnn run"]
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if option.name in ("data_root", "fresh") or (value == option.default and option.name != "data"):
+            continue
+        if isinstance(value, Path):
+            value = value.name
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        words.append(f"--{option.name.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 def _plain(value: Any) -> Any:

@@ -120,32 +120,35 @@ def fit(
     per_epoch = num_batches(train, config.batch_size)
     if per_epoch is None:
         raise ValueError("data.train must be a Dataset with a length")
+    state = _read_state(resume, config)
+    if state is not None:
+        model.load_state_dict(state.model)  # before the optimizer: Brevitas makes new parameters when it loads
     optimizer, scheduler = _optimizer(model, config, per_epoch)
+    history = [] if state is None else state.restore_(optimizer, scheduler)
     step_loss = loss or _default_loss(config, teacher)
     if teacher is not None:
         teacher.eval()
-    history = _load_state(resume, model, optimizer, scheduler, config)
     with _progress() as progress, torch.random.fork_rng():
         bar = progress.add_task(label, total=config.epochs * per_epoch, completed=len(history) * per_epoch, note="")
         for epoch in range(len(history), config.epochs):
             torch.manual_seed(config.seed * 1_000_003 + epoch)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             augment = config.augment or data.augment
-            model.train().to(memory_format=torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
+            _lay_out(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
             total = torch.zeros((), device=device)
             for images, labels in batches(train, config.batch_size, generator=generator, augment=augment, device=device):
                 optimizer.zero_grad(set_to_none=True)
                 value = step_loss(model, images, labels)
-                if not bool(value.isfinite()):
+                if not bool(value.detach().isfinite()):
                     raise FloatingPointError(
-                        f"the loss is {float(value)} in epoch {epoch + 1} of {label!r}; try a lower lr than {config.lr}"
+                        f"the loss is {float(value.detach())} in epoch {epoch + 1} of {label!r}; try a lower lr than {config.lr}"
                     )
                 value.backward()
                 optimizer.step()
                 scheduler.step()
                 total += value.detach()
                 progress.advance(bar)
-            model.eval().to(memory_format=torch.contiguous_format)
+            _lay_out(model.eval(), torch.contiguous_format)
             history.append(Epoch(epoch + 1, float(total) / per_epoch, accuracy(model, data.val)))
             _save_state(resume, model, optimizer, scheduler, config, history)
             progress.update(bar, note=f"loss {history[-1].loss:.3f}, validation {history[-1].val_accuracy:.2f} %")
@@ -205,6 +208,18 @@ def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
     return loss
 
 
+@torch.no_grad()
+def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Put 4-d parameters into a memory format, in place.
+
+    ``Module.to`` leaves the strides of a tensor that has one input channel as they come, and a convolution may round
+    differently by them: then a continued run would not end with the weights of one that was not stopped.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = torch.empty_like(parameter, memory_format=memory_format).copy_(parameter)
+
+
 def _optimizer(model: nn.Module, config: TrainConfig, per_epoch: int) -> tuple[Any, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -249,11 +264,24 @@ def _save_state(
     write_atomic(path, save_tensors(tensors, {"qsnn.fit": json.dumps(meta)}))
 
 
-def _load_state(
-    path: str | Path | None, model: nn.Module, optimizer: Any, scheduler: Any, config: TrainConfig
-) -> list[Epoch]:
+@dataclass(frozen=True)
+class _State:
+    model: dict[str, Tensor]
+    optimizer: dict[int, dict[str, Tensor]]
+    step: int
+    history: list[Epoch]
+
+    def restore_(self, optimizer: Any, scheduler: Any) -> list[Epoch]:
+        optimizer.load_state_dict({"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]})
+        scheduler.last_epoch = self.step
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(self.step)
+        return list(self.history)
+
+
+def _read_state(path: str | Path | None, config: TrainConfig) -> _State | None:
     if path is None or not Path(path).exists():
-        return []
+        return None
     raw = Path(path).read_bytes()
     try:
         tensors = load_tensors(raw)
@@ -263,15 +291,10 @@ def _load_state(
         raise ValueError(f"{path} is no state of a training run ({error}); delete it to start over") from error
     if meta["config"] != asdict(config):
         raise ValueError(f"{path} is the state of a run with other options; delete it to start over")
-    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
-    state: dict[int, dict[str, Tensor]] = {}
+    optimizer: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = value
-    whole = optimizer.state_dict()
-    optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
-    scheduler.last_epoch = meta["step"]
-    for group, base in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
-        group["lr"] = base * scheduler.lr_lambdas[0](meta["step"])
-    return [Epoch(**epoch) for epoch in meta["history"]]
+            optimizer.setdefault(int(index), {})[key] = value
+    model = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
+    return _State(model, optimizer, meta["step"], [Epoch(**epoch) for epoch in meta["history"]])

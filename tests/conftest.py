@@ -1,0 +1,63 @@
+"""Small nets on digits, and images on which their activations meet ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qsnn
+from qsnn.quantizers import level_quant
+
+torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # two full thread pools on few cores slow each other down
+
+
+@pytest.fixture(scope="session")
+def digits() -> qsnn.Data:
+    return qsnn.load_data("digits")
+
+
+def scramble(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give batch norms random statistics and affines: some γ negative, one zero, in place; return the model in eval."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                shape = module.weight.shape
+                module.weight.copy_(torch.randn(shape, generator=generator) * 0.7 + 0.5)
+                module.weight[0] = 0.0
+                module.bias.copy_(torch.randn(shape, generator=generator))
+                module.running_mean.copy_(torch.randn(shape, generator=generator) * 0.3)
+                module.running_var.copy_(torch.rand(shape, generator=generator) * 1.5 + 0.5)
+    return model.eval()
+
+
+def power_of_two(qann: nn.Module) -> nn.Module:
+    """Round every activation step to a power of two, in place: then ties really happen, and float32 is exact."""
+    with torch.no_grad():
+        for module in qann.modules():
+            quant = level_quant(module)
+            if quant is not None:
+                step = float(quant.scaling_impl.value) / quant.levels
+                quant.scaling_impl.value.fill_(2.0 ** round(torch.tensor(step).log2().item()) * quant.levels)
+    return qann
+
+
+@pytest.fixture(scope="session")
+def teacher(digits: qsnn.Data) -> nn.Module:
+    return scramble(qsnn.create_model("vgg-small", digits))
+
+
+@pytest.fixture(scope="session")
+def qann(teacher: nn.Module, digits: qsnn.Data) -> nn.Module:
+    return qsnn.quantize(teacher, digits, qsnn.QuantizeConfig(weight_bits=4, levels=2)).eval()
+
+
+@pytest.fixture(scope="session")
+def snn(qann: nn.Module) -> qsnn.SNN:
+    return qsnn.convert(qann)
+
+
+@pytest.fixture(scope="session")
+def images(digits: qsnn.Data) -> torch.Tensor:
+    return next(qsnn.batches(digits.test, 32))[0]

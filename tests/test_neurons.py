@@ -1,0 +1,154 @@
+"""The IF neuron: law 1 (it is the quantizer on constant input), SpikingJelly's protocol, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from spikingjelly.activation_based import functional
+from torch import Tensor
+
+import qsnn
+from qsnn.neurons import IFNode, Repeat
+from qsnn.quantizers import round_half_up
+
+EIGHTHS = st.lists(st.integers(-64, 64), min_size=1, max_size=32)  # multiples of 1/8 add without rounding in float32
+
+
+def counts(node: IFNode, current: Tensor, timesteps: int) -> Tensor:
+    functional.reset_net(node)
+    return node(current.expand(timesteps, *current.shape)).sum(0)
+
+
+def quantizer(x: Tensor, theta: float, levels: int) -> Tensor:
+    return round_half_up(x / (theta / levels)).clamp(0, levels)
+
+
+@given(levels=st.sampled_from([1, 2, 4, 8]), x=EIGHTHS)
+def test_if_at_T_equal_L_is_the_quantizer_ties_included(levels: int, x: list[int]) -> None:
+    current = torch.tensor(x).float() / 8
+    node = IFNode(2.0)
+    # with θ = 2, L a power of two: x / s is a multiple of 1/16, halves are ties
+    assert torch.equal(counts(node, current, levels), quantizer(current, 2.0, levels))
+
+
+@given(levels=st.integers(1, 7), x=EIGHTHS)
+def test_if_with_threshold_L_is_the_quantizer_for_any_L(levels: int, x: list[int]) -> None:
+    current = torch.tensor(x).float() / 8
+    assert torch.equal(counts(IFNode(float(levels)), current, levels), quantizer(current, float(levels), levels))
+
+
+@given(levels=st.integers(1, 7), x=st.lists(EIGHTHS.filter(lambda v: len(v) >= 4), min_size=7, max_size=7))
+def test_deferred_firing_is_the_quantizer_on_any_current(levels: int, x: list[list[int]]) -> None:
+    current = torch.tensor([row[:4] for row in x[:levels]]).float() / 8
+    node = IFNode(float(levels))
+    node.firing = "deferred"
+    spikes = node(current)
+    expected = torch.floor((current.sum(0) + levels / 2) / levels).clamp(0, levels)
+    assert torch.equal(spikes.sum(0), expected)
+    assert torch.equal(spikes, spikes.sort(0, descending=True).values), "deferred spikes come first"
+
+
+@given(x=st.lists(st.lists(st.integers(-16, 16), min_size=3, max_size=3), min_size=1, max_size=8))
+def test_the_potential_is_input_minus_output(x: list[list[int]]) -> None:
+    current = torch.tensor(x).float() / 8
+    node = IFNode(1.0)
+    spikes = node(current)
+    assert torch.equal(node.v, 0.5 + current.sum(0) - spikes.sum(0))
+
+
+def test_step_by_step_equals_all_steps_at_once() -> None:
+    current = torch.randn(6, 5, 3)
+    many, single = IFNode(0.7), IFNode(0.7, step_mode="s")
+    together = many(current)
+    assert torch.equal(torch.stack([single(x) for x in current]), together)
+    assert torch.equal(single.v, many.v)
+    functional.reset_net(single)
+    assert torch.equal(single(current[0]), together[0]), "reset_net puts the potential back to half a threshold"
+
+
+def test_gradient_equals_autograd_through_the_loop() -> None:
+    theta, current = 0.8, torch.randn(4, 50, dtype=torch.float64)
+
+    class Spike(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):  # type: ignore[no-untyped-def]
+            ctx.save_for_backward(h)
+            return (h >= theta).double()
+
+        @staticmethod
+        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+            (h,) = ctx.saved_tensors
+            return grad * ((h - theta).abs() < theta / 2) / theta
+
+    weight = torch.randn(4, 50, dtype=torch.float64)
+    slow = current.clone().requires_grad_()
+    v, spikes = torch.full((50,), theta / 2, dtype=torch.float64), []
+    for x in slow:
+        h = v + x
+        spikes.append(Spike.apply(h))
+        v = h - theta * spikes[-1]
+    (torch.stack(spikes) * weight).sum().backward()
+
+    fast = current.clone().requires_grad_()
+    node = IFNode(theta).double()
+    node.threshold.data.fill_(theta)
+    (node(fast) * weight).sum().backward()
+    assert torch.allclose(fast.grad, slow.grad, atol=1e-12)
+
+
+def test_threshold_learns_where_it_is_asked_to() -> None:
+    node = IFNode(0.8)
+    node.threshold.requires_grad_()
+    (node(torch.rand(3, 40)) * node.threshold).sum().backward()
+    assert node.threshold.grad is not None and node.threshold.grad.isfinite()
+
+
+def test_repeat_hands_a_value_to_every_step() -> None:
+    repeat = Repeat()
+    repeat.timesteps = 3
+    x = torch.randn(2, 5)
+    assert torch.equal(repeat(x).unflatten(0, (3, 2)), x.expand(3, 2, 5))
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan"), float("inf"), torch.ones(2)])
+def test_a_threshold_must_be_one_positive_number(threshold: float | Tensor) -> None:
+    with pytest.raises(ValueError, match="positive, finite threshold"):
+        IFNode(threshold)
+
+
+def test_running_mean_and_prefix(snn: qsnn.SNN, images: Tensor) -> None:
+    with torch.no_grad():
+        z, m = snn.step_logits(images, timesteps=6), snn(images, timesteps=6)
+        assert torch.allclose(m[-1], z.mean(0), atol=1e-5)
+        assert torch.allclose(snn(images, timesteps=3), m[:3], atol=1e-5), "one checkpoint and one pass serve every T"
+        assert snn(images, timesteps=4, firing="deferred").shape == (1, len(images), 10)
+
+
+def test_no_state_is_left_from_the_batch_before(snn: qsnn.SNN, images: Tensor) -> None:
+    with torch.no_grad():
+        first = snn(images)
+        snn(images.flip(0) * 3)
+        assert torch.equal(snn(images), first)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (torch.zeros(2, 3, 8, 8), r"1, 8, 8"),
+        (torch.zeros(2, 1, 28, 28), r"28"),
+        (torch.zeros(1, 8, 8), r"B"),
+        (torch.full((2, 1, 8, 8), float("nan")), "(?i)nan"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "float"),
+    ],
+)
+def test_bad_images_are_refused(snn: qsnn.SNN, bad: Tensor, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        snn(bad)
+
+
+@pytest.mark.parametrize("options", [{"timesteps": 0}, {"timesteps": -1}, {"timesteps": 1.5}, {"firing": "burst"}])
+def test_impossible_runs_are_refused(snn: qsnn.SNN, images: Tensor, options: dict) -> None:
+    with pytest.raises(ValueError, match="at least 1|online"):
+        snn(images, **options)
