@@ -11,10 +11,10 @@ from qsnn.fold import fold
 from qsnn.models import create_model
 from qsnn.neurons import SNN, IFNode
 from qsnn.quantize import QuantizeConfig, quantize
-from qsnn.quantizers import integer_weights
 from qsnn.records import Record
 from qsnn.summary import Summary, summary
 from qsnn.train import TrainConfig, accuracy, fit
+from qsnn.weights import integer_weights
 
 __version__ = "0.1.0"
 

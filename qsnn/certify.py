@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from qsnn.data import batches
 from qsnn.fold import fold
 from qsnn.neurons import SNN
-from qsnn.quantizers import integer_weights, level_quant
+from qsnn.quantizers import is_sign, level_quant
+from qsnn.weights import integer_weights
 
 
 @dataclass
@@ -71,7 +72,11 @@ class Certificate:
             f"{layer.name:<{width}}  {layer.elements:>12,}  {layer.equal:>12,}  {layer.largest:>12}  {layer.ties:>8,}"
             for layer in self.layers
         ]
-        lines += [f"answers equal: {self.same_answers} of {self.images}", f"logits SHA-256: {self.logits_sha256}", self.verdict]
+        lines += [
+            f"answers equal: {self.same_answers} of {self.images}",
+            f"logits SHA-256: {self.logits_sha256}",
+            self.verdict,
+        ]
         return "\n".join(lines)
 
 
@@ -171,6 +176,8 @@ def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 class _Constant(nn.Module):
     """Stands in for a quantizer's scale: the number that was read once."""
 
+    value: Tensor
+
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.register_buffer("value", value)
@@ -191,9 +198,13 @@ class _Reference:
         read = {name: integer_weights(m) for name, m in model.named_modules() if hasattr(m, "weight_quant")}
         quants = {name: quant for name, m in model.named_modules() if (quant := level_quant(m)) is not None}
         steps = {name: quant.step.double() for name, quant in quants.items()}
+        signs = [name for name, m in model.named_modules() if is_sign(m)]
         self.model = model.double()
+        for name in signs:
+            self.levels[name] = 1
+            self.model.get_submodule(name).register_forward_hook(self._keep(name))
         for name, (integers, scale) in read.items():
-            layer = self.model.get_submodule(name)
+            layer: Any = self.model.get_submodule(name)
             if layer.weight_quant.is_quant_enabled:
                 layer.weight_quant.register_forward_hook(_replaced(integers.double() * scale.double()))
         for name, step in steps.items():
@@ -219,6 +230,9 @@ class _Reference:
     def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
         logits = self.model(images.double())
         integers, ties = {}, {}
+        for name in self.levels.keys() - self.steps.keys():
+            integers[name] = (self.outputs[name] > 0).double()
+            ties[name] = int((self.inputs[name] == 0).sum())
         for name, step in self.steps.items():
             integers[name] = torch.round(self.outputs[name] / step)
             q = self.inputs[name] / step
@@ -232,4 +246,3 @@ def _replaced(value: Tensor) -> Any:
         return value
 
     return hook
-

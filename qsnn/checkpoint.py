@@ -16,8 +16,9 @@ from torch import nn
 
 from qsnn.convert import ConvertConfig, convert
 from qsnn.fold import fold
-from qsnn.graph import recipe_of
+from qsnn.graph import recipe_of, set_recipe
 from qsnn.models import build_model
+from qsnn.neurons import IFNode
 from qsnn.quantize import QuantizeConfig, quantized_structure
 from qsnn.quantizers import level_quant
 from qsnn.records import write_atomic
@@ -37,8 +38,9 @@ def save(model: nn.Module, path: str | Path, *, model_name: str | None = None) -
         path: the file, usually ``*.safetensors``.
         model_name: ``package.module:function`` that builds the float network, for a model of your own.
     Raises:
-        ValueError: it is not known how to build the model again.
+        ValueError: it is not known how to build the model again, or the file is a folder.
     """
+    _refuse_folder(path)
     recipe = recipe_of(model)
     if model_name is not None:
         recipe["model"] = {"name": model_name, "options": {}}
@@ -81,7 +83,7 @@ def load(path: str | Path) -> nn.Module:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise ValueError(f"{path} does not fit the model {recipe['model']['name']!r} it names:{first[0]}") from error
     model.eval()
-    model.qsnn_recipe = recipe  # type: ignore[assignment]
+    set_recipe(model, recipe)
     return model
 
 
@@ -117,12 +119,25 @@ def resume_file(path: str | Path, *key: Any) -> Path:
     Raises:
         ValueError: ``path`` is a folder (said before hours of training, not after).
     """
+    _refuse_folder(path)
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"expected a file to write, {path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=repr).encode()).hexdigest()[:12]
     return path.with_name(f".{path.name}.{digest}.resume")
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    return hashlib.sha256(_bytes(path)).hexdigest()
+
+
+def _refuse_folder(path: str | Path) -> None:
+    if Path(path).is_dir():
+        raise ValueError(f"expected a file to write, {path} is a folder; name a file in it")
 
 
 def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Module:
@@ -130,7 +145,7 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
     spec, shape = recipe["model"], recipe.get("input_shape")
     classes = recipe.get("num_classes") or len(recipe.get("data", {}).get("classes", ())) or None
     model = build_model(spec["name"], None if shape is None else tuple(shape), classes, **spec.get("options", {}))
-    model.qsnn_recipe = {**recipe, "kind": "teacher"}  # type: ignore[assignment]
+    set_recipe(model, {**recipe, "kind": "teacher"})
     if "quantize" not in recipe or recipe["kind"] == "teacher":
         return model
     model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]))
@@ -139,11 +154,16 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
     for name, module in model.named_modules():
         quant = level_quant(module)
         if quant is not None:
-            # any θ builds the same spiking network; fold concatenates spikes as integers only where their θ is the same
-            theta = tensors.get(f"network.{name}.threshold")
-            quant.scaling_impl.value.data.fill_(1.0 if theta is None else float(theta))
+            step = tensors.get(f"network.{name}.step", torch.ones(()))  # any step builds the same spiking network
+            quant.scaling_impl.value.data.fill_(float(step) * quant.levels)
     snn = convert(model, ConvertConfig(**recipe["convert"]))
-    return fold(snn) if recipe["kind"] == "folded" else snn
+    if recipe["kind"] != "folded":
+        return snn
+    for name, neuron in snn.neurons():  # fold concatenates spikes as integers only where their θ is the same
+        theta = tensors.get(f"network.{name}.threshold")
+        if theta is not None and isinstance(neuron, IFNode):
+            neuron.threshold.data.copy_(theta)
+    return fold(snn)
 
 
 def _bytes(path: str | Path) -> bytes:

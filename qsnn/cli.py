@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import io
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import nn
 
 from qsnn.benchmark import benchmark as run_benchmark
 from qsnn.certify import certify
-from qsnn.checkpoint import load, load_weights, read_recipe, resume_file, save
+from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
 from qsnn.convert import ConvertConfig
 from qsnn.convert import convert as to_snn
 from qsnn.data import Data
@@ -76,7 +75,7 @@ def train(
     teacher = create_model(model, found, seed=config.seed)
     if weights is not None:
         load_weights(teacher, weights)
-    start = None if weights is None else hashlib.sha256(weights.read_bytes()).hexdigest()
+    start = None if weights is None else file_hash(weights)
     _fit(teacher, found, config, out, start, label="teacher")
     _written(teacher, out, found)
 

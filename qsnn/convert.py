@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qsnn.graph import add_module, call_nodes, child_recipe, module_of, replace_module, trace
-from qsnn.neurons import FIRINGS, SNN, IFNode, Repeat
-from qsnn.quantizers import level_quant
+from qsnn.graph import add_module, call_nodes, child_recipe, module_of, replace_module, set_recipe, trace
+from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat
+from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
@@ -41,7 +41,8 @@ class ConvertConfig:
 def convert(model: nn.Module, config: ConvertConfig | None = None) -> SNN:
     r"""Return a spiking copy of a quantized network; the Brevitas weights stay, and stay trainable.
 
-    A quantized ReLU with step s and L levels becomes an :class:`~qsnn.neurons.IFNode` with :math:`\theta = s\,L` and
+    A ±1 activation becomes a neuron with :math:`v_0 = \theta`, which fires at x >= 0, and 2·spike - 1 behind it; such a
+    network runs one step. A quantized ReLU with step s and L levels becomes an :class:`~qsnn.neurons.IFNode` with :math:`\theta = s\,L` and
     :math:`v_0 = \theta/2`; its spikes carry the amplitude θ, so that every layer behind it sees on average what it saw
     before. A max pool that stands before its activation is moved behind it (both are monotone).
 
@@ -54,7 +55,9 @@ def convert(model: nn.Module, config: ConvertConfig | None = None) -> SNN:
     """
     config = config or ConvertConfig()
     if not isinstance(config, ConvertConfig):
-        raise TypeError(f"expected a ConvertConfig, got {type(config).__name__}; call convert(qann, ConvertConfig(...))")
+        raise TypeError(
+            f"expected a ConvertConfig, got {type(config).__name__}; call convert(qann, ConvertConfig(...))"
+        )
     network = trace(model)
     spiking = _activations(network)
     if not spiking:
@@ -71,16 +74,20 @@ def convert(model: nn.Module, config: ConvertConfig | None = None) -> SNN:
     network.recompile()
     snn = SNN(network, config.timesteps, config.firing)
     snn.train(model.training)
-    snn.qsnn_recipe = child_recipe(model, "snn", convert=asdict(config))  # type: ignore[assignment]
+    set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
     return snn
 
 
 def _activations(network: fx.GraphModule) -> list[fx.Node]:
-    found = []
+    found, bad = [], []
     for node, module in call_nodes(network):
         quant = level_quant(module)
-        if quant is not None and not quant.signed:
+        if is_sign(module) or (quant is not None and not quant.signed):
             found.append(node)
+        elif isinstance(act_quant_of(module), HalfQuant):
+            bad.append(str(node.target))
+    if bad:
+        raise ValueError(f"fp16 activations have no spiking form: {', '.join(bad)}; quantize with levels or act_bits")
     return found
 
 
@@ -89,7 +96,12 @@ def _to_neuron_(network: fx.GraphModule, node: fx.Node) -> None:
     name = str(node.target)
     module = network.get_submodule(name)
     quant = level_quant(module)
-    assert quant is not None
+    if quant is None:  # ±1: from v0 = θ the neuron fires at x >= 0
+        replace_module(network, name, IFNode(1.0, initial=1.0))
+        with network.graph.inserting_after(node):
+            signs = network.graph.call_module(add_module(network, f"{name}_sign", PlusMinus()), (node,))
+        _reroute(node, signs)
+        return
     with torch.no_grad():
         step = quant.step
         threshold = step * quant.levels
@@ -101,7 +113,12 @@ def _to_neuron_(network: fx.GraphModule, node: fx.Node) -> None:
         amplitude = network.graph.get_attr(f"{name}.threshold")
     with network.graph.inserting_after(amplitude):
         scaled = network.graph.call_function(operator.mul, (node, amplitude))
-    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    _reroute(node, scaled)
+
+
+def _reroute(node: fx.Node, to: fx.Node) -> None:
+    """Let every user of ``node`` but ``to`` itself take ``to`` instead."""
+    node.replace_all_uses_with(to, delete_user_cb=lambda user: user is not to)
 
 
 def _move_max_pools_(network: fx.GraphModule) -> None:
@@ -113,21 +130,23 @@ def _move_max_pools_(network: fx.GraphModule) -> None:
         while True:
             users = list(path[-1].users)
             after = module_of(network, users[0]) if len(users) == 1 else None
-            if after is not None and level_quant(after) is not None:
+            if after is not None and (level_quant(after) is not None or is_sign(after)):
                 break
             if not isinstance(after, _BATCH_NORMS):
-                raise ValueError(f"the max pool {pool.target} is not followed by an activation it could be moved behind")
+                raise ValueError(
+                    f"the max pool {pool.target} is not followed by an activation it could be moved behind"
+                )
             if after.weight is not None and bool((after.weight < 0).any()):
                 raise ValueError(
-                    f"the max pool {pool.target} cannot be moved behind its activation: the batch norm {users[0].target} "
-                    f"in between has negative γ; put the pool behind the ReLU, or use average pooling"
+                    f"the max pool {pool.target} cannot be moved behind its activation: the batch norm "
+                    f"{users[0].target} in between has negative γ; put the pool behind the ReLU, or use average pooling"
                 )
             path.append(users[0])
         activation = users[0]
-        pool.replace_all_uses_with(pool.args[0])
+        pool.replace_all_uses_with(pool.all_input_nodes[0])
         with network.graph.inserting_after(activation):
             moved = network.graph.call_module(str(pool.target), (activation,))
-        activation.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+        _reroute(activation, moved)
         network.graph.erase_node(pool)
 
 
@@ -138,7 +157,7 @@ def level_quant_before(network: fx.GraphModule, node: fx.Node) -> bool:
         module = module_of(network, node)
         if module is None:
             return False
-        if level_quant(module) is not None:
+        if level_quant(module) is not None or is_sign(module):
             return True
         if not isinstance(module, (*_MAX_POOLS, nn.Dropout, nn.Dropout2d, nn.Identity)):
             return False

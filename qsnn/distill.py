@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsnn.data import Data
-from qsnn.graph import child_recipe, recipe_of
+from qsnn.graph import child_recipe, recipe_of, set_recipe
 from qsnn.neurons import SNN
 from qsnn.train import TrainConfig, fit, kl_divergence
 
@@ -152,5 +152,5 @@ def distill(
     recipe = child_recipe(student, "student", distill=asdict(config))
     recipe["convert"] = {**recipe.get("convert", {}), "timesteps": config.timesteps, "firing": "online"}
     recipe["teacher"] = recipe_of(teacher).get("sha256")
-    student.qsnn_recipe = recipe  # type: ignore[assignment]
+    set_recipe(student, recipe)
     return student

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from qsnn.graph import ADD_FUNCTIONS, child_recipe, input_shape_of, is_call, module_of
+from qsnn.graph import (
+    ADD_FUNCTIONS,
+    ADD_METHODS,
+    VIEW_FUNCTIONS,
+    VIEW_METHODS,
+    child_recipe,
+    input_shape_of,
+    is_call,
+    module_of,
+    set_recipe,
+    shape_nodes,
+)
 from qsnn.integer import Current, CurrentIF, FloatLayer, IntegerIF, IntegerInput, IntegerLayer, SumPool
-from qsnn.neurons import SNN, IFNode, Repeat
-from qsnn.quantizers import integer_weights, level_quant
+from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat
+from qsnn.quantizers import level_quant
+from qsnn.weights import integer_weights
 
 _PASSED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -75,7 +88,7 @@ def fold(snn: SNN) -> SNN:
         folder = _Folder(network, _shapes(network, input_shape_of(snn)))
         folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True)
     folded.eval()
-    folded.qsnn_recipe = child_recipe(snn, "folded")  # type: ignore[assignment]
+    set_recipe(folded, child_recipe(snn, "folded"))
     return folded
 
 
@@ -97,6 +110,8 @@ class _Folder:
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, _Value] = {}
+        self.sizes = shape_nodes(network)
+        self.copied: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
         for node in self.old.graph.nodes:
@@ -114,20 +129,39 @@ class _Folder:
             (source,) = node.all_input_nodes
             self.graph.output(self._current(self.values[source], "readout"))
             return None
+        if node in self.sizes:
+            self.copied[node] = self.graph.node_copy(node, self._counterpart)
+            return None
         module = module_of(self.old, node)
         if module is not None:
             return self._module(node, module, self.values[node.all_input_nodes[0]])
         if is_call(node, (operator.mul,)):
-            source, amplitude = node.args
-            factor = operator.attrgetter(str(amplitude.target))(self.old) if isinstance(amplitude, fx.Node) else amplitude
+            source, amplitude = node.all_input_nodes[0], node.args[1]
+            factor = (
+                operator.attrgetter(str(amplitude.target))(self.old) if isinstance(amplitude, fx.Node) else amplitude
+            )
             return self._scaled(self.values[source], torch.as_tensor(factor, dtype=torch.float64).reshape(-1))
-        if is_call(node, ADD_FUNCTIONS, ("add", "add_")) and len(node.all_input_nodes) == 2:
+        if is_call(node, ADD_FUNCTIONS, ADD_METHODS) and len(node.all_input_nodes) == 2:
             return self._added(*(self.values[source] for source in node.all_input_nodes))
         if is_call(node, (torch.cat,)):
             return self._concatenated(node)
         if is_call(node, (torch.flatten,), ("flatten",)):
             return self._flattened(node, self.values[node.all_input_nodes[0]])
+        if is_call(node, (*VIEW_FUNCTIONS, operator.getitem), VIEW_METHODS):
+            return self._moved(node, self.values[node.all_input_nodes[0]])
         raise ValueError(f"cannot fold {node.name} ({node.target}): it has no integer form")
+
+    def _counterpart(self, node: fx.Node) -> fx.Node:
+        """The new graph's node for a size, or for the first term of a value (whose shape is the same)."""
+        return self.copied[node] if node in self.copied else self.values[node].terms[0].node
+
+    def _moved(self, node: fx.Node, value: _Value) -> _Value:
+        """A view, transposition or split: on integers with one gain it does the same; else on the current itself."""
+        term = value.terms[0]
+        if not value.spikes_only:
+            term = _Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf"))
+            self.values[node.all_input_nodes[0]] = _Value((term,))
+        return _Value((replace(term, node=self.graph.node_copy(node, self._counterpart)),))
 
     def _module(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value:
         name = str(node.target)
@@ -135,6 +169,9 @@ class _Folder:
             return value
         if isinstance(module, IFNode):
             return self._neuron(name, module, value)
+        if isinstance(module, PlusMinus):
+            (term,) = value.terms
+            return _Value((replace(term, node=self._call(name, PlusMinus(), term.node)),))
         if isinstance(module, Repeat):
             terms = tuple(replace(t, node=self._call(name, Repeat(), t.node)) for t in value.terms)
             return _Value(terms, value.bias)
@@ -217,32 +254,38 @@ class _Folder:
         return replace(scaled, bias=bias)
 
     def _average_pool(self, node: fx.Node, pool: Any, value: _Value) -> _Value:
-        source = node.all_input_nodes[0]
-        if isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
-            if source.name not in self.shapes:
-                raise ValueError(f"cannot fold {node.target}: the image shape is unknown; quantize with data records it")
-            sides = self.shapes[source.name][2:]
-            out = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * len(sides)
-            if any(side % (o or side) for side, o in zip(sides, out, strict=True)):
-                raise ValueError(f"cannot fold {node.target}: {sides} does not divide into {out} equal windows")
-            kernel = tuple(side // (o or side) for side, o in zip(sides, out, strict=True))
-            stride, padding, ceil = kernel, (0,) * len(kernel), False
-        else:
-            dims = 1 if isinstance(pool, nn.AvgPool1d) else 2
-            kernel, stride, padding = (_tuple(x, dims) for x in (pool.kernel_size, pool.stride, pool.padding))
-            ceil = pool.ceil_mode
-            if (any(padding) and (value.bias is not None or not pool.count_include_pad)) or ceil:
-                raise ValueError(f"cannot fold {node.target}: windows of unequal size; use no padding and no ceil_mode")
-        size = 1
-        for side in kernel:
-            size *= side
+        kernel, stride, padding, uniform = self._windows(node, pool)
+        if not uniform and (value.bias is not None or any(term.integer for term in value.terms)):
+            # windows of unequal size: no sum over one divisor, so the current itself is averaged
+            value = _Value((_Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf")),))
+        size = math.prod(kernel)
         terms = []
         for term in value.terms:
-            if not term.integer:
-                raise ValueError(f"cannot fold {node.target}: it pools a real current; put it behind the activation")
-            call = self._call(str(node.target), SumPool(kernel, stride, padding, ceil), term.node)
-            terms.append(replace(term, node=call, divisor=term.divisor * size, bound=term.bound * size))
+            if term.integer:
+                call = self._call(str(node.target), SumPool(kernel, stride, padding), term.node)
+                terms.append(replace(term, node=call, divisor=term.divisor * size, bound=term.bound * size))
+            else:
+                terms.append(replace(term, node=self._call(str(node.target), copy.deepcopy(pool), term.node)))
         return _Value(tuple(terms), value.bias)
+
+    def _windows(self, node: fx.Node, pool: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
+        """Kernel, stride and padding of an average pool, and whether all its windows have the kernel's size."""
+        if isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
+            source = node.all_input_nodes[0]
+            if source.name not in self.shapes:
+                raise ValueError(
+                    f"cannot fold {node.target}: the image shape is unknown; quantize with data records it"
+                )
+            sides = self.shapes[source.name][2:]
+            out = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * len(sides)
+            goal = tuple(o or side for side, o in zip(sides, out, strict=True))
+            kernel = tuple(max(1, side // o) for side, o in zip(sides, goal, strict=True))
+            uniform = all(side % o == 0 for side, o in zip(sides, goal, strict=True))
+            return kernel, kernel, (0,) * len(kernel), uniform
+        dims = 1 if isinstance(pool, nn.AvgPool1d) else 2
+        kernel, stride, padding = (_tuple(x, dims) for x in (pool.kernel_size, pool.stride, pool.padding))
+        # padding puts zeros into the border's windows, where the bias of a current is not
+        return kernel, stride, padding, not pool.ceil_mode and not any(padding)
 
     def _flattened(self, node: fx.Node, value: _Value) -> _Value:
         source = node.all_input_nodes[0]
@@ -257,12 +300,20 @@ class _Folder:
             return x if x.numel() == 1 else x.repeat_interleave(pixels)
 
         terms = tuple(
-            replace(term, node=self.graph.call_function(torch.flatten, (term.node, 1)), factors=tuple(map(spread, term.factors)))
+            replace(
+                term,
+                node=self.graph.call_function(torch.flatten, (term.node, 1)),
+                factors=tuple(map(spread, term.factors)),
+            )
             for term in value.terms
         )
         return _Value(terms, None if value.bias is None else spread(value.bias))
 
     def _added(self, first: _Value, second: _Value) -> _Value:
+        if first.spikes_only and second.spikes_only and _worth(first) == _worth(second):
+            (a,), (b,) = first.terms, second.terms
+            call = self.graph.call_function(operator.add, (a.node, b.node))
+            return _Value((replace(a, node=call, bound=a.bound + b.bound),))
         bias = None
         if first.bias is not None or second.bias is not None:
             bias = self._bias(first) + self._bias(second)
@@ -270,7 +321,7 @@ class _Folder:
 
     def _concatenated(self, node: fx.Node) -> _Value:
         parts = [self.values[source] for source in node.all_input_nodes]
-        worth = [(tuple(float(f) for f in p.terms[0].factors), p.terms[0].divisor) for p in parts if p.spikes_only]
+        worth = [_worth(part) for part in parts if part.spikes_only]
         if len(worth) == len(parts) and len(set(worth)) == 1:
             call = self.graph.call_function(torch.cat, ([p.terms[0].node for p in parts], 1))
             return _Value((replace(parts[0].terms[0], node=call, bound=max(p.terms[0].bound for p in parts)),))
@@ -293,6 +344,12 @@ class _Folder:
         factors = [_stack(term.factors) for term in value.terms]
         module = Current(factors, [term.divisor for term in value.terms], self._bias(value))
         return self._call(name.replace(".", "_"), module, *(term.node for term in value.terms))
+
+
+def _worth(value: _Value) -> tuple[tuple[float, ...], int]:
+    """What a unit of a single per-tensor term is worth, to compare."""
+    (term,) = value.terms
+    return tuple(sorted(float(factor) for factor in term.factors)), term.divisor
 
 
 def _stack(factors: tuple[Tensor, ...]) -> Tensor:

@@ -11,9 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-RELU_FUNCTIONS = (F.relu, torch.relu, F.relu_, torch.relu_)
-RELU_METHODS = ("relu", "relu_")
 ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+ADD_METHODS = ("add", "add_")
+VIEW_FUNCTIONS = (
+    torch.transpose,
+    torch.permute,
+    torch.reshape,
+    torch.chunk,
+    torch.split,
+    torch.unsqueeze,
+    torch.squeeze,
+)
+VIEW_METHODS = ("view", "reshape", "transpose", "permute", "contiguous", "chunk", "split")
+"""Operations that only move values to other places."""
+_SHAPE_ARITHMETIC = (
+    operator.getitem,
+    operator.floordiv,
+    operator.mul,
+    operator.add,
+    operator.sub,
+    operator.truediv,
+    int,
+)
 
 
 class Tracer(fx.Tracer):
@@ -21,7 +40,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether ``m`` is one step of the graph."""
-        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.neurons", "qsnn.fold"))
+        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.neurons", "qsnn.integer"))
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -63,6 +82,63 @@ def is_call(node: fx.Node, functions: tuple[Callable[..., Any], ...] = (), metho
     return (node.op == "call_function" and node.target in functions) or (
         node.op == "call_method" and node.target in methods
     )
+
+
+def shape_nodes(network: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes that stand for sizes, not tensors: ``x.size(0)``, ``x.shape[1] // 2`` and the like."""
+    found: set[fx.Node] = set()
+    for node in network.graph.nodes:
+        size = is_call(node, (), ("size", "dim")) or (is_call(node, (getattr,)) and node.args[1] == "shape")
+        derived = is_call(node, _SHAPE_ARITHMETIC) and node.all_input_nodes
+        if size or (derived and all(source in found for source in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _as_module(node: fx.Node) -> list[nn.Module] | None:
+    """The modules that do what a functional call of an activation, pooling or dropout does, or None."""
+    if is_call(node, (F.relu, torch.relu, F.relu_, torch.relu_), ("relu", "relu_")):
+        return [nn.ReLU()]
+    if is_call(node, (F.relu6,)):
+        return [nn.ReLU6()]
+    if is_call(node, (F.dropout,)):
+        return [nn.Dropout(_argument(node, 1, "p", 0.5))]
+    if is_call(node, (F.adaptive_avg_pool2d,)):
+        return [nn.AdaptiveAvgPool2d(_argument(node, 1, "output_size", 1))]
+    if is_call(node, (F.avg_pool2d,)):
+        kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
+        padding, ceil = _argument(node, 3, "padding", 0), _argument(node, 4, "ceil_mode", False)
+        return [nn.AvgPool2d(kernel, stride, padding, ceil, _argument(node, 5, "count_include_pad", True))]
+    if is_call(node, (F.max_pool2d, torch.max_pool2d)):
+        kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
+        padding, dilation = _argument(node, 3, "padding", 0), _argument(node, 4, "dilation", 1)
+        ceil = node.kwargs.get("ceil_mode", node.args[5] if len(node.args) > 5 and node.args[5] is not None else False)
+        return [nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=bool(ceil))]
+    if is_call(node, (torch.mean,), ("mean",)):
+        dims, keep = _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False)
+        if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
+            return [nn.AdaptiveAvgPool2d(1)] + ([] if keep else [nn.Flatten()])
+    return None
+
+
+def modules_for_functions(network: fx.GraphModule) -> None:
+    """Turn functional activations, pooling and dropout into modules, named by their place in the graph, in place."""
+    for node in list(network.graph.nodes):
+        modules = _as_module(node)
+        if modules is None:
+            continue
+        last = node.all_input_nodes[0]
+        for module in modules:
+            name = add_module(network, node.name, module)
+            with network.graph.inserting_before(node):
+                last = network.graph.call_module(name, (last,))
+        node.replace_all_uses_with(last)
+        network.graph.erase_node(node)
+    network.recompile()
 
 
 def unshare(network: fx.GraphModule) -> None:
@@ -113,6 +189,11 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
     Every verb copies it from its argument and adds its own config; ``save`` writes it.
     """
     return copy.deepcopy(getattr(model, "qsnn_recipe", {}))
+
+
+def set_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
+    """Record on ``model`` how it was made."""
+    model.__dict__["qsnn_recipe"] = recipe
 
 
 def input_shape_of(model: nn.Module) -> tuple[int, ...] | None:

@@ -30,6 +30,8 @@ class Timed(nn.Module):
 class IntegerInput(nn.Module):
     """The input quantizer: real pixels (B, *) -> integers in float32, divided and rounded in float64."""
 
+    step: Tensor
+
     def __init__(self, step: Tensor, levels: int) -> None:
         super().__init__()
         self.register_buffer("step", step.detach().clone())
@@ -51,6 +53,8 @@ class IntegerLayer(Timed):
         input_bound: largest absolute input.
         weight_bits: precision of W [bit].
     """
+
+    weight: Tensor
 
     def __init__(self, weight: Tensor, layer: nn.Module, input_bound: float, weight_bits: int) -> None:
         super().__init__()
@@ -82,6 +86,8 @@ class IntegerLayer(Timed):
 class FloatLayer(nn.Module):
     """A layer whose input is a current, not spikes (a linear bottleneck, a float input): float64."""
 
+    weight: Tensor
+
     def __init__(self, weight: Tensor, layer: nn.Module) -> None:
         super().__init__()
         self.register_buffer("weight", weight.double())
@@ -103,9 +109,9 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, An
 class SumPool(nn.Module):
     """Average pooling without the division: sums of integers stay integers."""
 
-    def __init__(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], ceil: bool) -> None:
+    def __init__(self, kernel: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...]) -> None:
         super().__init__()
-        self.kernel, self.stride, self.padding, self.ceil = kernel, stride, padding, ceil
+        self.kernel, self.stride, self.padding = kernel, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Window sums."""
@@ -113,7 +119,7 @@ class SumPool(nn.Module):
         for side in self.kernel:
             size *= side
         pool = F.avg_pool1d if len(self.kernel) == 1 else F.avg_pool2d
-        return pool(x, self.kernel, self.stride, self.padding, self.ceil, True).mul_(size).round_()
+        return pool(x, self.kernel, self.stride, self.padding).mul_(size).round_()
 
 
 class Current(Timed):
@@ -124,6 +130,9 @@ class Current(Timed):
         divisors: for each input the number of window elements of the pooling it went through.
         bias: b of each step, (C,) or (1,).
     """
+
+    divisors: Tensor
+    bias: Tensor
 
     def __init__(self, factors: list[Tensor], divisors: list[int], bias: Tensor) -> None:
         super().__init__()
@@ -153,6 +162,7 @@ class CurrentIF(Current):
     """An IF neuron where currents meet, or that sees a real current: it fires when S >= (k + ½)·θ, in float64."""
 
     is_spiking = True
+    threshold: Tensor
 
     def __init__(
         self, factors: list[Tensor], divisors: list[int], bias: Tensor, threshold: Tensor, initial: float
@@ -193,8 +203,8 @@ class IntegerIF(Timed):
     .. math:: M_{t,k} = \lceil ((k + 1)\,\theta - v_0 - t\,b_c) / g_c \rceil
 
     A_t is the integer input summed up to step t, g_c > 0 the current of one unit, b_c the bias of a step. M is an
-    integer, computed once per T from the exact rationals of the stored numbers. A channel with g_c = 0 fires by its bias
-    alone: M is -∞ or ∞.
+    integer, computed once per T from the exact rationals of the stored numbers. A channel with g_c = 0 fires by its
+    bias alone: M is -∞ or ∞.
 
     Args:
         factors: numbers whose product over ``divisor`` is g, (F, C) or (F, 1) float64.
@@ -206,6 +216,10 @@ class IntegerIF(Timed):
     """
 
     is_spiking = True
+    factors: Tensor
+    divisor: Tensor
+    bias: Tensor
+    threshold: Tensor
 
     def __init__(
         self, factors: Tensor, divisor: int, bias: Tensor, threshold: Tensor, initial: float, input_bound: float
@@ -253,7 +267,9 @@ class IntegerIF(Timed):
                         table[row, k, c] = -float("inf") if need <= 0 else float("inf")
                     else:
                         limit = -((-need.numerator * gain.denominator) // (need.denominator * gain.numerator))
-                        table[row, k, c] = float(limit) if abs(limit) < 2**52 else float("inf") * (1 if limit > 0 else -1)
+                        table[row, k, c] = (
+                            float(limit) if abs(limit) < 2**52 else float("inf") * (1 if limit > 0 else -1)
+                        )
         return table
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qsnn.data import Data
-from qsnn.graph import data_recipe
+from qsnn.graph import data_recipe, recipe_of, set_recipe
 
 _AVERAGE, _MAX = "avg", "max"
 
@@ -118,7 +118,7 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
     """
     shape = None if data is None else tuple(data.shape)
     model = build_model(name, shape, None if data is None else data.num_classes, seed=seed, **options)
-    model.qsnn_recipe["data"] = data_recipe(data)
+    set_recipe(model, {**recipe_of(model), "data": data_recipe(data)})
     return model
 
 
@@ -138,12 +138,13 @@ def build_model(
             raise ValueError(
                 f"unknown model {name!r}; known: {', '.join(MODELS)}, or your own as package.module:function"
             )
-    model.qsnn_recipe = {  # type: ignore[assignment]
+    recipe = {
         "kind": "teacher",
         "model": {"name": name, "options": options},
         "input_shape": None if shape is None else list(shape),
         "num_classes": num_classes,
     }
+    set_recipe(model, recipe)
     return model
 
 
@@ -151,8 +152,10 @@ def _call_named(name: str, num_classes: int | None, options: dict[str, Any]) -> 
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot find {name!r} ({error}); expected package.module:function on Python's path") from error
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise ValueError(
+            f"cannot find {name!r} ({error}); expected package.module:function on Python's path"
+        ) from error
     try:
         model = function(**options) if num_classes is None else function(num_classes=num_classes, **options)
     except TypeError:

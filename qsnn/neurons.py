@@ -18,8 +18,8 @@ class _IFFunction(torch.autograd.Function):
     r"""T steps of the soft-reset IF neuron with their own backward.
 
     Forward, :math:`h_t = v_{t-1} + x_t`, :math:`s_t = [h_t \ge \theta]`, :math:`v_t = h_t - \theta s_t`. Backward, with
-    :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of area 1
-    and width θ (Bengio et al. 2013).
+    :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of
+    area 1 and width θ (Bengio et al. 2013).
     """
 
     @staticmethod
@@ -39,7 +39,7 @@ class _IFFunction(torch.autograd.Function):
         potentials, spikes = ctx.saved_tensors
         theta: float = ctx.theta
         grad_x = torch.empty_like(potentials)
-        grad_theta = 0.0
+        grad_theta = grad_v.new_zeros(())
         for t in reversed(range(len(potentials))):
             grad_s = torch.sub(grad_spikes[t], grad_v, alpha=theta)
             # times θ·σ: hardtanh's backward is one pass that keeps what lies strictly inside an interval
@@ -143,6 +143,14 @@ class Repeat(nn.Module):
         return x.expand(self.timesteps, *x.shape).flatten(0, 1)
 
 
+class PlusMinus(nn.Module):
+    """±1 from spikes: 2·spike - 1. A network that holds one runs one step only, for ±1 has no silence."""
+
+    def forward(self, spikes: Tensor) -> Tensor:
+        """{0, 1} -> {-1, 1}."""
+        return spikes * 2 - 1
+
+
 class SNN(nn.Module):
     r"""A spiking network and its time loop: every call starts from rest and runs T steps.
 
@@ -167,12 +175,13 @@ class SNN(nn.Module):
         self.folded = folded
         self.timesteps, self.firing = self._checked(timesteps, firing)
 
-    @staticmethod
-    def _checked(timesteps: int, firing: str) -> tuple[int, str]:
+    def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:
         if not isinstance(timesteps, int) or timesteps < 1:
             raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
         if firing not in FIRINGS:
             raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
+        if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):
+            raise ValueError(f"a network of ±1 activations runs one step, got timesteps={timesteps}; use timesteps=1")
         return timesteps, firing
 
     def neurons(self) -> Iterator[tuple[str, nn.Module]]:
@@ -192,7 +201,7 @@ class SNN(nn.Module):
         )
         shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
         check_images(images, None if shape is None else tuple(shape))
-        stateful = [module for module in self.network.modules() if hasattr(module, "timesteps")]
+        stateful: list[Any] = [module for module in self.network.modules() if hasattr(module, "timesteps")]
         try:
             for module in stateful:
                 module.timesteps, module.firing = steps, firing

@@ -3,39 +3,58 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import brevitas.nn as qnn
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from qsnn.data import batches
+from qsnn.calibrate import calibrate_, calibration_images
 from qsnn.graph import (
-    RELU_FUNCTIONS,
-    RELU_METHODS,
+    ADD_FUNCTIONS,
+    ADD_METHODS,
+    VIEW_FUNCTIONS,
+    VIEW_METHODS,
     add_module,
     call_nodes,
     child_recipe,
     data_recipe,
     is_call,
+    module_of,
+    modules_for_functions,
+    recipe_of,
     replace_module,
+    set_recipe,
+    shape_nodes,
     trace,
     unshare,
 )
-from qsnn.quantizers import LevelActQuant, LevelQuant, integer_weights, level_quant, weight_quantizer
-
-__all__ = ["QuantizeConfig", "integer_weights", "quantize"]
+from qsnn.quantizers import (
+    HalfActQuant,
+    LevelActQuant,
+    LevelQuant,
+    SignActQuant,
+    level_quant,
+)
+from qsnn.weights import weight_quantizer
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: qnn.QuantConv1d,
     nn.Conv2d: qnn.QuantConv2d,
     nn.Linear: qnn.QuantLinear,
 }
-_PASSED = (
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity, nn.Flatten,
+_RELUS = (nn.ReLU, nn.ReLU6)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_MOVES = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.Dropout,
+    nn.Dropout1d, nn.Dropout2d, nn.Identity, nn.Flatten,
 )  # fmt: skip
+"""What a quantized value passes through and stays a multiple of its step (or a mean of multiples)."""
+_MOVING_FUNCTIONS = (*VIEW_FUNCTIONS, torch.flatten, operator.getitem)
+_MOVING_METHODS = (*VIEW_METHODS, "flatten")
+ACT_FORMS = ("levels", "sign", "fp16", "float")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +67,10 @@ class QuantizeConfig:
     """Bits of the activations: L = 2**act_bits - 1 levels. Give this or ``levels``."""
     levels: int | None = None
     """Nonzero activation levels L. Default: 2, or from ``act_bits``. The SNN equals the QANN at T = L."""
+    act_form: str = "levels"
+    """"levels" (integers from 0 to L), "sign" (±1), "fp16" or "float"; only the first two have a spiking form."""
+    weight_form: str = "xnor"
+    """1-bit weights: "xnor" (scale mean|w| per output channel) or "sign" (one constant scale)."""
     input_bits: int | None = 8
     """Bits of the signed input quantizer; None leaves the input as it is."""
     first_last_bits: int | None = 8
@@ -67,6 +90,10 @@ class QuantizeConfig:
             weight_quantizer(bits)
         for bits in self.overrides.values():
             weight_quantizer(bits)
+        if self.act_form not in ACT_FORMS:
+            raise ValueError(f"act_form must be one of {', '.join(ACT_FORMS)}, got {self.act_form!r}")
+        if self.weight_form not in ("xnor", "sign"):
+            raise ValueError(f"weight_form must be 'xnor' or 'sign', got {self.weight_form!r}")
         if self.act_bits is not None and not 1 <= self.act_bits <= 8:
             raise ValueError(f"act_bits must be 1 to 8, got {self.act_bits}")
         if self.levels is not None and not 1 <= self.levels <= 255:
@@ -106,12 +133,13 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
         raise TypeError(f"expected a QuantizeConfig, got {type(config).__name__}; call quantize(model, data, config)")
     if data is None:
         raise ValueError("quantize needs data to calibrate on: quantize(model, data, config)")
-    images = _calibration_images(getattr(data, "train", data), config.calibration_images)
+    images = calibration_images(getattr(data, "train", data), config.calibration_images)
     qann = quantized_structure(model, config)
-    qann.qsnn_recipe["input_shape"] = list(images.shape[1:])
+    recipe = {**recipe_of(qann), "input_shape": list(images.shape[1:])}
     if data_recipe(data):
-        qann.qsnn_recipe["data"] = data_recipe(data)
-    calibrate_(qann, images)
+        recipe["data"] = data_recipe(data)
+    set_recipe(qann, recipe)
+    calibrate_(qann, images, model)
     return qann
 
 
@@ -119,79 +147,79 @@ def quantized_structure(model: nn.Module, config: QuantizeConfig) -> fx.GraphMod
     """Return the quantized copy with its activation steps still unset (NaN), as ``load`` needs it."""
     training = model.training
     network = trace(model)
-    _relu_modules_(network)
+    modules_for_functions(network)
     unshare(network)
     _refuse_unsupported(network)
-    levels = config.resolved_levels
-    act_bits = max(1, levels.bit_length())
     weighted = [str(node.target) for node, module in call_nodes(network) if type(module) in _LAYERS]
-    relus = 0
-    for node, module in list(call_nodes(network)):
-        name = str(node.target)
-        if type(module) in _LAYERS:
-            replace_module(network, name, _quantized_layer(module, _bits_of(name, weighted, config)))
-        elif isinstance(module, nn.ReLU):
-            replace_module(network, name, _activation(levels, act_bits))
-            relus += 1
+    relus = [str(node.target) for node, module in call_nodes(network) if type(module) in _RELUS]
     if not relus or not weighted:
         raise ValueError(
             f"nothing to quantize in {type(model).__name__}: it holds {len(weighted)} convolution or linear layers "
-            f"and {relus} ReLUs, and needs both"
+            f"and {len(relus)} ReLUs, and needs both"
         )
+    for name in weighted:
+        replace_module(network, name, _quantized_layer(network.get_submodule(name), name, weighted, config))
+    if config.act_form != "float":
+        for name in relus:
+            replace_module(network, name, _activation(config, network.get_submodule(name)))
     if config.input_bits is not None:
         _quantize_input_(network, config.input_bits)
+    _share_steps_(network)
     network.graph.lint()
     network.recompile()
     network.train(training)
-    network.qsnn_recipe = child_recipe(model, "qann", quantize=asdict(config))
+    set_recipe(network, child_recipe(model, "qann", quantize=asdict(config)))
     return network
 
 
-@torch.no_grad()
-def calibrate_(qann: nn.Module, images: Tensor) -> None:
-    """Set every activation step from one pass of ``images``, layer by layer in graph order, in place."""
-    quants = [quant for module in qann.modules() if (quant := level_quant(module)) is not None]
-    training = qann.training
-    qann.eval()
-    for quant in quants:
-        quant.collecting = True
-    try:
-        qann(images)
-    finally:
-        for quant in quants:
-            quant.collecting = False
-        qann.train(training)
-
-
-def _calibration_images(source: Any, count: int) -> Tensor:
-    found: list[Tensor] = []
-    for images, _ in batches(source, min(count, 512)):
-        found.append(images)
-        if sum(len(part) for part in found) >= count:
-            break
-    return torch.cat(found)[:count]
-
-
-def _relu_modules_(network: fx.GraphModule) -> None:
-    """Turn every functional relu into a module, named by its place in the graph."""
-    for node in list(network.graph.nodes):
-        if is_call(node, RELU_FUNCTIONS, RELU_METHODS):
-            name = add_module(network, node.name, nn.ReLU())
-            with network.graph.inserting_after(node):
-                new = network.graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],))
-            node.replace_all_uses_with(new)
-            network.graph.erase_node(node)
-    network.recompile()
-
-
 def _refuse_unsupported(network: fx.GraphModule) -> None:
-    known = (*_LAYERS, nn.ReLU, *_PASSED)
-    bad = [f"{node.target} ({type(module).__name__})" for node, module in call_nodes(network) if type(module) not in known]
+    """Name everything that has no quantized form, all at once."""
+    known = (*_LAYERS, *_RELUS, *_BATCH_NORMS, *_MOVES)
+    sizes = shape_nodes(network)
+    bad = []
+    for node in network.graph.nodes:
+        module = module_of(network, node)
+        if module is not None and type(module) not in known:
+            bad.append(f"{node.target} ({type(module).__name__})")
+        elif node.op in ("call_function", "call_method") and node not in sizes:
+            moves = is_call(
+                node, (*VIEW_FUNCTIONS, torch.flatten, getattr, operator.getitem), (*VIEW_METHODS, "flatten")
+            )
+            if not moves and not is_call(node, (*ADD_FUNCTIONS, torch.cat), ADD_METHODS):
+                bad.append(f"{node.name} ({getattr(node.target, '__name__', node.target)})")
     if bad:
         raise ValueError(
-            f"cannot quantize {', '.join(bad)}: only Conv, Linear, ReLU, BatchNorm, pooling, Dropout and Flatten are "
-            f"supported; put nn.ReLU in the place of other activations and train again"
+            f"cannot quantize {', '.join(bad)}: only Conv, Linear, ReLU, ReLU6, BatchNorm, pooling, Dropout, Flatten, "
+            f"addition, concatenation and views are supported; put nn.ReLU in the place of other activations and "
+            f"train again"
         )
+
+
+def _share_steps_(network: fx.GraphModule) -> None:
+    """Let quantized outputs that meet (concatenation, addition of spikes) share one step, in place.
+
+    Only then is what the next layer sees an integer times one scale. Found by union over the graph, through all that
+    moves values without changing them.
+    """
+    sources: dict[fx.Node, list[LevelQuant]] = {}
+    groups: dict[LevelQuant, list[LevelQuant]] = {}
+    for node in network.graph.nodes:
+        module = module_of(network, node)
+        quant = None if module is None else level_quant(module)
+        inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        if quant is not None and not quant.signed:
+            sources[node], groups[quant] = [quant], [quant]
+        elif isinstance(module, _MOVES) or is_call(node, _MOVING_FUNCTIONS, _MOVING_METHODS):
+            if inputs and inputs[0] in sources:
+                sources[node] = sources[inputs[0]]
+        elif is_call(node, (*ADD_FUNCTIONS, torch.cat), ADD_METHODS) and inputs and all(i in sources for i in inputs):
+            sources[node] = list(dict.fromkeys(quant for source in inputs for quant in sources[source]))
+            merged = list(dict.fromkeys(member for quant in sources[node] for member in groups[quant]))
+            for member in merged:
+                groups[member] = merged
+    for first, *others in groups.values():
+        for other in others:
+            other.scaling_impl, other.samples = first.scaling_impl, first.samples
 
 
 def _bits_of(name: str, weighted: list[str], config: QuantizeConfig) -> int:
@@ -204,9 +232,10 @@ def _bits_of(name: str, weighted: list[str], config: QuantizeConfig) -> int:
     return bits
 
 
-def _quantized_layer(layer: nn.Module, bits: int) -> nn.Module:
+def _quantized_layer(layer: nn.Module, name: str, weighted: list[str], config: QuantizeConfig) -> nn.Module:
     """Return the Brevitas layer of the same shape that shares no memory with ``layer``."""
-    options = {"bias": layer.bias is not None, **weight_quantizer(bits)}
+    bits = _bits_of(name, weighted, config)
+    options = {"bias": layer.bias is not None, **weight_quantizer(bits, config.weight_form)}
     if isinstance(layer, nn.Linear):
         new = qnn.QuantLinear(layer.in_features, layer.out_features, **options)
     else:
@@ -224,8 +253,18 @@ def _quantized_layer(layer: nn.Module, bits: int) -> nn.Module:
     return new.to(layer.weight.device)
 
 
-def _activation(levels: int, bits: int) -> nn.Module:
-    return qnn.QuantReLU(act_quant=LevelActQuant, levels=levels, bit_width=bits)
+def _activation(config: QuantizeConfig, relu: nn.Module) -> nn.Module:
+    if config.act_form == "sign":
+        return qnn.QuantIdentity(act_quant=SignActQuant)
+    if config.act_form == "fp16":
+        return qnn.QuantReLU(act_quant=HalfActQuant)
+    levels = config.resolved_levels
+    module = qnn.QuantReLU(act_quant=LevelActQuant, levels=levels, bit_width=max(1, levels.bit_length()))
+    if isinstance(relu, nn.ReLU6):
+        quant = level_quant(module)
+        assert quant is not None
+        quant.cap = 6.0
+    return module
 
 
 def _quantize_input_(network: fx.GraphModule, bits: int) -> None:

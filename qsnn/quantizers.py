@@ -1,4 +1,4 @@
-"""The quantizers: how a real number becomes an integer times a step, and what its gradient is.
+"""Activation quantizers: how a real number becomes an integer times a step, and what its gradient is.
 
 They are written as Brevitas injectors, so that Brevitas' own layers (``QuantConv2d``, ``QuantReLU``, ...) carry them.
 """
@@ -6,7 +6,7 @@ They are written as Brevitas injectors, so that Brevitas' own layers (``QuantCon
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from brevitas.core.bit_width import BitWidthConst
@@ -17,11 +17,7 @@ from brevitas.core.scaling import ParameterScaling
 from brevitas.core.utils import StatelessBuffer
 from brevitas.core.zero_point import ZeroZeroPoint
 from brevitas.inject import ExtendedInjector
-from brevitas.inject.enum import QuantType, ScalingImplType, ScalingPerOutputType
 from brevitas.proxy import ActQuantProxyFromInjector
-from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
-from brevitas.quant import Int8WeightPerChannelFloat
-from brevitas.quant.solver import WeightQuantSolver
 from torch import Tensor, nn
 
 
@@ -38,12 +34,13 @@ def round_half_up(x: Tensor) -> Tensor:
 
 
 class RoundHalfUp(nn.Module):
-    """:func:`round_half_up` as the ``float_to_int_impl`` of a Brevitas quantizer; the gradient passes straight through."""
+    """:func:`round_half_up` as a Brevitas quantizer's ``float_to_int_impl``; the gradient passes straight through."""
 
     def __init__(self) -> None:
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Round x."""
         return _StraightThrough.apply(x, round_half_up(x.detach()))
 
 
@@ -108,9 +105,11 @@ class LevelIntQuant(IntQuant):
         self.levels = levels
 
     def min_int(self, bit_width: Tensor) -> Tensor:
+        """0, or -L when signed."""
         return torch.full_like(bit_width, -self.levels if self.signed else 0)
 
     def max_int(self, bit_width: Tensor) -> Tensor:
+        """L."""
         return torch.full_like(bit_width, self.levels)
 
 
@@ -122,14 +121,16 @@ class LevelScaling(nn.Module):
         self.levels = StatelessBuffer(torch.tensor(float(levels)))
 
     def forward(self, bit_width: Tensor) -> Tensor:
+        """L, whatever the bit width."""
         return self.levels()
 
 
 class LevelQuant(RescalingIntQuant):
-    r"""Equation (Q): :math:`y = s\,\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, n_0, L)`, :math:`s = |\theta|/L`, θ learned.
+    r"""Equation (Q): :math:`y = s\,\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, n_0, L)`, :math:`s = |\theta|/L`.
 
-    n₀ is 0, or -L when signed. The gradient to x passes where x/s lies inside the clip range; the gradient to s is that
-    of the learned step size, scaled by 1/√(elements · L). θ is NaN until :meth:`calibrate_` has set it.
+    θ is learned; n₀ is 0, or -L when signed. The gradient to x passes where x/s lies
+    inside the clip range; the gradient to s is that of the learned step size, scaled by 1/√(elements · L). θ is NaN
+    until :meth:`calibrate_` has set it.
 
     Source: Esser et al., "Learned Step Size Quantization", ICLR 2020; Bu et al., "Optimal ANN-SNN Conversion ...",
     ICLR 2022 (the same function, seen from the IF neuron).
@@ -150,6 +151,10 @@ class LevelQuant(RescalingIntQuant):
         """False: run Brevitas' own chain of operations, which the certificate's reference does."""
         self.collecting = False
         """True: the next forward sets θ from its input; ``quantize`` uses it."""
+        self.cap = math.inf
+        """Largest value of the activation that this one replaces, 6 for ReLU6."""
+        self.samples: list[Tensor] = []
+        """What calibration saw; layers that share their step share this list."""
         self.ready = False
 
     @property
@@ -170,26 +175,22 @@ class LevelQuant(RescalingIntQuant):
             x: any; at most 2**20 of its elements are looked at, evenly spaced.
         """
         x = x.detach().flatten()
-        top = x.abs().max() if self.signed else x.max()
-        if not bool(top > 0):
-            top = torch.ones_like(top)  # a dead layer: any step does
-        if not self.signed:
-            sample = x[:: max(1, x.numel() // 2**20)].relu()
-            candidates = top * torch.linspace(0.04, 1.0, 49, device=x.device)
-            errors = torch.stack([
-                (sample - round_half_up(sample * (self.levels / t)).clamp_(0, self.levels) * (t / self.levels)).square().mean()
-                for t in candidates
-            ])
-            top = candidates[errors.argmin()]
-        self.scaling_impl.value.fill_(float(top))
+        if self.signed:
+            top = x.abs().max()
+        else:
+            self.samples.append(x[:: max(1, x.numel() // 2**20)].clamp(0, self.cap))
+            top = _least_squares_threshold(torch.cat(self.samples), self.levels)
+        self.scaling_impl.value.fill_(float(top) if bool(top > 0) else 1.0)  # 1: a dead layer, any step does
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return y, s, the zero point 0 and the bit width, as Brevitas expects."""
         if self.collecting:
             self.calibrate_(x)
         if not self.ready:
             if not bool(self.scaling_impl.value.isfinite().all()):
                 raise RuntimeError(
-                    "this quantizer has no step yet: calibrate it with quantize(model, data), or load a trained state_dict"
+                    "this quantizer has no step yet: calibrate it with quantize(model, data), or load a trained "
+                    "state_dict"
                 )
             self.ready = True
         if not self.fused:
@@ -201,16 +202,32 @@ class LevelQuant(RescalingIntQuant):
         return y, step, self.zero_point_impl(x, step, bit_width), bit_width
 
 
+def _least_squares_threshold(x: Tensor, levels: int) -> Tensor:
+    """The θ among 49 fractions of max(x) whose (Q) has the least mean-squared error on x >= 0."""
+    top = x.max()
+    candidates = top * torch.linspace(0.04, 1.0, 49, device=x.device)
+    errors = []
+    for theta in candidates:
+        quantized = x.mul(levels / theta).add_(0.5).floor_().clamp_(0, levels).mul_(theta / levels)
+        errors.append(quantized.sub_(x).square_().mean())
+    return candidates[torch.stack(errors).argmin()]
+
+
 class LevelActProxy(ActQuantProxyFromInjector):
     """Brevitas' proxy without the ReLU inside: (Q) clips at 0 itself, so that would be one more pass for nothing.
 
-    It is left out here and not once after construction, since Brevitas builds the quantizer again when it loads.
+    Brevitas builds the quantizer again whenever it loads a state; here it is kept, with its parameter, so that an
+    optimizer and layers that share a step still hold the one that is used.
     """
 
     def init_tensor_quant(self) -> None:
-        """Build the quantizer from the injector."""
-        super().init_tensor_quant()
-        self.fused_activation_quant_proxy.activation_impl = nn.Identity()
+        """Build the quantizer from the injector, once."""
+        built = getattr(self, "fused_activation_quant_proxy", None)
+        if built is None:
+            super().init_tensor_quant()
+            self.fused_activation_quant_proxy.activation_impl = nn.Identity()
+        else:
+            built.tensor_quant.ready = False
 
 
 class LevelActQuant(ExtendedInjector):
@@ -236,7 +253,7 @@ class LevelActQuant(ExtendedInjector):
 
 
 class HalfQuant(nn.Module):
-    """IEEE half values of the weights (round to nearest even), gradient straight through; scale 1."""
+    """IEEE half values (round to nearest even), gradient straight through; scale 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,80 +262,68 @@ class HalfQuant(nn.Module):
         self.bits = StatelessBuffer(torch.tensor(16.0))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the half values, scale 1, zero point 0 and 16 bits, as Brevitas expects."""
         y = _StraightThrough.apply(x, x.detach().half().to(x.dtype))
         return y, self.one(), self.zero(), self.bits()
 
 
-class HalfWeightQuant(ExtendedInjector):
-    """Brevitas injector of :class:`HalfQuant` for weights."""
+class SignQuant(nn.Module):
+    r"""±1: :math:`y = +1` where :math:`x \ge 0`, else -1. The gradient passes where |x| < 1.
 
-    proxy_class = WeightQuantProxyFromInjector
-    tensor_quant = HalfQuant
+    Source: Hubara et al., "Binarized Neural Networks", NeurIPS 2016.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = StatelessBuffer(torch.tensor(1.0))
+        self.zero = StatelessBuffer(torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return y, scale 1, zero point 0 and 1 bit, as Brevitas expects."""
+        return _SignFunction.apply(x), self.one(), self.zero(), self.one()
+
+
+class _SignFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.ops.aten.hardtanh_backward(grad, ctx.saved_tensors[0], -1.0, 1.0)
+
+
+class SignActQuant(ExtendedInjector):
+    """Brevitas injector of :class:`SignQuant` for activations."""
+
+    proxy_class = ActQuantProxyFromInjector
+    tensor_quant = SignQuant
     signed = True
+    narrow_range = True
+
+
+class HalfActQuant(ExtendedInjector):
+    """Brevitas injector of :class:`HalfQuant` for activations; a float network in IEEE half values."""
+
+    proxy_class = ActQuantProxyFromInjector
+    tensor_quant = HalfQuant
+    signed = False
     narrow_range = False
 
 
-class XnorWeightQuant(WeightQuantSolver):
-    r"""1 bit: :math:`\mathrm{sign}(w)\cdot\alpha_c`, :math:`\alpha_c = \mathrm{mean}|w_c|` per output channel.
-
-    Source: Rastegari et al., "XNOR-Net", ECCV 2016.
-    """
-
-    quant_type = QuantType.BINARY
-    scaling_impl_type = ScalingImplType.STATS
-    scaling_stats_op = "ave"
-    scaling_per_output_type = ScalingPerOutputType.CHANNEL
-    restrict_scaling_type = "fp"
-    scaling_min_val = 1e-10
-    bit_width = 1
-    narrow_range = True
-    signed = True
-
-
-def weight_quantizer(bits: int) -> dict[str, Any]:
-    """Return the keyword arguments that give a Brevitas layer weights of ``bits`` [bit].
-
-    1: :class:`XnorWeightQuant`; 2 to 8: integers, one scale per output channel, -(2**(b-1) - 1) to 2**(b-1) - 1;
-    16: :class:`HalfQuant`; 32: float, no quantizer.
-
-    Raises:
-        ValueError: any other number.
-    """
-    if bits == 1:
-        return {"weight_quant": XnorWeightQuant}
-    if 2 <= bits <= 8:
-        return {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": bits}
-    if bits == 16:
-        return {"weight_quant": HalfWeightQuant}
-    if bits == 32:
-        return {"weight_quant": None}
-    raise ValueError(f"weight bits must be 1 to 8, 16 (fp16) or 32 (float), got {bits}")
+def act_quant_of(module: nn.Module) -> nn.Module | None:
+    """Return the quantizer that a Brevitas activation layer holds, of any kind, or None."""
+    proxy = getattr(getattr(module, "act_quant", None), "fused_activation_quant_proxy", None)
+    return getattr(proxy, "tensor_quant", None)
 
 
 def level_quant(module: nn.Module) -> LevelQuant | None:
     """Return the :class:`LevelQuant` that a Brevitas activation layer holds, or None."""
-    proxy = getattr(getattr(module, "act_quant", None), "fused_activation_quant_proxy", None)
-    quant = getattr(proxy, "tensor_quant", None)
+    quant = act_quant_of(module)
     return quant if isinstance(quant, LevelQuant) else None
 
 
-def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Read the integers W and the scale s of a layer's weights; W·s is what the layer's forward uses, bit for bit.
-
-    Args:
-        layer: a Brevitas ``QuantConv`` or ``QuantLinear``, or a plain one (its float weights then come with scale 1).
-
-    Shape:
-        W: that of the weight; int8 for 1 to 8 bit, float64 multiples of 1 for fp16 (the values times 2**24), float
-        weights unchanged. s: ``(C, 1, ...)`` or ``()``, in the weight's dtype.
-    """
-    weight = cast(Tensor, layer.weight)
-    quant = getattr(layer, "weight_quant", None)
-    with torch.no_grad():
-        if quant is None or not quant.is_quant_enabled:
-            return weight.detach().clone(), torch.ones((), dtype=weight.dtype, device=weight.device)
-        value, scale, _, bit_width = quant.tensor_quant(weight)[:4]
-        if int(bit_width) == 16:
-            return value.double() * 2.0**24, torch.full((), 2.0**-24, dtype=weight.dtype, device=weight.device)
-        integers = torch.round(value / scale)
-        return integers.to(torch.int8), scale.detach()
+def is_sign(module: nn.Module) -> bool:
+    """Return whether a Brevitas activation layer gives ±1."""
+    return isinstance(act_quant_of(module), SignQuant)

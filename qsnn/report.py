@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ _RC: Any = {
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": _LINE, "xtick.color": _MUTED, "xtick.labelcolor": _INK,
     "ytick.color": _MUTED, "ytick.labelcolor": _INK, "legend.frameon": False, "legend.labelcolor": _INK,
 }  # fmt: skip
+Spread = Mapping[str, Sequence[float]]
 _NONE = "\u2013"  # what a table shows where there is no number
 _DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
 pipelined hardware the answer takes depth \u00d7 T steps."""
@@ -97,8 +98,10 @@ def table(results: Sequence[Benchmark]) -> Table:
     return out
 
 
-def _curve(results: Sequence[Benchmark], width: float, height: float, title: str = "") -> Figure:
-    """Accuracy against T: a line and a 95 % band a spiking model, a level line an ANN; sizes in inches."""
+def _curve(
+    results: Sequence[Benchmark], width: float, height: float, title: str = "", spread: Spread | None = None
+) -> Figure:
+    """Accuracy against T: a line and a band a spiking model, a level line an ANN; sizes in inches."""
     from matplotlib.figure import Figure  # pyplot would keep every figure, and ask for a display
 
     spiking, anns = [r for r in results if r.timesteps], [r for r in results if not r.timesteps]
@@ -109,8 +112,8 @@ def _curve(results: Sequence[Benchmark], width: float, height: float, title: str
         axes.axhline(r.accuracy[0], color=_MUTED, linestyle=dashes, linewidth=1.3, label=r.name)
     for i, r in enumerate(spiking):
         colour = _COLOURS[f"c{i % 5}"][0]
-        low, high = zip(*(interval(a / 100, r.n) for a in r.accuracy), strict=True)
-        axes.fill_between(r.timesteps, [100 * a for a in low], [100 * a for a in high], color=colour, alpha=0.12, lw=0)
+        low, high = _band(r, None if spread is None else spread[r.name])
+        axes.fill_between(r.timesteps, low, high, color=colour, alpha=0.12, lw=0)
         # later lines are thinner and hollow: of two equal curves (a folded student) both are seen
         axes.plot(
             r.timesteps, r.accuracy, color=colour, marker="osD^v"[i % 5], label=r.name, zorder=3 + i,
@@ -137,13 +140,24 @@ def _curve(results: Sequence[Benchmark], width: float, height: float, title: str
     return figure
 
 
-def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str) -> None:
+def _band(result: Benchmark, spread: Sequence[float] | None) -> tuple[list[float], list[float]]:
+    """Both ends of the band [%] at every T: accuracy ± spread, by default the 95 % Wilson interval."""
+    if spread is None:
+        ends = [interval(a / 100, result.n) for a in result.accuracy]
+        return [100 * low for low, _ in ends], [100 * high for _, high in ends]
+    pairs = list(zip(result.accuracy, spread, strict=True))
+    return [a - s for a, s in pairs], [min(100.0, a + s) for a, s in pairs]
+
+
+def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str, spread: Spread | None = None) -> None:
     """Draw accuracy [%] against T, with 95 % Wilson bands; the ANNs are level lines.
 
     Args:
         results: at least one with timesteps.
         path: ends in .png (150 dpi) or .svg; written whole or not at all.
         title: stands above the axes.
+        spread: half the width of the band [%] by model name, one number a T, in place of the Wilson interval; for
+            accuracies that are means over seeds, their standard deviation.
     Raises:
         ValueError: another suffix, or nothing that spikes.
     """
@@ -152,16 +166,16 @@ def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str) ->
         raise ValueError(f"expected a file that ends in .png or .svg, came {Path(path).name!r}; rename it")
     if not any(r.timesteps for r in results):
         raise ValueError(f"expected a result with timesteps, came {[r.name for r in results]}; benchmark the SNN too")
-    write_atomic(path, _drawn(results, kind, _PAPER, 7, 4.4, title))
+    write_atomic(path, _drawn(results, kind, _PAPER, 7, 4.4, title, spread))
 
 
-def _drawn(results: Sequence[Benchmark], kind: str, paper: str, *size_and_title: Any) -> bytes:
+def _drawn(results: Sequence[Benchmark], kind: str, paper: str, *options: Any) -> bytes:
     """The curve as a file, without a date: equal results make equal bytes."""
     import matplotlib
 
     data = io.BytesIO()
     with matplotlib.rc_context(_RC):
-        _curve(results, *size_and_title).savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
+        _curve(results, *options).savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
     return data.getvalue()
 
 
@@ -229,7 +243,9 @@ def _confusion(matrix: list[list[int]]) -> str:
     return _html(rows, ["", *(str(k) for k in range(len(matrix)))], "confusion")
 
 
-_CSS = "*{box-sizing:border-box}:root{color-scheme:light dark;LIGHT}@media(prefers-color-scheme:dark){:root{DARK}}" """
+_CSS = (
+    "*{box-sizing:border-box}:root{color-scheme:light dark;LIGHT}@media(prefers-color-scheme:dark){:root{DARK}}"
+    """
 body{margin:0 auto;max-width:1000px;padding:2rem 1rem 4rem;background:var(--paper);color:var(--ink);
  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 h1{font-size:1.1rem;font-weight:600;color:var(--muted);margin:0} h2{font-size:1.15rem;margin:2.4rem 0 .7rem}
@@ -245,6 +261,7 @@ th:first-child,.settings td,.rates :is(th,td),.results :is(th,td):nth-child(2){t
 .rates td{min-width:8rem} i{display:inline-block;height:.6rem;margin-right:.4rem;background:var(--c0)}
 figure{margin:0;max-width:600px} svg{display:block;width:100%;height:auto} svg text{font-family:inherit!important}
 pre{background:var(--box);border-radius:6px;padding:.8rem 1rem;overflow-x:auto;font:.8125rem/1.5 monospace}"""
+)
 for _i, _name in enumerate(("LIGHT", "DARK")):
     _CSS = _CSS.replace(_name, ";".join(f"--{key}:{pair[_i]}" for key, pair in _COLOURS.items()))
 
@@ -293,7 +310,10 @@ def write_report(
         ("How to get the same again", f"<pre>{escape(command)}</pre>"),
     ]
     body = "".join(f"<section><h2>{name}</h2>{content}</section>\n" for name, content in sections if content)
-    write_atomic(path, f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
+    write_atomic(
+        path,
+        f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width,initial-scale=1"><style>{_CSS}</style></head>
 <body><h1>{escape(title)}</h1><p class="lead">{escape(headline(results, config))}</p>
-<p class="muted">{model.n:,} test images.</p>{body}</body></html>\n""")
+<p class="muted">{model.n:,} test images.</p>{body}</body></html>\n""",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -13,13 +12,13 @@ from torch import nn
 
 from qsnn.benchmark import Benchmark, benchmark
 from qsnn.certify import certify
-from qsnn.checkpoint import load, load_weights, read_recipe, resume_file, save
+from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
 from qsnn.convert import ConvertConfig, convert
 from qsnn.data import Data
 from qsnn.datasets import load_data
 from qsnn.distill import DistillConfig, distill
 from qsnn.fold import fold
-from qsnn.graph import recipe_of
+from qsnn.graph import recipe_of, set_recipe
 from qsnn.models import create_model
 from qsnn.neurons import SNN
 from qsnn.quantize import QuantizeConfig, quantize
@@ -115,7 +114,7 @@ class _Flow:
 
     def run(self) -> RunResult:
         started = time.perf_counter()
-        weights = self.config.weights and hashlib.sha256(self.config.weights.read_bytes()).hexdigest()
+        weights = None if self.config.weights is None else file_hash(self.config.weights)
         teacher = self._stage(
             "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,
             train=asdict(self.teacher_config),
@@ -162,7 +161,7 @@ class _Flow:
                 return load(path)
         started = time.perf_counter()
         model = make(state)
-        model.qsnn_recipe = {**model.qsnn_recipe, "stage": key}  # type: ignore[arg-type,assignment,dict-item]
+        set_recipe(model, {**recipe_of(model), "stage": key})
         save(model, path)
         state.unlink(missing_ok=True)
         self.stages.append((name, time.perf_counter() - started))
@@ -241,5 +240,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
-
-

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn.graph import device_of, input_shape_of
-from qsnn.integer import Current, FloatLayer, IntegerIF, IntegerLayer
+from qsnn.integer import Current, FloatLayer, IntegerIF, IntegerInput, IntegerLayer
 from qsnn.quantizers import level_quant
 
 _FLOAT_BITS = 32
@@ -75,17 +75,20 @@ class Summary:
     def __str__(self) -> str:
         width = max([5, *(len(layer.name) for layer in self.layers)])
         lines = [
-            f"{'layer':<{width}}  {'type':<8}  {'output':<12}  {'W bit':>5}  {'A bit':>5}  {'weights':>10}  {'KiB':>9}  {'MACs':>13}"
+            f"{'layer':<{width}}  {'type':<8}  {'output':<12}  {'W bit':>5}  {'A bit':>5}  {'weights':>10}  {'KiB':>9}"
+            f"  {'MACs':>13}"
         ]
         for layer in self.layers:
             lines.append(
-                f"{layer.name:<{width}}  {layer.kind:<8}  {'x'.join(map(str, layer.shape)):<12}  {layer.weight_bits:>5}  "
-                f"{layer.input_bits:>5}  {layer.parameters:>10,}  {layer.bytes / 1024:>9.2f}  {layer.macs:>13,}"
+                f"{layer.name:<{width}}  {layer.kind:<8}  {'x'.join(map(str, layer.shape)):<12}"
+                f"  {layer.weight_bits:>5}  {layer.input_bits:>5}  {layer.parameters:>10,}  {layer.bytes / 1024:>9.2f}  {layer.macs:>13,}"
             )
         ratio = self.float_bytes / max(1, self.weight_bytes)
         precision = ", ".join(f"{key}: {macs:,}" for key, macs in self.macs_by_precision.items())
         lines.append(f"other parameters: {self.other_parameters:,} at 32 bit")
-        lines.append(f"memory: {self.weight_bytes / 1024:.2f} KiB, float32 {self.float_bytes / 1024:.2f} KiB ({ratio:.1f} x)")
+        lines.append(
+            f"memory: {self.weight_bytes / 1024:.2f} KiB, float32 {self.float_bytes / 1024:.2f} KiB ({ratio:.1f} x)"
+        )
         lines.append(f"MACs by precision: {precision}")
         return "\n".join(lines)
 
@@ -122,14 +125,14 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     current = _FLOAT_BITS
 
     def hook(name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Tensor) -> None:
+        def record(module: Any, args: Any, output: Tensor) -> None:
             nonlocal current, started
             quant = level_quant(module)
             if quant is not None:
                 current = quant.levels.bit_length() + quant.signed
             elif hasattr(module, "threshold"):
                 current, started = 1, True
-            elif type(module).__name__ == "IntegerInput":
+            elif isinstance(module, IntegerInput):
                 current = module.levels.bit_length() + 1
             if not isinstance(module, _WEIGHTED):
                 return

@@ -116,7 +116,9 @@ def fit(
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
     device = device_of(model)
-    train = data.train if config.train_images is None else data.train.head(config.train_images)
+    train: Any = data.train
+    if config.train_images is not None:
+        train = train.head(config.train_images)
     per_epoch = num_batches(train, config.batch_size)
     if per_epoch is None:
         raise ValueError("data.train must be a Dataset with a length")
@@ -136,12 +138,15 @@ def fit(
             augment = config.augment or data.augment
             _lay_out(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
             total = torch.zeros((), device=device)
-            for images, labels in batches(train, config.batch_size, generator=generator, augment=augment, device=device):
+            for images, labels in batches(
+                train, config.batch_size, generator=generator, augment=augment, device=device
+            ):
                 optimizer.zero_grad(set_to_none=True)
                 value = step_loss(model, images, labels)
                 if not bool(value.detach().isfinite()):
                     raise FloatingPointError(
-                        f"the loss is {float(value.detach())} in epoch {epoch + 1} of {label!r}; try a lower lr than {config.lr}"
+                        f"the loss is {float(value.detach())} in epoch {epoch + 1} of {label!r}; "
+                        f"try a lower lr than {config.lr}"
                     )
                 value.backward()
                 optimizer.step()
@@ -153,7 +158,9 @@ def fit(
             _save_state(resume, model, optimizer, scheduler, config, history)
             progress.update(bar, note=f"loss {history[-1].loss:.3f}, validation {history[-1].val_accuracy:.2f} %")
             if not progress.console.is_terminal:
-                progress.console.print(f"{label}: epoch {epoch + 1}/{config.epochs}, {progress.tasks[bar].fields['note']}")
+                progress.console.print(
+                    f"{label}: epoch {epoch + 1}/{config.epochs}, {progress.tasks[bar].fields['note']}"
+                )
     model.eval()
     return history
 

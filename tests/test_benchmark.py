@@ -16,7 +16,13 @@ def two_by_two(pooling: nn.Module | None = None) -> qsnn.SNN:
     layers: list[nn.Module] = [nn.Conv2d(1, 1, 1, bias=False), nn.ReLU()]
     if pooling is not None:
         layers.append(pooling)
-    layers += [nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)]
+    layers += [
+        nn.Conv2d(1, 2, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2, 2),
+    ]
     model = nn.Sequential(*layers).eval()
     with torch.no_grad():
         model[0].weight.fill_(1.0)

@@ -32,7 +32,9 @@ def test_neurons_carry_the_quantizers_thresholds(qann: nn.Module, snn: qsnn.SNN)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_deferred_at_T_equal_L_is_the_qann(levels: int, teacher: nn.Module, digits: qsnn.Data, images: torch.Tensor) -> None:
+def test_deferred_at_T_equal_L_is_the_qann(
+    levels: int, teacher: nn.Module, digits: qsnn.Data, images: torch.Tensor
+) -> None:
     qann = qsnn.quantize(teacher, digits, qsnn.QuantizeConfig(levels=levels)).eval()
     snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=levels, firing="deferred"))
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_uncalibrated(teacher: nn.Module) -> None:
 
 @pytest.mark.parametrize("options", [{"timesteps": 0}, {"firing": "sometimes"}])
 def test_impossible_options(options: dict) -> None:
-    with pytest.raises(ValueError, match="at least 1|online"):
+    with pytest.raises(ValueError, match=r"at least 1|online"):
         qsnn.ConvertConfig(**options)
 
 

@@ -251,6 +251,10 @@ def test_folder_with_parts(tmp_path: Path) -> None:
     expected = (torch.full((3,), grey / 255) - torch.tensor(data.mean)) / torch.tensor(data.std)
     torch.testing.assert_close(image[:, 2, 3], expected)
 
+    few = data.train.head(3)  # type: ignore[attr-defined]
+    assert isinstance(few, FolderSet) and few.samples == data.train.samples[:3]  # type: ignore[attr-defined]
+    assert torch.equal(few[2][0], data.train[2][0]) and len(few.head(99)) == 3
+
     two = load_data(image_tree(tmp_path / "two", {"train": 10, "val": 3}))  # val/ without test/ is the test set
     assert [len(p) for p in (two.train, two.val, two.test)] == [18, 2, 6]  # type: ignore[arg-type]
     assert {Path(path).parts[-3] for path, _ in two.val.samples} == {"train"}  # type: ignore[attr-defined]

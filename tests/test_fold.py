@@ -113,7 +113,12 @@ def plain_net(digits: qsnn.Data) -> nn.Module:
             layer.weight.flatten(1)[:, 0] = 7  # max|w| / 7 = 1: the scale is a power of two
             layer.bias.zero_()
     config = qsnn.QuantizeConfig(weight_bits=4, levels=2, first_last_bits=None)
-    return power_of_two(qsnn.quantize(model.eval(), digits, config)).eval()
+    qann = power_of_two(qsnn.quantize(model.eval(), digits, config)).eval()
+    with torch.no_grad():
+        for module in qann.modules():
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
+    return qann
 
 
 def test_ties_are_met_and_are_equal(digits: qsnn.Data) -> None:

@@ -13,11 +13,10 @@ from torch import nn
 from qsnn.quantizers import (
     LevelActQuant,
     dense_dot,
-    integer_weights,
     level_quant,
     round_half_up,
-    weight_quantizer,
 )
+from qsnn.weights import integer_weights, weight_quantizer
 
 
 def relu(levels: int, threshold: float | None = None) -> nn.Module:

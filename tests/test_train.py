@@ -1,4 +1,4 @@
-"""fit() and distill(): same seed, same weights; a run that was stopped ends where the other ends; only fit is in place."""
+"""fit() and distill(): same seed, same weights; a stopped run ends where the other ends; only fit is in place."""
 
 from __future__ import annotations
 
@@ -176,5 +176,5 @@ def test_wrong_students_are_refused(qann: nn.Module, snn: qsnn.SNN, digits: qsnn
 
 @pytest.mark.parametrize("options", [{"epochs": -1}, {"batch_size": 0}, {"optimizer": "lion"}, {"kd_temperature": 0}])
 def test_impossible_training(options: dict) -> None:
-    with pytest.raises(ValueError, match="epochs|optimizer|kd_temperature"):
+    with pytest.raises(ValueError, match=r"epochs|optimizer|kd_temperature"):
         qsnn.TrainConfig(**options)

@@ -1,0 +1,104 @@
+"""Weight quantizers: 1 bit in its two known forms, integers, IEEE half; and how their integers are read out."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from brevitas.core.function_wrapper import TensorClamp
+from brevitas.core.quant import ClampedBinaryQuant
+from brevitas.inject import ExtendedInjector
+from brevitas.inject.enum import QuantType, ScalingImplType, ScalingPerOutputType
+from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
+from brevitas.quant import Int8WeightPerChannelFloat
+from brevitas.quant.solver import WeightQuantSolver
+from torch import Tensor, nn
+
+from qsnn.quantizers import HalfQuant
+
+
+class HalfWeightQuant(ExtendedInjector):
+    """Brevitas injector of :class:`HalfQuant` for weights."""
+
+    proxy_class = WeightQuantProxyFromInjector
+    tensor_quant = HalfQuant
+    signed = True
+    narrow_range = False
+
+
+class XnorWeightQuant(WeightQuantSolver):
+    r"""1 bit: :math:`\mathrm{sign}(w)\cdot\alpha_c`, :math:`\alpha_c = \mathrm{mean}|w_c|` per output channel.
+
+    Source: Rastegari et al., "XNOR-Net", ECCV 2016.
+    """
+
+    quant_type = QuantType.BINARY
+    scaling_impl_type = ScalingImplType.STATS
+    scaling_stats_op = "ave"
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = "fp"
+    scaling_min_val = 1e-10
+    bit_width = 1
+    narrow_range = True
+    signed = True
+
+
+class SignWeightQuant(WeightQuantSolver):
+    r"""1 bit: :math:`0.1\,\mathrm{sign}(w)`, one constant scale; the gradient passes where |w| < 0.1.
+
+    A batch norm behind the layer makes up for the constant. Source: Courbariaux et al., "BinaryConnect", NeurIPS 2015.
+    """
+
+    tensor_quant = ClampedBinaryQuant
+    tensor_clamp_impl = TensorClamp
+    scaling_impl_type = ScalingImplType.CONST
+    scaling_const = 0.1
+    restrict_scaling_type = "fp"
+    scaling_per_output_type = ScalingPerOutputType.TENSOR
+    float_to_int_impl_type = "round"
+    bit_width = 1
+    narrow_range = True
+    signed = True
+
+
+def weight_quantizer(bits: int, form: str = "xnor") -> dict[str, Any]:
+    """Return the keyword arguments that give a Brevitas layer weights of ``bits`` [bit].
+
+    1: :class:`XnorWeightQuant`, or :class:`SignWeightQuant` where ``form`` is "sign"; 2 to 8: integers, one scale per
+    output channel, -(2**(b-1) - 1) to 2**(b-1) - 1;
+    16: :class:`HalfQuant`; 32: float, no quantizer.
+
+    Raises:
+        ValueError: any other number.
+    """
+    if bits == 1:
+        return {"weight_quant": SignWeightQuant if form == "sign" else XnorWeightQuant}
+    if 2 <= bits <= 8:
+        return {"weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": bits}
+    if bits == 16:
+        return {"weight_quant": HalfWeightQuant}
+    if bits == 32:
+        return {"weight_quant": None}
+    raise ValueError(f"weight bits must be 1 to 8, 16 (fp16) or 32 (float), got {bits}")
+
+
+def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Read the integers W and the scale s of a layer's weights; W·s is what the layer's forward uses, bit for bit.
+
+    Args:
+        layer: a Brevitas ``QuantConv`` or ``QuantLinear``, or a plain one (its float weights then come with scale 1).
+
+    Shape:
+        W: that of the weight; int8 for 1 to 8 bit, float64 multiples of 1 for fp16 (the values times 2**24), float
+        weights unchanged. s: ``(C, 1, ...)`` or ``()``, in the weight's dtype.
+    """
+    weight = cast(Tensor, layer.weight)
+    quant = getattr(layer, "weight_quant", None)
+    with torch.no_grad():
+        if quant is None or not quant.is_quant_enabled:
+            return weight.detach().clone(), torch.ones((), dtype=weight.dtype, device=weight.device)
+        value, scale, _, bit_width = quant.tensor_quant(weight)[:4]
+        if int(bit_width) == 16:
+            return value.double() * 2.0**24, torch.full((), 2.0**-24, dtype=weight.dtype, device=weight.device)
+        integers = torch.round(value / scale)
+        return integers.to(torch.int8), scale.detach()

@@ -1,0 +1,497 @@
+"""The command line: the chain of commands, the whole flow, resuming, and one line for every wrong input."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import safetensors.torch
+import torch
+
+import qsnn
+from qsnn import cli
+from qsnn.cli import main
+from qsnn.distill import DistillConfig
+from qsnn.run import RunConfig
+
+STAGES = ("teacher", "qann", "snn", "student", "folded")
+TINY = """
+from torch import nn
+
+def make(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, num_classes),
+    )
+
+def wide(num_classes):
+    return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, num_classes))
+
+def fails():
+    raise ValueError("this model is not finished")
+
+not_a_model = 3
+"""
+
+
+def qsnn_command(*args: object) -> None:
+    main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model of one's own on Python's path, and its name."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "tiny_model.py").write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield "tiny_model:make"
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that one command after the other makes."""
+    at = tmp_path_factory.mktemp("chain")
+    short = ("--epochs", 1, "--train-images", 256)
+    qsnn_command("train", "--data", "digits", "--model", "vgg-small", "--out", at / "teacher", *short)
+    qsnn_command("quantize", at / "teacher", "--weight-bits", 2, "--levels", 2, *short, "--out", at / "qann")
+    qsnn_command("convert", at / "qann", "--timesteps", 2, "--firing", "online", "--out", at / "snn")
+    qsnn_command(
+        "distill", at / "snn", "--teacher", at / "qann", "--timesteps", 2, *short, "--out", at / "student"
+    )  # fmt: skip
+    qsnn_command("fold", at / "student", "--out", at / "folded")
+    return at
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.endswith(".safetensors")}
+
+
+class Steps:
+    """Counts the steps of all training, and stops it by Ctrl-C at the n-th one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done, self.last, self.backward = 0, -1, torch.Tensor.backward
+        monkeypatch.setattr(torch.Tensor, "backward", lambda *args, **options: self._count(*args, **options))
+
+    def _count(self, *args: Any, **options: Any) -> None:
+        self.done += 1
+        if self.done == self.last:
+            raise KeyboardInterrupt
+        self.backward(*args, **options)
+
+    def of(self, *args: object) -> int:
+        self.done, self.last = 0, -1
+        qsnn_command(*args)
+        return self.done
+
+    def stop_at(self, step: int, *args: object) -> None:
+        self.done, self.last = 0, step
+        with pytest.raises(SystemExit) as left:
+            qsnn_command(*args)
+        assert left.value.code == 130 and self.done == step
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    return Steps(monkeypatch)
+
+
+# ---- laws
+
+
+def test_each_command_continues_from_the_file_before(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = {name: qsnn.read_recipe(chain / name) for name in STAGES}
+    hashes = {name: hashlib.sha256((chain / name).read_bytes()).hexdigest() for name in STAGES}
+    assert {name: recipe["sha256"] for name, recipe in recipes.items()} == hashes
+    assert [recipes[name].get("parent") for name in STAGES] == [None, *(hashes[name] for name in STAGES[:-1])]
+    assert [recipes[name]["kind"] for name in STAGES] == list(STAGES)
+    assert recipes["student"]["teacher"] == hashes["qann"]
+    folded = recipes["folded"]
+    assert folded["data"]["name"] == "digits"
+    assert (folded["quantize"]["weight_bits"], folded["distill"]["timesteps"]) == (2, 2)
+    assert folded["train"]["train_images"] == 256
+    assert sorted(path.name for path in chain.iterdir()) == sorted(STAGES)  # no state of a finished training is left
+
+
+def test_a_command_does_what_the_function_does(chain: Path, tmp_path: Path, images: torch.Tensor) -> None:
+    teacher, data = qsnn.load(chain / "teacher"), qsnn.load_data("digits")
+    qann = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(weight_bits=2, levels=2))
+    qsnn.fit(qann, data, qsnn.TrainConfig(epochs=1, train_images=256, lr=0.04), teacher=teacher)
+    assert torch.equal(qann(images), qsnn.load(chain / "qann")(images))
+    qsnn_command("quantize", chain / "teacher", "--act-bits", 1, "--epochs", 0, "--out", tmp_path / "calibrated")
+    calibrated = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(act_bits=1))  # --epochs 0 only calibrates
+    assert torch.equal(calibrated.eval()(images), qsnn.load(tmp_path / "calibrated")(images))
+    for name, value in teacher.state_dict().items():
+        if name.endswith("weight"):
+            assert torch.equal(qsnn.load(tmp_path / "calibrated").state_dict()[name], value)
+
+
+def test_a_flow_that_was_stopped_ends_with_the_same_weights(
+    tiny: str, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nine steps an epoch; stopped in the second epoch of each of the three trainings."""
+    options = ("--model", tiny, "--epochs", 2, 2, 2, "--max-timesteps", 2)
+    assert steps.of("run", "--out", tmp_path / "whole" / "flow", *options) == 54
+    stopped = tmp_path / "stopped" / "flow"
+    for step in (12, 9 + 12, 9 + 12):
+        capsys.readouterr()
+        steps.stop_at(step, "run", "--out", stopped, *options)
+        assert capsys.readouterr().err == "qsnn: stopped; the same command goes on from the last finished epoch\n"
+        assert len(list(stopped.glob(".*.resume"))) == 1
+    assert steps.of("run", "--out", stopped, *options) == 9
+    assert not list(stopped.glob(".*.resume"))
+    assert files(stopped) == files(tmp_path / "whole" / "flow") and len(files(stopped)) == 5
+
+
+@pytest.mark.parametrize("command", ["train", "quantize", "distill"])
+def test_a_command_that_was_stopped_ends_with_the_same_file(
+    command: str, chain: Path, tmp_path: Path, steps: Steps, images: torch.Tensor
+) -> None:
+    arguments: dict[str, tuple[object, ...]] = {
+        "train": ("train", "--data", "digits"),
+        "quantize": ("quantize", chain / "teacher"),
+        "distill": ("distill", chain / "snn", "--teacher", chain / "qann"),
+    }
+    run = (*arguments[command], "--epochs", 2, "--train-images", 256, "--out")
+    assert steps.of(*run, tmp_path / "whole") == 4
+    steps.stop_at(4, *run, tmp_path / "stopped")
+    assert steps.of(*run, tmp_path / "stopped", "--lr", 0.001) == 4  # other options: from the start
+    other = (tmp_path / "stopped").read_bytes()
+    assert steps.of(*run, tmp_path / "stopped") == 2
+    assert (tmp_path / "stopped").read_bytes() == (tmp_path / "whole").read_bytes() != other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped", "whole"]
+
+
+def test_a_stopped_run_is_not_continued_by_another_one(chain: Path, tmp_path: Path, steps: Steps) -> None:
+    """Two runs with the same training options and the same shapes, which only differ in what is trained."""
+    options = ("--epochs", 2, "--train-images", 256, "--out", tmp_path / "out")
+    steps.stop_at(4, "quantize", chain / "teacher", "--weight-bits", 4, *options)
+    assert steps.of("quantize", chain / "teacher", "--weight-bits", 3, *options) == 4
+    student = ("distill", chain / "snn", *options, "--teacher")
+    steps.stop_at(4, *student, chain / "qann")
+    assert steps.of(*student, chain / "teacher") == 4
+    assert steps.of(*student, chain / "qann", "--timesteps", 1) == 4
+    assert steps.of(*student, chain / "qann", "--step-weight", 0.5) == 4
+    assert steps.of(*student, chain / "qann") == 2
+
+
+def test_the_whole_flow_does_no_stage_twice(
+    tiny: str, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "flow"
+    run = ("run", "--data", "digits", "--model", tiny, "--epochs", 1, 1, 1, "--max-timesteps", 3, "--out", out)
+    assert steps.of(*run) == 27
+    names = [*(f"{name}.safetensors" for name in STAGES), "curve.png", "report.html", "records.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+    shown = capsys.readouterr()
+    assert "certificate: EXACT (deferred, T = 2, 540 test images)" in shown.out
+    assert [line.strip() for line in shown.out.splitlines()[-8:]] == [str(out / name) for name in names]
+    report = (out / "report.html").read_text()
+    assert f"qsnn run --data digits --out flow --model {tiny} --max-timesteps 3 --epochs 1 1 1<" in report
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    assert [record["name"] for record in records] == [
+        "run/teacher", "run/QANN", "run/SNN online", "run/SNN deferred", "run/student"
+    ]  # fmt: skip
+    assert {(record["data"], record["seed"], record["n"]) for record in records} == {("digits", 0, 540)}
+    for name in names[:5]:
+        assert str(tmp_path).encode() not in (out / name).read_bytes()
+    assert str(tmp_path) not in report and str(tmp_path) not in (out / "records.jsonl").read_text()
+
+    times = {name: (out / name).stat().st_mtime_ns for name in names[:5]}
+    first = files(out)
+    assert steps.of(*run) == 0
+    assert re.findall(r"(\w+): done before", capsys.readouterr().out) == list(STAGES)
+    assert {name: (out / name).stat().st_mtime_ns for name in names[:5]} == times
+
+    for change, expected, kept in (
+        (("--timesteps", 3), 9, ["teacher", "qann"]),
+        (("--model", tiny.replace("make", "wide")), 27, []),
+        (("--seed", 1), 27, []),
+        (("--fresh",), 27, []),
+    ):
+        assert steps.of(*run, *change) == expected
+        assert re.findall(r"(\w+): done before", capsys.readouterr().out) == kept
+    assert files(out) == first  # seed 0 again: the same bytes
+
+    torch.save(qsnn.load(out / "teacher.safetensors").state_dict(), tmp_path / "weights.pt")
+    assert steps.of(*run, "--weights", tmp_path / "weights.pt") == 18
+    assert str(tmp_path) not in (out / "records.jsonl").read_text()
+
+
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_a_model_of_ones_own_with_its_weights(
+    form: str, tiny: str, tmp_path: Path, steps: Steps, images: torch.Tensor
+) -> None:
+    model = qsnn.create_model(tiny, qsnn.load_data("digits"), seed=5)
+    weights = tmp_path / "weights"
+    torch.save(model.state_dict(), weights) if form == "torch" else safetensors.torch.save_file(
+        model.state_dict(), weights
+    )
+    teacher, qann = tmp_path / "teacher", tmp_path / "qann"
+    assert steps.of(
+        "train", "--data", "digits", "--model", tiny, "--weights", weights, "--epochs", 0, "--out", teacher
+    ) == 0  # fmt: skip
+    assert torch.equal(qsnn.load(teacher)(images), model.eval()(images))
+    assert steps.of("quantize", teacher, "--epochs", 0, "--out", qann) == 0
+    assert qsnn.read_recipe(qann)["model"] == {"name": tiny, "options": {}}
+    trained = tmp_path / "trained"
+    qsnn_command("train", "--data", "digits", "--model", tiny, "--weights", weights, "--epochs", 1, "--out", trained)
+    assert not torch.equal(qsnn.load(trained)(images), model(images))
+
+
+# ---- what is shown
+
+
+def test_convert_certifies(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    qsnn_command("convert", chain / "qann", "--certify", "--firing", "deferred", "--out", tmp_path / "snn")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"wrote {tmp_path / 'snn'}\ndeferred firing, T = 2, 540 images\n")
+    assert "answers equal: 540 of 540" in shown and shown.endswith("\nEXACT\n")
+
+
+def test_benchmark_writes_what_it_is_asked_for(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    html, figure, records = tmp_path / "report.html", tmp_path / "curve.svg", tmp_path / "records.jsonl"
+    qsnn_command(
+        "benchmark", chain / "folded", chain / "qann", "--timesteps", 3, "--html", html, "--figure", figure,
+        "--records", records,
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert re.search(r"^folded +online ", shown, re.M) and re.search(r"^qann +ANN ", shown, re.M)
+    assert "qsnn benchmark folded qann --timesteps 3" in html.read_text() and "<svg" in figure.read_text()
+    read = [json.loads(line) for line in records.read_text().splitlines()]
+    assert [(record["name"], record["n"]) for record in read] == [("benchmark/folded", 540), ("benchmark/qann", 540)]
+    assert read[0]["metrics"]["timesteps"] == [1, 2, 3] and read[0]["config"]["kind"] == "folded"
+    assert str(chain) not in html.read_text() + records.read_text()
+
+
+def test_benchmark_tells_files_of_one_name_apart(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        (Path(name) / "snn").write_bytes((chain / "snn").read_bytes())
+    qsnn_command("benchmark", "a/snn", "b/snn", "--timesteps", 1)
+    assert re.findall(r"^([ab]/snn) +online ", capsys.readouterr().out, re.M) == ["a/snn", "b/snn"]
+
+
+def test_info_tells_how_a_file_was_made_and_what_it_weighs(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    qsnn_command("info", chain / "folded")
+    shown = capsys.readouterr().out
+    assert "kind: folded\n" in shown
+    assert f"parent: {hashlib.sha256((chain / 'student').read_bytes()).hexdigest()}\n" in shown
+    assert shown.endswith(f"{qsnn.summary(qsnn.load(chain / 'folded'))}\n")
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_every_option_is_explained(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as left:
+        qsnn_command(*command.split(), "--help")
+    shown = capsys.readouterr()
+    assert left.value.code == 0 and not shown.err
+    entries: list[str] = []
+    for line in shown.out.replace("│", " ").splitlines():
+        text = line.strip()
+        if re.match(r" {1,6}(--?[a-z]|\[*PATH|• )", line):
+            entries.append(text)
+        elif line.startswith(" " * 12) and entries:
+            entries[-1] += f" {text}"  # the help of an option with a long name stands below it
+    assert len(entries) >= {"": 1 + len(cli.COMMANDS), "fold": 3, "info": 2}.get(command, 6)
+    for entry in entries:
+        explained = re.sub(r" \((default: .*|required)\)$", "", entry.replace("{None}|", "").removeprefix("• "))
+        words = [word for word in explained.split()[1:] if re.search("[a-z]", word)]
+        assert len(words) > (entry.startswith("•")), f"no help for: {entry}"
+    if command in ("run", "distill"):
+        for field in dataclasses.fields({"run": RunConfig, "distill": DistillConfig}[command]):
+            assert f"--{field.name.replace('_', '-')} " in shown.out
+
+
+# ---- refusals
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with status 2, nothing but one line on stderr; return that line."""
+
+    def run(*args: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            qsnn_command(*args)
+        shown = capsys.readouterr()
+        assert left.value.code == 2
+        assert shown.err.startswith("qsnn: ") and shown.err.count("\n") == 1 and shown.err.endswith("\n")
+        return shown.err
+
+    return run
+
+
+def test_files_that_cannot_be_read(chain: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = ("--out", tmp_path / "out")
+    foreign, cut, missing = tmp_path / "foreign", tmp_path / "cut", tmp_path / "missing"
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, foreign)
+    for file, message in ((missing, "no such file"), (cut, "truncated"), (foreign, "not written by qsnn")):
+        for command in (
+            ("quantize", file, *out), ("convert", file, *out), ("fold", file, *out), ("info", file),
+            ("distill", file, "--teacher", chain / "qann", *out), ("distill", chain / "snn", "--teacher", file, *out),
+            ("benchmark", chain / "snn", file),
+        ):  # fmt: skip
+            cut.write_bytes((chain / "teacher").read_bytes()[:-1])
+            assert message in refused(*command)
+    for name in ("train", "run"):
+        assert "no such file" in refused(name, *out, "--data", "digits", "--weights", missing)
+        assert "cannot load" in refused(name, *out, "--data", "digits", "--weights", cut)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["cut", "foreign"]
+
+
+def test_the_wrong_kind_of_checkpoint(chain: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = ("--out", tmp_path / "out")
+    for args, message in (
+        (("quantize", chain / "qann"), "holds a 'qann'; expected 'teacher'"),
+        (("convert", chain / "teacher"), "holds a 'teacher'; expected 'qann'"),
+        (("distill", chain / "folded", "--teacher", chain / "qann"), "holds a 'folded'; expected 'snn' or 'student'"),
+        (("distill", chain / "snn", "--teacher", chain / "snn"), "holds a 'snn'; expected 'teacher' or 'qann'"),
+        (("fold", chain / "teacher"), "holds a 'teacher'; expected 'snn' or 'student'"),
+        (("fold", chain / "folded"), "holds a 'folded'; expected 'snn' or 'student'"),
+    ):
+        assert message in refused(*args, *out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_out_of_range(chain: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = ("--out", tmp_path / "out")
+    for args, message in (
+        (("convert", chain / "qann", "--timesteps", 0), "timesteps must be a whole number of at least 1, got 0"),
+        (("distill", chain / "snn", "--teacher", chain / "qann", "--timesteps", 0), "timesteps must be"),
+        (("run", "--timesteps", 0), "timesteps must be a whole number of at least 1, got 0"),
+        (("run", "--max-timesteps", 0), "max_timesteps must be a whole number of at least 1, got 0"),
+        (("run", "--weight-bits", 0), "weight bits must be 1 to 8, 16 (fp16) or 32 (float), got 0"),
+        (("run", "--levels", 0), "levels must be 1 to 255, got 0"),
+        (("run", "--epochs", 1, 1, -1), "expected epochs >= 0"),
+        (("quantize", chain / "teacher", "--weight-bits", 0), "weight bits must be 1 to 8, 16 (fp16) or 32"),
+        (("quantize", chain / "teacher", "--act-bits", 0), "act_bits must be 1 to 8, got 0"),
+        (("quantize", chain / "teacher", "--levels", 0), "levels must be 1 to 255, got 0"),
+        (("quantize", chain / "teacher", "--input-bits", 0), "input_bits must be 2 to 16"),
+        (("quantize", chain / "teacher", "--act-bits", 1, "--levels", 2), "give only one of the two"),
+        (("train", "--data", "digits", "--batch-size", 0), "batch_size >= 1"),
+        (("train", "--data", "digits", "--optimizer", "lion"), "optimizer must be 'sgd' or 'adamw', got 'lion'"),
+        (("convert", chain / "qann", "--firing", "later"), "firing must be 'online' or 'deferred', got 'later'"),
+    ):
+        assert message in refused(*args, *out)
+    assert "timesteps must be a whole number" in refused("benchmark", chain / "snn", "--timesteps", 0)
+    assert "firing must be 'online'" in refused("benchmark", chain / "snn", "--firing", "later")
+    assert "at least one checkpoint" in refused("benchmark")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_not_known(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    out = ("--out", tmp_path / "out")
+    (tmp_path / "broken_model.py").write_text("def make(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    for command in ("train", "run"):
+        error = refused(command, "--data", "imagenet", *out)
+        assert "unknown data set 'imagenet'" in error and "use one of digits, mnist, fashion-mnist, cifar10" in error
+        for model, message in (
+            ("resnet-152", "unknown model 'resnet-152'; known: vgg-small, study, resnet-small, or your own"),
+            ("no_such_module:make", "cannot find 'no_such_module:make' (No module named 'no_such_module')"),
+            (tiny.replace("make", "nothing"), "cannot find 'tiny_model:nothing' (module 'tiny_model' has no attribute"),
+            ("broken_model:make", "cannot find 'broken_model:make' (invalid syntax"),
+            (tiny.replace("make", "not_a_model"), "is not callable"),
+            (tiny.replace("make", "fails"), "this model is not finished"),
+        ):
+            assert message in refused(command, "--data", "digits", "--model", model, *out)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["broken_model.py"]
+
+
+def test_places_that_cannot_be_written(chain: Path, tmp_path: Path, steps: Steps, refused: Callable[..., str]) -> None:
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "file" / "out", "exist")):
+        for args in (("train", "--data", "digits"), ("fold", chain / "snn"), ("convert", chain / "qann")):
+            assert message in refused(*args, "--out", out)
+    assert steps.done == 0  # said before the training, not after
+
+
+def test_a_download_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    from torchvision import datasets
+
+    def download(self: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    monkeypatch.delenv("QSNN_DATA", raising=False)
+    for command in ("train", "run"):
+        error = refused(command, "--data", "mnist", "--data-root", tmp_path / "data", "--out", tmp_path / "out")
+        assert "no route to host" in error
+        assert "or set QSNN_DATA or --data-root to the folder that holds MNIST/" in error
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert "install both" in refused("train", "--data", "mnist", "--data-root", tmp_path, "--out", tmp_path / "out")
+
+
+def test_checkpoints_of_two_data_sets_are_not_compared(
+    chain: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    other = qsnn.load(chain / "teacher")
+    other.qsnn_recipe["data"]["name"] = "mnist"  # type: ignore[index,assignment]
+    qsnn.save(other, tmp_path / "other")
+    assert "one data set, got digits, mnist;" in refused("benchmark", chain / "teacher", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Missing subcommand"),
+        (["info", "file", "--nope"], "--nope"),
+        (["train", "--data", "digits"], "--out PATH"),
+        (["run", "--epochs", "one"], "--epochs"),
+        (["convert", "file", "--out", "out", "--timesteps", "two"], "--timesteps"),
+    ],
+)
+def test_a_command_line_that_cannot_be_parsed(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(args)
+    shown = capsys.readouterr()
+    assert left.value.code == 2 and message in shown.err and not shown.out
+
+
+# ---- as a process of its own
+
+
+def process(cwd: Path, *args: object) -> subprocess.CompletedProcess[str]:
+    """``qsnn`` as its script runs it (-P: without the working directory on Python's path)."""
+    command = [sys.executable, "-P", "-m", "qsnn", *map(str, args)]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )  # fmt: skip
+
+
+def test_a_process_finds_a_model_in_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "here.py").write_text(TINY)
+    done = process(tmp_path, "train", "--data", "digits", "--model", "here:make", "--epochs", 0, "--out", "teacher")
+    assert done.returncode == 0 and re.search(r"^wrote teacher \(validation accuracy \d+\.\d\d %\)$", done.stdout, re.M)
+    assert [path.name for path in tmp_path.glob("teacher*")] == ["teacher"]
+
+
+def test_a_process_that_fails_says_so_in_one_line(tmp_path: Path) -> None:
+    done = process(tmp_path, "fold", "missing", "--out", "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "qsnn: no such file: missing"

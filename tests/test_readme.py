@@ -1,0 +1,234 @@
+"""README.md: its code runs, its commands parse, its tables and figures are what the records give."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qsnn
+from qsnn import cli
+from qsnn.records import Record, append
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPT = runpy.run_path(str(ROOT / "scripts/readme"))
+update: Callable[..., list[str]] = SCRIPT["update"]
+COMMANDS = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+    if line.startswith("qsnn ")
+]
+EMPTY = "# own\n\n<!-- table:run-digits -->\nno records yet\n<!-- /table -->\n\nlast\n"
+CONFIG = {
+    "run": {"model": "vgg-small", "weight_bits": 4, "levels": 2, "out": "a", "epochs": None, "seed": 0},
+    "teacher": {"epochs": 20, "seed": 0},
+}
+WORLD = {
+    "commit": "0123456789abcdef", "dirty": False, "device": "a CPU", "torch": "2.1", "brevitas": "0.1",
+    "spikingjelly": "2.0",
+}  # fmt: skip
+
+
+def add(root: Path, seed: int = 0, gain: float = 0.0, *, minute: int = 0, models: tuple[str, ...] = SCRIPT["MODELS"],
+        epochs: int = 20, **world: Any) -> None:  # fmt: skip
+    """Append what a run writes: accuracies of 90 + gain, a step more for every T."""
+    config = copy.deepcopy(CONFIG)
+    config["run"].update(out=f"folder-{seed}", seed=seed)
+    config["teacher"].update(seed=seed, epochs=epochs)
+    for model in models:
+        ann = model in ("teacher", "QANN")
+        steps = [] if ann else [1, 2, 4, 8]
+        metrics = {
+            "timesteps": steps, "accuracy": [90.0 + gain + i for i in range(len(steps) or 1)], "weight_bytes": 2048,
+            "spike_rate": None if ann else 0.25, "synops": None if ann else 448_384.0, "macs": 13_824,
+            "certificate": "EXACT",
+        }  # fmt: skip
+        append(root / "benchmarks/records/run.jsonl", Record(
+            name=f"run/{model}", data="digits", seed=seed, n=540, metrics=metrics, config=config,
+            environment={**WORLD, **world}, time=f"2026-01-01T00:{minute:02}:00+00:00",
+        ))  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text(EMPTY, encoding="utf-8")
+    return tmp_path
+
+
+def table(root: Path) -> str:
+    update(root)
+    return (root / "README.md").read_text(encoding="utf-8")
+
+
+def cells(text: str, model: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {model} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+# ---- this README
+
+
+def test_the_first_python_block_runs(tmp_path, monkeypatch, capsys):
+    code = re.search(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE).group(1)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, "README.md", "exec"), names)
+    assert "EXACT" in capsys.readouterr().out.splitlines()
+    assert names["result"].accuracy[1] > 90  # at T = 2
+    images, labels = next(qsnn.batches(names["data"].test, 8))
+    answers = qsnn.load("digits.safetensors")(images)
+    assert answers.shape == (2, 8, 10)
+    assert names["folded"](images, firing="deferred").shape == (1, 8, 10)
+    assert (answers[-1].argmax(1) == labels).sum() >= 6
+
+
+def test_commands_are_shown():
+    assert {shlex.split(line)[1] for line in COMMANDS} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_parses(line, monkeypatch):
+    called = []
+    for name, command in cli.COMMANDS.items():
+        stub = functools.wraps(command)(lambda *args, name=name, **options: called.append(name))
+        monkeypatch.setitem(cli.COMMANDS, name, stub)
+    _, *args = shlex.split(line, comments=True)
+    cli.main(args)
+    assert called == [args[0]]
+
+
+def test_links_and_scripts_exist():
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r"\bscripts/[\w.]+", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_tables_and_figures_are_what_the_records_give():
+    command = [sys.executable, ROOT / "scripts/readme", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_is_the_public_surface():
+    def order(name: str) -> tuple[int, str]:  # constants, classes, functions, as ruff sorts
+        return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+    assert qsnn.__all__ == sorted(qsnn.__all__, key=order)
+    found = {name for name, value in vars(qsnn).items() if not isinstance(value, types.ModuleType)}
+    assert {name for name in found if not name.startswith("_")} == {
+        name for name in qsnn.__all__ if not isinstance(getattr(qsnn, name), types.ModuleType)
+    }
+    for name in qsnn.__all__:
+        assert (getattr(qsnn, name).__doc__ or "").strip(), name
+
+
+# ---- the script
+
+
+def test_mean_and_standard_deviation_over_seeds(root):
+    for seed, gain in enumerate((0.0, 1.0, 5.0)):
+        add(root, seed, gain)
+    text = table(root)
+    # by hand: (0 + 1 + 5)/3 = 2; sqrt((4 + 1 + 9)/2) = 2.6458
+    accuracy = ["92.00 ± 2.65", "93.00 ± 2.65", "94.00 ± 2.65", "95.00 ± 2.65"]
+    assert cells(text, "student") == ["2.0", *accuracy, "0.250", "448 k", "13.8 k"]
+    assert cells(text, "teacher") == ["2.0", *["*92.00 ± 2.65*"] * 4, "–", "–", "13.8 k"]
+    for words in (
+        "540 test images; seeds: 0, 1, 2; vgg-small, 4-bit weights, L = 2; certificates that say EXACT: 3 of 3",
+        "a CPU; commit 0123456; torch 2.1; brevitas 0.1; spikingjelly 2.0; ±: standard deviation over the seeds.",
+        "(benchmarks/figures/run-digits.svg)",
+    ):
+        assert words in text
+    figure = (root / "benchmarks/figures/run-digits.svg").read_text(encoding="utf-8")
+    assert "vgg-small on digits: mean ± standard deviation of 3 seeds" in figure and str(root) not in figure
+
+
+def test_one_seed_has_an_interval_and_says_so(root):
+    add(root)
+    text = table(root)
+    # Wilson, p = 0.9, n = 540: 1.96·sqrt(0.09/540 + 1.96²/(4·540²))/(1 + 1.96²/540) = 0.0254
+    assert cells(text, "SNN online")[1] == "90.00 ± 2.54 †"
+    assert "† one seed: half the 95 % Wilson interval over the test images." in text
+    assert "one seed, 95 % Wilson interval" in (root / "benchmarks/figures/run-digits.svg").read_text(encoding="utf-8")
+
+
+def test_the_newest_record_counts_wherever_it_stands(root):
+    add(root, gain=3.0, minute=2)
+    add(root, gain=1.0, minute=1)
+    assert cells(table(root), "student")[1] == "93.00 ± 2.17 †"
+
+
+def test_configs_are_not_mixed_and_the_newest_one_is_taken(root):
+    for seed in (0, 1):
+        add(root, seed, minute=5, epochs=20)
+    add(root, 2, gain=5.0, minute=6, epochs=1)
+    assert cells(table(root), "student")[1].startswith("95.00") and "seeds: 2;" in table(root)
+    add(root, 0, minute=7, epochs=20)
+    assert "seeds: 0, 1;" in table(root)
+
+
+def test_a_seed_counts_only_where_every_model_has_it(root):
+    add(root, 0)
+    add(root, 1, models=("teacher", "QANN"), minute=1)
+    assert "seeds: 0;" in table(root)
+
+
+@pytest.mark.parametrize("world", [{"dirty": True}, {"commit": None, "dirty": None}])
+def test_code_that_is_no_clean_commit_is_left_out(root, world, capsys):
+    add(root, 0, **world)
+    assert table(root) == EMPTY
+    assert "left out 5 records of code that is not a clean commit" in capsys.readouterr().err
+
+
+def test_a_second_call_changes_nothing_and_text_outside_is_kept(root):
+    assert update(root) == []  # without records
+    add(root, 0)
+    add(root, 1, gain=1.0)
+    assert update(root, check=True) == ["README.md", "benchmarks/figures/run-digits.svg"]
+    assert not (root / "benchmarks/figures").exists()  # a check writes nothing
+    assert update(root) == ["README.md", "benchmarks/figures/run-digits.svg"]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert update(root, check=True) == update(root) == []
+    assert text.startswith("# own\n\n<!-- table:run-digits -->\n| model |")
+    assert text.endswith("<!-- /table -->\n\nlast\n")
+    (root / "benchmarks/records/run.jsonl").unlink()
+    assert update(root) == ["README.md", "benchmarks/figures/run-digits.svg"]  # the figure has gone
+    assert (root / "README.md").read_text(encoding="utf-8") == EMPTY
+    assert list((root / "benchmarks/figures").iterdir()) == []
+
+
+def test_check_sees_a_figure_of_other_bytes_unless_another_matplotlib_drew_it(root, monkeypatch):
+    add(root)
+    update(root)
+    path = root / "benchmarks/figures/run-digits.svg"
+    path.write_bytes(path.read_bytes() + b"\n")
+    monkeypatch.setitem(update.__globals__, "same_matplotlib", lambda: True)
+    assert update(root, check=True) == ["benchmarks/figures/run-digits.svg"]
+    monkeypatch.setitem(update.__globals__, "same_matplotlib", lambda: False)
+    assert update(root, check=True) == []
+    path.unlink()
+    assert update(root, check=True) == ["benchmarks/figures/run-digits.svg"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("<!-- table:run-digits -->\n", "each ended by"),
+    ("<!-- table:run-digits -->\n<!-- table:run-mnist -->\n<!-- /table -->\n", "or no end"),
+    (EMPTY + EMPTY, "once"),
+    ("<!-- table:other -->\n<!-- /table -->\n", "table:run-DATA --> .* got other"),
+])  # fmt: skip
+def test_wrong_markers_are_refused_and_nothing_is_written(root, text, message):
+    (root / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        update(root)
+    assert (root / "README.md").read_text(encoding="utf-8") == text
