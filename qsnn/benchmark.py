@@ -17,7 +17,7 @@ from qsnn.fold import fold
 from qsnn.graph import device_of
 from qsnn.integer import IntegerLayer
 from qsnn.neurons import SNN
-from qsnn.summary import summary
+from qsnn.summary import LayerSummary, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,8 @@ class Benchmark:
     synops: float | None
     """Spike-driven accumulates per image, over the T steps the model is made for."""
     macs: float
-    """Multiply-accumulates per image; of a spiking network those of the layers before its first neuron."""
+    """Multiply-accumulates per image; of a spiking network those of layers that do not see spikes: before its first
+    neuron, and at every step behind a linear bottleneck."""
     weight_bytes: int
     """Weights at their precision, all else at 32 bit [byte]."""
     confusion: list[list[int]] | None
@@ -124,12 +125,19 @@ def benchmark(
         spike_rates=counter.rates(seen) if counter else {},
         spike_rate=counter.rate(seen) if counter else None,
         synops=counter.synops / seen if counter else None,
-        macs=sum(layer.macs for layer in weigh.layers if not spiking or layer.static),
+        macs=sum(layer.macs * _runs(layer, own, spiking) for layer in weigh.layers),
         weight_bytes=weigh.weight_bytes,
         confusion=None if confusion is None else confusion.tolist(),
         agreement=None if reference is None else tuple(round(100.0 * int(a) / seen, 4) for a in agree),
         seconds=time.perf_counter() - started,
     )
+
+
+def _runs(layer: LayerSummary, steps: int, spiking: bool) -> int:
+    """How often the MACs of a layer are done for one image: a spiking layer has accumulates instead."""
+    if not spiking or layer.static:
+        return 1
+    return 0 if layer.input_bits == 1 else steps
 
 
 def _shape(model: nn.Module, loader: Any) -> tuple[int, ...] | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qsnn.data import batches
 from qsnn.fold import fold
+from qsnn.graph import device_of
 from qsnn.neurons import SNN
 from qsnn.quantizers import is_sign, level_quant
 from qsnn.weights import integer_weights
@@ -113,7 +114,7 @@ def certify(
         raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")
     folded = snn if snn.folded else fold(snn)
     reference = _Reference(qann)
-    counts = dict(folded.neurons())
+    counts = {name: folded.network.get_submodule(folded.probes.get(name, name)) for name, _ in folded.neurons()}
     if not reference.levels:
         raise ValueError("the second argument holds no quantized activation; call certify(snn, qann, loader)")
     if set(counts) != set(reference.levels):
@@ -124,7 +125,7 @@ def certify(
     checks = {name: LayerCheck(name) for name in reference.levels}
     digest = hashlib.sha256()
     seen = same = 0
-    for batch, _ in batches(loader, batch_size):
+    for batch, _ in batches(loader, batch_size, device=device_of(folded)):
         if images is not None:
             batch = batch[: images - seen]
             if not len(batch):

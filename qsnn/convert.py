@@ -9,7 +9,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qsnn.graph import add_module, call_nodes, child_recipe, module_of, replace_module, set_recipe, trace
+from qsnn.graph import (
+    ADD_FUNCTIONS,
+    ADD_METHODS,
+    VIEW_FUNCTIONS,
+    VIEW_METHODS,
+    add_module,
+    call_nodes,
+    child_recipe,
+    is_call,
+    module_of,
+    replace_module,
+    set_recipe,
+    shape_nodes,
+    trace,
+)
 from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat
 from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
 
@@ -41,10 +55,10 @@ class ConvertConfig:
 def convert(model: nn.Module, config: ConvertConfig | None = None) -> SNN:
     r"""Return a spiking copy of a quantized network; the Brevitas weights stay, and stay trainable.
 
-    A ±1 activation becomes a neuron with :math:`v_0 = \theta`, which fires at x >= 0, and 2·spike - 1 behind it; such a
-    network runs one step. A quantized ReLU with step s and L levels becomes an :class:`~qsnn.neurons.IFNode` with :math:`\theta = s\,L` and
+    A quantized ReLU with step s and L levels becomes an :class:`~qsnn.neurons.IFNode` with :math:`\theta = s\,L` and
     :math:`v_0 = \theta/2`; its spikes carry the amplitude θ, so that every layer behind it sees on average what it saw
-    before. A max pool that stands before its activation is moved behind it (both are monotone).
+    before. A ±1 activation becomes a neuron with :math:`v_0 = \theta`, which fires at x >= 0, and 2·spike - 1 behind
+    it; such a network runs one step. A max pool before its activation is moved behind it (both are monotone).
 
     Args:
         model: what :func:`qsnn.quantize` returned, calibrated or trained. It is not changed.
@@ -66,13 +80,13 @@ def convert(model: nn.Module, config: ConvertConfig | None = None) -> SNN:
             f"nothing to convert in {type(model).__name__}: it holds {relus} nn.ReLU and no quantized ReLU; "
             f"call quantize(model, data) first"
         )
-    _move_max_pools_(network)
+    moved = _move_max_pools_(network)
     for node in spiking:
         _to_neuron_(network, node)
     _repeat_static_(network)
     network.graph.lint()
     network.recompile()
-    snn = SNN(network, config.timesteps, config.firing)
+    snn = SNN(network, config.timesteps, config.firing, probes=moved)
     snn.train(model.training)
     set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
     return snn
@@ -103,8 +117,7 @@ def _to_neuron_(network: fx.GraphModule, node: fx.Node) -> None:
         _reroute(node, signs)
         return
     with torch.no_grad():
-        step = quant.step
-        threshold = step * quant.levels
+        threshold = quant.step.double() * quant.levels
     if not bool(threshold.isfinite()):
         raise ValueError(f"the quantizer of {name} has no step yet; calibrate it with quantize(model, data)")
     neuron = IFNode(threshold)
@@ -121,10 +134,15 @@ def _reroute(node: fx.Node, to: fx.Node) -> None:
     node.replace_all_uses_with(to, delete_user_cb=lambda user: user is not to)
 
 
-def _move_max_pools_(network: fx.GraphModule) -> None:
-    """Move each max pool that stands before its activation behind it; in between only a batch norm with γ >= 0."""
+def _move_max_pools_(network: fx.GraphModule) -> dict[str, str]:
+    """Move each max pool that stands before its activation behind it; in between only a batch norm with γ >= 0.
+
+    Returns the pool's name for each activation that it was moved behind: there the network holds what the activation
+    held before.
+    """
+    moved: dict[str, str] = {}
     for pool, module in list(call_nodes(network)):
-        if not isinstance(module, _MAX_POOLS) or level_quant_before(network, pool):
+        if not isinstance(module, _MAX_POOLS) or all(_quantized(network, node) for node in pool.all_input_nodes):
             continue
         path = [pool]
         while True:
@@ -145,22 +163,23 @@ def _move_max_pools_(network: fx.GraphModule) -> None:
         activation = users[0]
         pool.replace_all_uses_with(pool.all_input_nodes[0])
         with network.graph.inserting_after(activation):
-            moved = network.graph.call_module(str(pool.target), (activation,))
-        _reroute(activation, moved)
+            behind = network.graph.call_module(str(pool.target), (activation,))
+        _reroute(activation, behind)
         network.graph.erase_node(pool)
+        moved[str(activation.target)] = str(pool.target)
+    return moved
 
 
-def level_quant_before(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether the value that reaches ``node`` comes from an activation, through pooling and dropout only."""
-    while True:
-        (node,) = node.all_input_nodes[:1]
-        module = module_of(network, node)
-        if module is None:
-            return False
-        if level_quant(module) is not None or is_sign(module):
-            return True
-        if not isinstance(module, (*_MAX_POOLS, nn.Dropout, nn.Dropout2d, nn.Identity)):
-            return False
+def _quantized(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Return whether a value comes from activations alone, through what moves, pools, joins or drops values."""
+    module = module_of(network, node)
+    if module is not None and (level_quant(module) is not None or is_sign(module)):
+        return True
+    joins = is_call(node, (torch.cat, *VIEW_FUNCTIONS, operator.getitem, *ADD_FUNCTIONS), (*VIEW_METHODS, *ADD_METHODS))
+    if not joins and not isinstance(module, (*_MAX_POOLS, nn.Dropout, nn.Dropout2d, nn.Identity)):
+        return False
+    tensors = [source for source in node.all_input_nodes if source not in shape_nodes(network)]
+    return bool(tensors) and all(_quantized(network, source) for source in tensors)
 
 
 def _repeat_static_(network: fx.GraphModule) -> None:

@@ -113,7 +113,7 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
         images: normalised images.
         shape: what one image must be; by default any (C, H, W).
     Shape:
-        images: (B, C, H, W), B >= 1; shape: (C, H, W).
+        images: (B, C, H, W), B >= 1, or (B, C, L) for a signal; shape: that of one of them.
     Raises:
         ValueError: not a float tensor, another shape, or pixels that are NaN or infinite.
     """
@@ -121,7 +121,7 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"expected a float tensor of normalised images, got {kind}; call ImageSet.normalise(images)")
     want, got = ("B", *(shape or ("C", "H", "W"))), tuple(images.shape)
-    if len(got) != len(want) or 0 in got or (shape and got[1:] != tuple(shape)):
+    if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (3, 4)):
         hint = "add the batch: images.unsqueeze(0)" if len(got) == 3 else "resize them, or build the model for them"
         raise ValueError(f"expected images of shape ({', '.join(map(str, want))}), got {got}; {hint}")
     if torch.isfinite(images.sum()):  # one NaN or inf spoils the sum; a sum that merely overflows passes below

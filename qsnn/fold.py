@@ -27,7 +27,7 @@ from qsnn.graph import (
 from qsnn.integer import Current, CurrentIF, FloatLayer, IntegerIF, IntegerInput, IntegerLayer, SumPool
 from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat
 from qsnn.quantizers import level_quant
-from qsnn.weights import integer_weights
+from qsnn.weights import integer_weights, weight_bits
 
 _PASSED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -86,7 +86,7 @@ def fold(snn: SNN) -> SNN:
     network = copy.deepcopy(snn.network).eval()
     with torch.no_grad():
         folder = _Folder(network, _shapes(network, input_shape_of(snn)))
-        folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True)
+        folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True, probes=snn.probes)
     folded.eval()
     set_recipe(folded, child_recipe(snn, "folded"))
     return folded
@@ -99,7 +99,11 @@ def _shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict[str,
     probe = copy.deepcopy(network)
     weight = next(iter(network.parameters()))
     ShapeProp(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
-    return {n.name: tuple(n.meta["tensor_meta"].shape) for n in probe.graph.nodes if "tensor_meta" in n.meta}
+    return {
+        n.name: tuple(n.meta["tensor_meta"].shape)
+        for n in probe.graph.nodes
+        if hasattr(n.meta.get("tensor_meta"), "shape")
+    }
 
 
 class _Folder:
@@ -228,12 +232,13 @@ class _Folder:
         bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[union-attr,operator]
         if not value.spikes_only or integers.dtype == torch.float32:
             weight = integers.double() * scale.double()
-            call = self._call(name, FloatLayer(weight, layer), self._current(value, f"{name}_input"))
+            call = self._call(
+                name, FloatLayer(weight, layer, weight_bits(layer)), self._current(value, f"{name}_input")
+            )
             return _Value((_Term(call, integer=False, bound=float("inf")),), bias)
         (term,) = value.terms
         stored = integers if integers.dtype == torch.int8 else (integers * 2.0**-24).half()
-        bits = int(layer.weight_quant.tensor_quant(layer.weight)[3])  # type: ignore[operator,union-attr]
-        module = IntegerLayer(stored, layer, term.bound, bits)
+        module = IntegerLayer(stored, layer, term.bound, weight_bits(layer))
         factors = (*term.factors, scale.double().reshape(-1))
         return _Value((_Term(self._call(name, module, term.node), factors, term.divisor, True, module.bound),), bias)
 
@@ -290,6 +295,10 @@ class _Folder:
     def _flattened(self, node: fx.Node, value: _Value) -> _Value:
         source = node.all_input_nodes[0]
         shape = self.shapes.get(source.name, ())
+        module = module_of(self.old, node)
+        ends = (module.start_dim, module.end_dim) if isinstance(module, nn.Flatten) else node.args[1:]
+        if tuple(ends) not in ((1,), (1, -1)) or not set(node.kwargs.items()) <= {("start_dim", 1), ("end_dim", -1)}:
+            raise ValueError(f"cannot fold {node.name}: only flatten(start_dim=1) has an integer form")
         pixels = 1
         for side in shape[2:]:
             pixels *= side
@@ -320,6 +329,9 @@ class _Folder:
         return _Value((*first.terms, *second.terms), bias)
 
     def _concatenated(self, node: fx.Node) -> _Value:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if dim != 1:
+            raise ValueError(f"cannot fold {node.name}: it concatenates along dimension {dim}; only channels (1) join")
         parts = [self.values[source] for source in node.all_input_nodes]
         worth = [_worth(part) for part in parts if part.spikes_only]
         if len(worth) == len(parts) and len(set(worth)) == 1:

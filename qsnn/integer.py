@@ -88,9 +88,10 @@ class FloatLayer(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, layer: nn.Module) -> None:
+    def __init__(self, weight: Tensor, layer: nn.Module, weight_bits: int) -> None:
         super().__init__()
         self.register_buffer("weight", weight.double())
+        self.weight_bits = weight_bits
         self.options: dict[str, Any] = {}
         if not isinstance(layer, nn.Linear):
             self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
@@ -220,6 +221,7 @@ class IntegerIF(Timed):
     divisor: Tensor
     bias: Tensor
     threshold: Tensor
+    input_bound: Tensor
 
     def __init__(
         self, factors: Tensor, divisor: int, bias: Tensor, threshold: Tensor, initial: float, input_bound: float
@@ -230,8 +232,8 @@ class IntegerIF(Timed):
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
         self.register_buffer("bias", bias.expand(channels).clone())
         self.register_buffer("threshold", threshold.double())
+        self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
         self.initial = initial
-        self.input_bound = input_bound
         self._tables: dict[tuple[int, bool], Tensor] = {}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -278,7 +280,7 @@ class IntegerIF(Timed):
         sign = self.sign
         if bool((sign < 0).any()):
             x = x * _per_channel(sign, x.dim()).to(x.dtype)
-        if x.dtype == torch.float32 and self.input_bound * steps >= EXACT_FLOAT32:
+        if x.dtype == torch.float32 and float(self.input_bound) * steps >= EXACT_FLOAT32:
             x = x.double()
         dims = x.dim()
         x = x.unflatten(0, (steps, -1))

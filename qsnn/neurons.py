@@ -75,7 +75,8 @@ class IFNode(BaseNode):
     threshold: nn.Parameter
 
     def __init__(self, threshold: float | Tensor = 1.0, *, initial: float = 0.5, step_mode: str = "m") -> None:
-        value = torch.as_tensor(threshold, dtype=torch.float32).detach().clone()
+        # float64: θ = s·L of a float32 step is exact in it, and fold reads θ as a rational number
+        value = torch.as_tensor(threshold, dtype=torch.float64).detach().clone()
         if value.dim() or not bool(value.isfinite()) or not bool(value > 0):
             raise ValueError(f"expected one positive, finite threshold, got {value.tolist()}")
         super().__init__(v_threshold=float(value), v_reset=None, step_mode=step_mode)
@@ -162,17 +163,25 @@ class SNN(nn.Module):
         timesteps: T of a call that names none.
         firing: "online" or "deferred" (see :class:`IFNode`), of a call that names none.
         folded: whether ``network`` is the integer form that :func:`qsnn.fold` makes.
+        probes: for a neuron that a max pool was moved behind, the pool: its output is what the activation gave.
     Shape:
         images: (B, C, H, W); step logits z: (T, B, K); returned: the running means
         :math:`m_t = \tfrac1t\sum_{i\le t} z_i`, (T, B, K), online; their last one, (1, B, K), deferred.
     """
 
     def __init__(
-        self, network: fx.GraphModule, timesteps: int = 2, firing: str = "online", *, folded: bool = False
+        self,
+        network: fx.GraphModule,
+        timesteps: int = 2,
+        firing: str = "online",
+        *,
+        folded: bool = False,
+        probes: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.folded = folded
+        self.probes = dict(probes or {})
         self.timesteps, self.firing = self._checked(timesteps, firing)
 
     def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:

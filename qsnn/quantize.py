@@ -157,8 +157,9 @@ def quantized_structure(model: nn.Module, config: QuantizeConfig) -> fx.GraphMod
             f"nothing to quantize in {type(model).__name__}: it holds {len(weighted)} convolution or linear layers "
             f"and {len(relus)} ReLUs, and needs both"
         )
-    for name in weighted:
-        replace_module(network, name, _quantized_layer(network.get_submodule(name), name, weighted, config))
+    with torch.random.fork_rng():  # a new layer draws weights, which are then overwritten
+        for name in weighted:
+            replace_module(network, name, _quantized_layer(network.get_submodule(name), name, weighted, config))
     if config.act_form != "float":
         for name in relus:
             replace_module(network, name, _activation(config, network.get_submodule(name)))

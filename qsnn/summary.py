@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from qsnn.graph import device_of, input_shape_of
+from qsnn.graph import device_of, input_shape_of, module_of
 from qsnn.integer import Current, FloatLayer, IntegerIF, IntegerInput, IntegerLayer
-from qsnn.quantizers import level_quant
+from qsnn.quantizers import is_sign, level_quant
+from qsnn.weights import weight_bits
 
 _FLOAT_BITS = 32
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, IntegerLayer, FloatLayer)
@@ -81,7 +82,8 @@ class Summary:
         for layer in self.layers:
             lines.append(
                 f"{layer.name:<{width}}  {layer.kind:<8}  {'x'.join(map(str, layer.shape)):<12}"
-                f"  {layer.weight_bits:>5}  {layer.input_bits:>5}  {layer.parameters:>10,}  {layer.bytes / 1024:>9.2f}  {layer.macs:>13,}"
+                f"  {layer.weight_bits:>5}  {layer.input_bits:>5}  {layer.parameters:>10,}"
+                f"  {layer.bytes / 1024:>9.2f}  {layer.macs:>13,}"
             )
         ratio = self.float_bytes / max(1, self.weight_bytes)
         precision = ", ".join(f"{key}: {macs:,}" for key, macs in self.macs_by_precision.items())
@@ -91,16 +93,6 @@ class Summary:
         )
         lines.append(f"MACs by precision: {precision}")
         return "\n".join(lines)
-
-
-def weight_bits(layer: nn.Module) -> int:
-    """Return the bits of a layer's weights: 1 to 8, 16 (fp16) or 32 (float)."""
-    if isinstance(layer, IntegerLayer):
-        return layer.weight_bits
-    quant = getattr(layer, "weight_quant", None)
-    if quant is None or not quant.is_quant_enabled:
-        return _FLOAT_BITS
-    return int(quant.tensor_quant(layer.weight)[3])
 
 
 @torch.no_grad()
@@ -118,38 +110,37 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
         raise ValueError("summary needs the image shape: summary(model, (C, H, W))")
     network = getattr(model, "network", model)
     spiking = network is not model
+    inputs = _input_bits(network)
     training = network.training
     network.eval()
     rows: list[LayerSummary] = []
     started = False
-    current = _FLOAT_BITS
 
     def hook(name: str) -> Any:
         def record(module: Any, args: Any, output: Tensor) -> None:
-            nonlocal current, started
-            quant = level_quant(module)
-            if quant is not None:
-                current = quant.levels.bit_length() + quant.signed
-            elif hasattr(module, "threshold"):
-                current, started = 1, True
-            elif isinstance(module, IntegerInput):
-                current = module.levels.bit_length() + 1
+            nonlocal started
+            started = started or hasattr(module, "threshold")
             if not isinstance(module, _WEIGHTED):
                 return
-            weight = module.integers if isinstance(module, IntegerLayer) else module.weight
-            macs = output[0].numel() * weight[0].numel()
+            weight = module.weight
             kind = "linear" if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
             rows.append(
                 LayerSummary(
-                    name, kind, tuple(output.shape[1:]), weight_bits(module), current, weight.numel(), macs,
-                    spiking and not started,
+                    name=name,
+                    kind=kind,
+                    shape=tuple(output.shape[1:]),
+                    weight_bits=weight_bits(module),
+                    input_bits=inputs.get(name, _FLOAT_BITS),
+                    parameters=weight.numel(),
+                    macs=output[0].numel() * weight[0].numel(),
+                    static=spiking and not started,
                 )
-            )  # fmt: skip
+            )
 
         return record
 
     handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name]
-    timed = [module for module in network.modules() if hasattr(module, "timesteps")]
+    timed: list[Any] = [module for module in network.modules() if hasattr(module, "timesteps")]
     try:
         for module in timed:
             module.timesteps = 1
@@ -163,6 +154,32 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
                 module.reset()
         network.train(training)
     return Summary(tuple(rows), _other_parameters(network))
+
+
+def _input_bits(network: nn.Module) -> dict[str, int]:
+    """The bits of what each layer with weights sees, by its name: found by walking back from it along the graph.
+
+    Through what moves or pools values the bits stay; a current (behind a layer, a batch norm, a sum) is float.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return {}
+    bits: dict[fx.Node, int] = {}
+    found: dict[str, int] = {}
+    for node in network.graph.nodes:
+        module: Any = module_of(network, node)
+        before = [bits.get(source, _FLOAT_BITS) for source in node.all_input_nodes if source.op != "get_attr"]
+        quant = None if module is None else level_quant(module)
+        if quant is not None:
+            bits[node] = quant.levels.bit_length() + quant.signed
+        elif isinstance(module, IntegerInput):
+            bits[node] = module.levels.bit_length() + 1
+        elif module is not None and (hasattr(module, "threshold") or is_sign(module)):
+            bits[node] = 1
+        elif isinstance(module, _WEIGHTED):
+            found[str(node.target)] = before[0]
+        elif before and not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | Current):
+            bits[node] = max(before)
+    return found
 
 
 def _other_parameters(network: nn.Module) -> int:

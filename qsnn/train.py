@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from qsnn.data import Data, batches, num_batches
-from qsnn.graph import device_of
+from qsnn.graph import device_of, recipe_of, set_recipe
 from qsnn.neurons import SNN
 from qsnn.records import write_atomic
 
@@ -118,7 +119,7 @@ def fit(
     device = device_of(model)
     train: Any = data.train
     if config.train_images is not None:
-        train = train.head(config.train_images)
+        train = train.head(config.train_images) if hasattr(train, "head") else Subset(train, range(config.train_images))
     per_epoch = num_batches(train, config.batch_size)
     if per_epoch is None:
         raise ValueError("data.train must be a Dataset with a length")
@@ -127,6 +128,12 @@ def fit(
         model.load_state_dict(state.model)  # before the optimizer: Brevitas makes new parameters when it loads
     optimizer, scheduler = _optimizer(model, config, per_epoch)
     history = [] if state is None else state.restore_(optimizer, scheduler)
+    if config.epochs == len(history):
+        model.eval()
+        return history
+    recipe = recipe_of(model)
+    recipe.pop("sha256", None)  # the weights are no longer those of the file the model was loaded from
+    set_recipe(model, recipe)
     step_loss = loss or _default_loss(config, teacher)
     if teacher is not None:
         teacher.eval()

@@ -82,6 +82,16 @@ def weight_quantizer(bits: int, form: str = "xnor") -> dict[str, Any]:
     raise ValueError(f"weight bits must be 1 to 8, 16 (fp16) or 32 (float), got {bits}")
 
 
+def weight_bits(layer: nn.Module) -> int:
+    """Return the bits of a layer's weights: 1 to 8, 16 (fp16) or 32 (float)."""
+    if hasattr(layer, "weight_bits"):
+        return int(cast(int, layer.weight_bits))
+    quant = getattr(layer, "weight_quant", None)
+    if quant is None or not quant.is_quant_enabled:
+        return 32
+    return int(quant.tensor_quant(layer.weight)[3])
+
+
 def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Read the integers W and the scale s of a layer's weights; W·s is what the layer's forward uses, bit for bit.
 

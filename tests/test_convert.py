@@ -28,7 +28,7 @@ def test_neurons_carry_the_quantizers_thresholds(qann: nn.Module, snn: qsnn.SNN)
     assert list(quants) == list(neurons)
     for name, neuron in neurons.items():
         assert isinstance(neuron, BaseNode)
-        assert torch.equal(neuron.threshold.detach(), (quants[name].step * quants[name].levels).detach())
+        assert torch.equal(neuron.threshold.detach(), (quants[name].step.double() * quants[name].levels).detach())
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])

@@ -11,7 +11,7 @@ from torch import nn
 
 import qsnn
 from qsnn.quantize import activation_quants
-from qsnn.summary import weight_bits
+from qsnn.weights import weight_bits
 
 
 def test_the_argument_is_unchanged(teacher: nn.Module, digits: qsnn.Data) -> None:

@@ -111,7 +111,7 @@ def test_the_page_shows_every_section_and_number(tmp_path):
     text = Outline(page(tmp_path / "r.html")).text
     for words in (
         "Student: 99.1 % in two steps, the 4-bit QANN it was made from 99.3 %, the float teacher 99.4 %.",
-        "1,000 test images", "97.00 ±1.07", "98.75 ±0.71", "0.165", "1.23 M", "4.6 M", "2.0", "depth × T",  # noqa: RUF001
+        "1,000 test images", "97.00 ±1.07", "98.75 ±0.71", "0.165", "1.23 M", "4.6 M", "2.0", "depth × T",
         "T = 2: 100.00 %", "features.3 0.120", "0 500 4 1 5 491", "EXACT on 360 images", "One seed.", "teacher 12.2 s",
         "quantize.levels 2", "commit None", "qsnn run --data digits",
     ):  # fmt: skip
@@ -161,8 +161,8 @@ def test_the_terminal_table_fits_80_columns_and_cuts_nothing():
     perfect = snn("student, folded", (100.0,) * 4, firing="deferred", synops=999_500.0, weight_bytes=9999 * 1024)
     text = terminal([*flow(), ann("QANN", 100.0), perfect])
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
-    assert re.search(r"teacher +ANN +2\.0 +99\.40 +99\.40 +99\.40 +99\.40 +– +–", text)  # noqa: RUF001
-    assert re.search(r"SNN deferred +deferred +2\.0 +– +99\.30 +– +– +0\.165 +1\.23M", text)  # noqa: RUF001
+    assert re.search(r"teacher +ANN +2\.0 +99\.40 +99\.40 +99\.40 +99\.40 +– +–", text)
+    assert re.search(r"SNN deferred +deferred +2\.0 +– +99\.30 +– +– +0\.165 +1\.23M", text)
     assert re.search(r"student, folded +deferred +9999\.0( +100\.0){4} +0\.165 +1M", text)
     assert "T=8" in text
 
