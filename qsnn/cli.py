@@ -38,7 +38,7 @@ from qsnn.summary import summary
 from qsnn.train import TrainConfig, accuracy, fit
 
 _FILE = tyro.conf.Positional[Path]
-_QAT = TrainConfig(epochs=8, lr=0.04)
+_QAT = TrainConfig(epochs=8, lr=0.02)
 
 
 def run(config: tyro.conf.OmitArgPrefixes[RunConfig]) -> None:

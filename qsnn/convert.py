@@ -24,7 +24,7 @@ from qsnn.graph import (
     shape_nodes,
     trace,
 )
-from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat
+from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat, amplified
 from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -125,7 +125,7 @@ def _to_neuron_(network: fx.GraphModule, node: fx.Node) -> None:
     with network.graph.inserting_after(node):
         amplitude = network.graph.get_attr(f"{name}.threshold")
     with network.graph.inserting_after(amplitude):
-        scaled = network.graph.call_function(operator.mul, (node, amplitude))
+        scaled = network.graph.call_function(amplified, (node, amplitude))
     _reroute(node, scaled)
 
 
@@ -183,7 +183,10 @@ def _quantized(network: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _repeat_static_(network: fx.GraphModule) -> None:
-    """Insert a :class:`Repeat` wherever a value computed once meets the part that runs in time."""
+    """Insert a :class:`Repeat` wherever a value computed once meets the part that runs in time.
+
+    A neuron takes such a value as it is, and knows that it stands for every step.
+    """
     dynamic: set[fx.Node] = set()
     for node in network.graph.nodes:
         module = module_of(network, node)
@@ -200,6 +203,9 @@ def _repeat_static_(network: fx.GraphModule) -> None:
         return repeated[source]
 
     for node in list(network.graph.nodes):
-        if node in dynamic:
+        module = module_of(network, node)
+        if isinstance(module, IFNode) and node.all_input_nodes[0] not in dynamic:
+            module.constant_input = True
+        elif node in dynamic:
             node.args = fx.node.map_arg(node.args, in_time)
             node.kwargs = fx.node.map_arg(node.kwargs, in_time)

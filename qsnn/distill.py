@@ -138,6 +138,7 @@ def distill(
         raise TypeError(f"the student must be an SNN, got {type(student).__name__}; call convert(qann) first")
     if student.folded:
         raise ValueError("a folded network cannot be trained; distill the one it was folded from, then fold")
+    recipe = child_recipe(student, "student", distill=asdict(config))
     student = copy.deepcopy(student)
     student.timesteps, student.firing = config.timesteps, "online"
     teacher = teacher.eval()
@@ -149,7 +150,6 @@ def distill(
         return distillation_loss(model.step_logits(images), target, labels, config)
 
     fit(student, data, config.training(), loss=loss, resume=resume, label=label)
-    recipe = child_recipe(student, "student", distill=asdict(config))
     recipe["convert"] = {**recipe.get("convert", {}), "timesteps": config.timesteps, "firing": "online"}
     recipe["teacher"] = recipe_of(teacher).get("sha256")
     set_recipe(student, recipe)

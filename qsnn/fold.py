@@ -25,7 +25,7 @@ from qsnn.graph import (
     shape_nodes,
 )
 from qsnn.integer import Current, CurrentIF, FloatLayer, IntegerIF, IntegerInput, IntegerLayer, SumPool
-from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat
+from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat, amplified
 from qsnn.quantizers import level_quant
 from qsnn.weights import integer_weights, weight_bits
 
@@ -139,12 +139,10 @@ class _Folder:
         module = module_of(self.old, node)
         if module is not None:
             return self._module(node, module, self.values[node.all_input_nodes[0]])
-        if is_call(node, (operator.mul,)):
-            source, amplitude = node.all_input_nodes[0], node.args[1]
-            factor = (
-                operator.attrgetter(str(amplitude.target))(self.old) if isinstance(amplitude, fx.Node) else amplitude
-            )
-            return self._scaled(self.values[source], torch.as_tensor(factor, dtype=torch.float64).reshape(-1))
+        if is_call(node, (amplified,)):
+            spikes, threshold = node.all_input_nodes
+            theta: Tensor = operator.attrgetter(str(threshold.target))(self.old)
+            return self._scaled(self.values[spikes], theta.detach().double().reshape(-1))
         if is_call(node, ADD_FUNCTIONS, ADD_METHODS) and len(node.all_input_nodes) == 2:
             return self._added(*(self.values[source] for source in node.all_input_nodes))
         if is_call(node, (torch.cat,)):
@@ -215,6 +213,9 @@ class _Folder:
         return self.graph.call_module(unique, inputs)
 
     def _neuron(self, name: str, neuron: IFNode, value: _Value) -> _Value:
+        if neuron.constant_input:
+            terms = tuple(replace(t, node=self._call(f"{name}_repeat", Repeat(), t.node)) for t in value.terms)
+            value = replace(value, terms=terms)
         bias = self._bias(value)
         threshold = neuron.threshold.detach()
         (first, *rest) = value.terms
@@ -296,8 +297,15 @@ class _Folder:
         source = node.all_input_nodes[0]
         shape = self.shapes.get(source.name, ())
         module = module_of(self.old, node)
-        ends = (module.start_dim, module.end_dim) if isinstance(module, nn.Flatten) else node.args[1:]
-        if tuple(ends) not in ((1,), (1, -1)) or not set(node.kwargs.items()) <= {("start_dim", 1), ("end_dim", -1)}:
+        ends: tuple[Any, ...]
+        if isinstance(module, nn.Flatten):
+            ends = (module.start_dim, module.end_dim)
+        else:
+            ends = tuple(
+                node.args[i] if len(node.args) > i else node.kwargs.get(name, default)
+                for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1))
+            )
+        if ends != (1, -1):
             raise ValueError(f"cannot fold {node.name}: only flatten(start_dim=1) has an integer form")
         pixels = 1
         for side in shape[2:]:

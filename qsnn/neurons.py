@@ -23,31 +23,50 @@ class _IFFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        spikes, potentials = torch.empty_like(x), torch.empty_like(x)
-        theta = float(threshold)
-        for t in range(x.shape[0]):
-            h = torch.add(v, x[t], out=potentials[t])
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.constant = repeats > 0  # x is one step, (B, *), that stands for so many
+        theta = ctx.theta = float(threshold)
+        current = x.expand(repeats, *x.shape) if ctx.constant else x
+        spikes, potentials = _empty_steps(current), _empty_steps(current)
+        for t in range(len(current)):
+            h = torch.add(v, current[t], out=potentials[t])
             v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
         ctx.save_for_backward(potentials, spikes)
-        ctx.theta = theta
         return spikes, v
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_spikes, grad_v = grads
         potentials, spikes = ctx.saved_tensors
         theta: float = ctx.theta
-        grad_x = torch.empty_like(potentials)
-        grad_theta = grad_v.new_zeros(())
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(spikes)
+        grad_x = torch.zeros_like(potentials[0]) if ctx.constant else _empty_steps(potentials)
+        grad_theta = potentials.new_zeros(())
         for t in reversed(range(len(potentials))):
-            grad_s = torch.sub(grad_spikes[t], grad_v, alpha=theta)
+            grad_s = grad_spikes[t] if grad_v is None else torch.sub(grad_spikes[t], grad_v, alpha=theta)
             # times θ·σ: hardtanh's backward is one pass that keeps what lies strictly inside an interval
             direct = torch.ops.aten.hardtanh_backward(grad_s, potentials[t], 0.5 * theta, 1.5 * theta)
             if ctx.needs_input_grad[1]:
-                grad_theta = grad_theta - (direct / theta + grad_v * spikes[t]).sum()
-            grad_v = torch.add(grad_v, direct, alpha=1 / theta, out=grad_x[t])
-        return grad_x, (grad_theta if ctx.needs_input_grad[1] else None), (grad_v if ctx.needs_input_grad[2] else None)
+                through_reset = 0.0 if grad_v is None else grad_v * spikes[t]
+                grad_theta = grad_theta - (direct / theta + through_reset).sum()
+            grad_v = direct.div_(theta) if grad_v is None else grad_v.add(direct, alpha=1 / theta)
+            if ctx.constant:
+                grad_x += grad_v
+            else:
+                grad_x[t] = grad_v
+        wants_theta, wants_v = ctx.needs_input_grad[1:3]
+        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
+
+
+def _empty_steps(x: Tensor) -> Tensor:
+    """An empty (T, B, *) in which each step has the layout of x[0], also where x repeats one step."""
+    step = x[0]
+    if step.is_contiguous() or (step.dim() == 4 and step.is_contiguous(memory_format=torch.channels_last)):
+        strides = (step.numel(), *step.stride())
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class IFNode(BaseNode):
@@ -85,6 +104,8 @@ class IFNode(BaseNode):
         self.timesteps: int | None = None
         """T of the running forward of the SNN that holds this node; None outside of one."""
         self.firing = "online"
+        self.constant_input = False
+        """True: inside an SNN the input is one step, (B, *), that stands for all T; set where it is static."""
 
     def materialize_states(self, inputs: tuple[Any, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
         """Give a potential that has not started yet (SpikingJelly's placeholder 0.0) the value v₀."""
@@ -98,7 +119,7 @@ class IFNode(BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """One step of the online equation, states in and out."""
-        spikes, v = _IFFunction.apply(inputs[0].unsqueeze(0), self.threshold, states[0])
+        spikes, v = _IFFunction.apply(inputs[0].unsqueeze(0), self.threshold, states[0], 0)
         return (spikes.squeeze(0),), (v,)
 
     def multi_step_functional_forward(
@@ -108,7 +129,7 @@ class IFNode(BaseNode):
         if self.firing == "deferred":
             spikes, v = self._defer(inputs[0], states[0])
         else:
-            spikes, v = _IFFunction.apply(inputs[0], self.threshold, states[0])
+            spikes, v = _IFFunction.apply(inputs[0], self.threshold, states[0], 0)
         return (spikes,), (v,)
 
     def _defer(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,11 +142,23 @@ class IFNode(BaseNode):
         """Spikes {0, 1} of the shape of x."""
         if self.timesteps is None:
             return super().forward(x)
+        if self.constant_input and self.firing == "online":
+            (v,) = self.materialize_states((x,), (self._memories["v"],), "s")
+            spikes, v = _IFFunction.apply(x, self.threshold, v, self.timesteps)
+            self._memories["v"] = v
+            return spikes.flatten(0, 1)
+        if self.constant_input:
+            return super().forward(x.expand(self.timesteps, *x.shape)).flatten(0, 1)
         return super().forward(x.unflatten(0, (self.timesteps, -1))).flatten(0, 1)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
         return f"threshold={float(self.threshold.detach()):.4g}, initial={self.initial}, step_mode={self.step_mode}"
+
+
+def amplified(spikes: Tensor, threshold: Tensor) -> Tensor:
+    """θ·spikes, what the layers behind a neuron see; in the dtype of the spikes (mixed types take a slow path)."""
+    return spikes * threshold.to(spikes.dtype)
 
 
 class Repeat(nn.Module):

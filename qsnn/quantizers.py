@@ -60,20 +60,21 @@ class _LevelFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
         q = x / step
-        ctx.save_for_backward(q)
-        ctx.low, ctx.high, ctx.step = low, high, step
-        return _levels(q, low, high).mul_(step)
+        y = _levels(q, low, high).mul_(step)
+        ctx.save_for_backward(q, y, step)  # y costs nothing: the next layer keeps it anyway
+        ctx.low, ctx.high = low, high
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        (q,) = ctx.saved_tensors
-        low, high, step = ctx.low, ctx.high, ctx.step
+        q, y, step = ctx.saved_tensors
+        low, high = ctx.low, ctx.high
         # hardtanh's backward is one pass that keeps the gradient strictly inside an interval
         grad_x = torch.ops.aten.hardtanh_backward(grad, q, low - 0.5 * (low < 0), high + 0.5)
         grad_step = None
         if ctx.needs_input_grad[1]:
             gain = 1.0 / math.sqrt(q.numel() / q.shape[0] * high)  # Esser et al. 2020, per sample
-            total = dense_dot(grad, _levels(q, low, high)) - dense_dot(grad_x, q)
+            total = dense_dot(grad, y) / step - dense_dot(grad_x, q)
             grad_step = total.mul_(gain).reshape(step.shape)
         return grad_x, grad_step, None, None
 
@@ -198,6 +199,10 @@ class LevelQuant(RescalingIntQuant):
         step = self.step
         low = -self.levels if self.signed else 0
         y = _LevelFunction.apply(x, step, low, self.levels)
+        if y.stride() != x.stride():
+            # images of one channel: elementwise operations forget that they are channels-last, and what comes behind
+            # would run in the slower layout
+            y = torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)
         bit_width = self.msb_clamp_bit_width_impl()
         return y, step, self.zero_point_impl(x, step, bit_width), bit_width
 

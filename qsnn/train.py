@@ -143,13 +143,13 @@ def fit(
             torch.manual_seed(config.seed * 1_000_003 + epoch)
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             augment = config.augment or data.augment
-            _lay_out(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
+            lay_out_(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
             total = torch.zeros((), device=device)
             for images, labels in batches(
                 train, config.batch_size, generator=generator, augment=augment, device=device
             ):
                 optimizer.zero_grad(set_to_none=True)
-                value = step_loss(model, images, labels)
+                value = step_loss(model, laid_out(images, torch.channels_last), labels)
                 if not bool(value.detach().isfinite()):
                     raise FloatingPointError(
                         f"the loss is {float(value.detach())} in epoch {epoch + 1} of {label!r}; "
@@ -160,7 +160,7 @@ def fit(
                 scheduler.step()
                 total += value.detach()
                 progress.advance(bar)
-            _lay_out(model.eval(), torch.contiguous_format)
+            lay_out_(model.eval(), torch.contiguous_format)
             history.append(Epoch(epoch + 1, float(total) / per_epoch, accuracy(model, data.val)))
             _save_state(resume, model, optimizer, scheduler, config, history)
             progress.update(bar, note=f"loss {history[-1].loss:.3f}, validation {history[-1].val_accuracy:.2f} %")
@@ -222,16 +222,21 @@ def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
     return loss
 
 
-@torch.no_grad()
-def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Put 4-d parameters into a memory format, in place.
+def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return a copy of a 4-d tensor with the strides of ``memory_format``; anything else as it is.
 
-    ``Module.to`` leaves the strides of a tensor that has one input channel as they come, and a convolution may round
-    differently by them: then a continued run would not end with the weights of one that was not stopped.
+    ``Tensor.to`` leaves the strides of a tensor with one channel as they come. A convolution chooses its algorithm by
+    them: it may be several times slower, and it may round differently, so that a continued run would not end with the
+    weights of one that was not stopped.
     """
+    return torch.empty_like(x, memory_format=memory_format).copy_(x) if x.dim() == 4 else x
+
+
+@torch.no_grad()
+def lay_out_(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Put all 4-d parameters of a model into a memory format, in place."""
     for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = torch.empty_like(parameter, memory_format=memory_format).copy_(parameter)
+        parameter.data = laid_out(parameter, memory_format)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, per_epoch: int) -> tuple[Any, Any]:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import qsnn
 from qsnn.quantizers import level_quant
 
 torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # two full thread pools on few cores slow each other down
+
+
+settings.register_profile("qsnn", deadline=None, derandomize=True)
+settings.load_profile("qsnn")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--random-nets", type=int, default=100, help="random networks to certify")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["QSNN_RANDOM_NETS"] = str(config.getoption("--random-nets"))  # read where hypothesis is set up
 
 
 @pytest.fixture(scope="session")

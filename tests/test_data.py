@@ -390,8 +390,8 @@ def test_check_images() -> None:
         check_images([1.0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"expected images of shape \(B, 1, 28, 28\), got \(64, 3, 32, 32\)"):
         check_images(torch.zeros(64, 3, 32, 32), (1, 28, 28))
-    with pytest.raises(ValueError, match=r"shape \(B, C, H, W\), got \(1, 28, 28\); add .* images\.unsqueeze\(0\)"):
-        check_images(x[0])
+    with pytest.raises(ValueError, match=r"shape \(B, 1, 28, 28\), got \(1, 28, 28\); add .* images\.unsqueeze\(0\)"):
+        check_images(x[0], (1, 28, 28))
     with pytest.raises(ValueError, match=r"got \(0, 1, 28, 28\)"):
         check_images(x[:0])
     x[2, 0, 3, 3], x[3] = math.nan, math.inf

@@ -1,0 +1,111 @@
+"""Whole random networks are EXACT: hypothesis draws the shape of the net, the bits, and awkward batch norms."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import qsnn
+
+
+class RandomNet(nn.Module):
+    """Blocks drawn by hypothesis, one after the other; each knows how it joins its input."""
+
+    def __init__(self, blocks: list[dict], channels: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.plan = blocks
+        self.blocks = nn.ModuleList()
+        self.pools = nn.ModuleList()
+        width, side = channels, 16
+        for block in blocks:
+            groups = block["groups"] if width % block["groups"] == 0 and block["width"] % block["groups"] == 0 else 1
+            out = width if block["join"] == "residual" else block["width"]
+            groups = groups if out % groups == 0 else 1
+            same = block["join"] != "none"
+            kernel, stride = block["kernel"], 1 if same or side < 6 else block["stride"]
+            padding = kernel // 2 if same or side < 6 else block["padding"]
+            side = (side + 2 * padding - kernel) // stride + 1
+            pool = block["pool"] if side >= 4 else "none"
+            side = side if pool == "none" else side // 2
+            layers: list[nn.Module] = [
+                nn.Conv2d(width, out, kernel, stride, padding, groups=groups, bias=block["bias"])
+            ]
+            if block["linear"]:  # a linear bottleneck: a convolution right behind a convolution
+                layers.append(nn.Conv2d(out, out, 1, bias=False))
+            if block["norm"]:
+                layers.append(awkward(nn.BatchNorm2d(out), block["seed"]))
+            if block["join"] != "residual":
+                layers.append(nn.ReLU())
+            self.blocks.append(nn.Sequential(*layers))
+            pools = {"avg": nn.AvgPool2d(2), "max": nn.MaxPool2d(2), "none": nn.Identity()}
+            self.pools.append(pools[pool])
+            width = width + out if block["join"] == "concat" else out
+        self.relus = nn.ModuleList(nn.ReLU() for _ in blocks)
+        self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, layers, pool, relu in zip(self.plan, self.blocks, self.pools, self.relus, strict=True):
+            y = layers(x)
+            if block["join"] == "residual":
+                y = relu(y + x)
+            elif block["join"] == "concat":
+                y = torch.cat([x, y], 1)
+            x = pool(y)
+        return self.last(x)
+
+
+def awkward(norm: nn.BatchNorm2d, seed: int) -> nn.BatchNorm2d:
+    """Negative and zero γ, channels that never or always fire."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(norm.weight.shape, generator=generator))
+        norm.bias.copy_(torch.randn(norm.weight.shape, generator=generator))
+        norm.running_mean.copy_(torch.randn(norm.weight.shape, generator=generator) * 0.2)
+        norm.running_var.copy_(torch.rand(norm.weight.shape, generator=generator) + 0.1)
+        norm.weight[0] = 0.0
+        norm.bias[-1] = -50.0  # dead
+        if len(norm.bias) > 2:
+            norm.bias[1] = 50.0  # always on
+    return norm
+
+
+BLOCK = st.fixed_dictionaries({
+    "width": st.sampled_from([2, 4, 6]),
+    "kernel": st.sampled_from([1, 3]),
+    "stride": st.sampled_from([1, 2]),
+    "padding": st.sampled_from([0, 1]),
+    "groups": st.sampled_from([1, 2]),
+    "bias": st.booleans(),
+    "norm": st.booleans(),
+    "linear": st.sampled_from([False, False, True]),
+    "join": st.sampled_from(["none", "none", "residual", "concat"]),
+    "pool": st.sampled_from(["none", "none", "avg", "max"]),
+    "seed": st.integers(0, 1000),
+})  # fmt: skip
+
+
+@settings(
+    max_examples=int(os.environ["QSNN_RANDOM_NETS"]),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(
+    blocks=st.lists(BLOCK, min_size=1, max_size=3),
+    weight_bits=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    levels=st.sampled_from([1, 2, 3, 7]),
+    seed=st.integers(0, 1000),
+)
+def test_every_random_network_is_exact(blocks: list[dict], weight_bits: int, levels: int, seed: int) -> None:
+    first = {**blocks[0], "join": "none", "linear": False}
+    net = RandomNet([first, *blocks[1:]], channels=2, seed=seed).eval()
+    images = torch.randn(8, 2, 16, 16, generator=torch.Generator().manual_seed(seed))
+    data = [(images, torch.zeros(8, dtype=torch.int64))]
+    config = qsnn.QuantizeConfig(weight_bits=weight_bits, levels=levels)
+    qann = qsnn.quantize(net, data, config).eval()
+    certificate = qsnn.certify(qsnn.convert(qann), qann, data)
+    assert certificate.exact, str(certificate)
