@@ -199,8 +199,8 @@ def benchmark(
         run_benchmark(model, data.test, timesteps=timesteps, firing=firing, name=name) for name, model in models.items()
     ]
     Console().print(table(results))
-    world = environment()
-    title = f"{', '.join(names)} on {data.name}"
+    world = environment("cpu")
+    title = f"{', '.join(names)} on {Path(data.name).name}"
     if html is not None:
         command = f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}"
         write_report(
@@ -213,7 +213,8 @@ def benchmark(
         for result, recipe in zip(results, recipes.values(), strict=True):
             seed = recipe.get("distill", recipe.get("train", {})).get("seed", 0)
             append(records, Record(
-                name=f"benchmark/{result.name}", data=data.name, seed=seed, n=result.n, metrics=result.metrics(),
+                name=f"benchmark/{result.name}", data=Path(data.name).name, seed=seed, n=result.n,
+                metrics=result.metrics(),
                 config=recipe, environment=world, time=now(),
             ))  # fmt: skip
     for path in (html, figure, records):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from qsnn.currents import Term, Value, as_tuple, stacked, worth
 from qsnn.graph import (
     ADD_FUNCTIONS,
     ADD_METHODS,
@@ -34,34 +35,6 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 _MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-
-
-@dataclass(frozen=True)
-class _Term:
-    """A node of the new graph and what one unit of it is worth: the product of ``factors`` over ``divisor``."""
-
-    node: fx.Node
-    factors: tuple[Tensor, ...] = ()
-    divisor: int = 1
-    integer: bool = True
-    bound: float = 1.0
-
-    @property
-    def per_tensor(self) -> bool:
-        return all(factor.numel() == 1 for factor in self.factors)
-
-
-@dataclass(frozen=True)
-class _Value:
-    """What a node of the old graph stands for: the sum of its terms plus a bias a step."""
-
-    terms: tuple[_Term, ...]
-    bias: Tensor | None = None
-
-    @property
-    def spikes_only(self) -> bool:
-        """One integer term with one gain for the whole tensor: a layer can take it as integers."""
-        return len(self.terms) == 1 and self.bias is None and self.terms[0].integer and self.terms[0].per_tensor
 
 
 def fold(snn: SNN) -> SNN:
@@ -113,7 +86,7 @@ class _Folder:
         self.old, self.shapes = network, shapes
         self.root = nn.Module()
         self.graph = fx.Graph()
-        self.values: dict[fx.Node, _Value] = {}
+        self.values: dict[fx.Node, Value] = {}
         self.sizes = shape_nodes(network)
         self.copied: dict[fx.Node, fx.Node] = {}
 
@@ -124,9 +97,9 @@ class _Folder:
                 self.values[node] = value
         return fx.GraphModule(self.root, self.graph, "Folded")
 
-    def _fold_node(self, node: fx.Node) -> _Value | None:
+    def _fold_node(self, node: fx.Node) -> Value | None:
         if node.op == "placeholder":
-            return _Value((_Term(self.graph.placeholder(node.name), integer=False, bound=float("inf")),))
+            return Value((Term(self.graph.placeholder(node.name), integer=False, bound=float("inf")),))
         if node.op == "get_attr":
             return None
         if node.op == "output":
@@ -157,15 +130,15 @@ class _Folder:
         """The new graph's node for a size, or for the first term of a value (whose shape is the same)."""
         return self.copied[node] if node in self.copied else self.values[node].terms[0].node
 
-    def _moved(self, node: fx.Node, value: _Value) -> _Value:
+    def _moved(self, node: fx.Node, value: Value) -> Value:
         """A view, transposition or split: on integers with one gain it does the same; else on the current itself."""
         term = value.terms[0]
         if not value.spikes_only:
-            term = _Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf"))
-            self.values[node.all_input_nodes[0]] = _Value((term,))
-        return _Value((replace(term, node=self.graph.node_copy(node, self._counterpart)),))
+            term = Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf"))
+            self.values[node.all_input_nodes[0]] = Value((term,))
+        return Value((replace(term, node=self.graph.node_copy(node, self._counterpart)),))
 
-    def _module(self, node: fx.Node, module: nn.Module, value: _Value) -> _Value:
+    def _module(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
         name = str(node.target)
         if isinstance(module, _PASSED):
             return value
@@ -173,15 +146,15 @@ class _Folder:
             return self._neuron(name, module, value)
         if isinstance(module, PlusMinus):
             (term,) = value.terms
-            return _Value((replace(term, node=self._call(name, PlusMinus(), term.node)),))
+            return Value((replace(term, node=self._call(name, PlusMinus(), term.node)),))
         if isinstance(module, Repeat):
             terms = tuple(replace(t, node=self._call(name, Repeat(), t.node)) for t in value.terms)
-            return _Value(terms, value.bias)
+            return Value(terms, value.bias)
         quant = level_quant(module)
         if quant is not None:
             step = quant.step
             call = self._call(name, IntegerInput(step, quant.levels), value.terms[0].node)
-            return _Value((_Term(call, (step.double().reshape(-1),), bound=quant.levels),))
+            return Value((Term(call, (step.double().reshape(-1),), bound=quant.levels),))
         if isinstance(module, _LAYERS):
             return self._layer(name, module, value)
         if isinstance(module, _BATCH_NORMS):
@@ -191,7 +164,7 @@ class _Folder:
         if isinstance(module, _MAX_POOLS):
             if not (value.spikes_only and all(float(f) > 0 for f in value.terms[0].factors)):
                 raise ValueError(f"cannot fold the max pool {name}: it must follow spikes")
-            return _Value((replace(value.terms[0], node=self._call(name, copy.deepcopy(module), value.terms[0].node)),))
+            return Value((replace(value.terms[0], node=self._call(name, copy.deepcopy(module), value.terms[0].node)),))
         if isinstance(module, nn.Flatten):
             return self._flattened(node, value)
         raise ValueError(f"cannot fold {name} ({type(module).__name__}): it has no integer form")
@@ -212,7 +185,7 @@ class _Folder:
         parent.add_module(last, module)
         return self.graph.call_module(unique, inputs)
 
-    def _neuron(self, name: str, neuron: IFNode, value: _Value) -> _Value:
+    def _neuron(self, name: str, neuron: IFNode, value: Value) -> Value:
         if neuron.constant_input:
             terms = tuple(replace(t, node=self._call(f"{name}_repeat", Repeat(), t.node)) for t in value.terms)
             value = replace(value, terms=terms)
@@ -221,14 +194,14 @@ class _Folder:
         (first, *rest) = value.terms
         if first.integer and not rest:
             module: nn.Module = IntegerIF(
-                _stack(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound
+                stacked(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound
             )
         else:
-            factors = [_stack(term.factors) for term in value.terms]
+            factors = [stacked(term.factors) for term in value.terms]
             module = CurrentIF(factors, [t.divisor for t in value.terms], bias, threshold, neuron.initial)
-        return _Value((_Term(self._call(name, module, *(term.node for term in value.terms))),))
+        return Value((Term(self._call(name, module, *(term.node for term in value.terms))),))
 
-    def _layer(self, name: str, layer: nn.Module, value: _Value) -> _Value:
+    def _layer(self, name: str, layer: nn.Module, value: Value) -> Value:
         integers, scale = integer_weights(layer)
         bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[union-attr,operator]
         if not value.spikes_only or integers.dtype == torch.float32:
@@ -236,14 +209,14 @@ class _Folder:
             call = self._call(
                 name, FloatLayer(weight, layer, weight_bits(layer)), self._current(value, f"{name}_input")
             )
-            return _Value((_Term(call, integer=False, bound=float("inf")),), bias)
+            return Value((Term(call, integer=False, bound=float("inf")),), bias)
         (term,) = value.terms
         stored = integers if integers.dtype == torch.int8 else (integers * 2.0**-24).half()
         module = IntegerLayer(stored, layer, term.bound, weight_bits(layer))
         factors = (*term.factors, scale.double().reshape(-1))
-        return _Value((_Term(self._call(name, module, term.node), factors, term.divisor, True, module.bound),), bias)
+        return Value((Term(self._call(name, module, term.node), factors, term.divisor, True, module.bound),), bias)
 
-    def _batch_norm(self, node: fx.Node, norm: Any, value: _Value) -> _Value:
+    def _batch_norm(self, node: fx.Node, norm: Any, value: Value) -> Value:
         scale = 1.0 / torch.sqrt(norm.running_var.double() + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.double()
@@ -259,11 +232,11 @@ class _Folder:
         scaled = self._scaled(replace(value, bias=None), scale)
         return replace(scaled, bias=bias)
 
-    def _average_pool(self, node: fx.Node, pool: Any, value: _Value) -> _Value:
+    def _average_pool(self, node: fx.Node, pool: Any, value: Value) -> Value:
         kernel, stride, padding, uniform = self._windows(node, pool)
         if not uniform and (value.bias is not None or any(term.integer for term in value.terms)):
             # windows of unequal size: no sum over one divisor, so the current itself is averaged
-            value = _Value((_Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf")),))
+            value = Value((Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf")),))
         size = math.prod(kernel)
         terms = []
         for term in value.terms:
@@ -272,7 +245,7 @@ class _Folder:
                 terms.append(replace(term, node=call, divisor=term.divisor * size, bound=term.bound * size))
             else:
                 terms.append(replace(term, node=self._call(str(node.target), copy.deepcopy(pool), term.node)))
-        return _Value(tuple(terms), value.bias)
+        return Value(tuple(terms), value.bias)
 
     def _windows(self, node: fx.Node, pool: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
         """Kernel, stride and padding of an average pool, and whether all its windows have the kernel's size."""
@@ -289,11 +262,11 @@ class _Folder:
             uniform = all(side % o == 0 for side, o in zip(sides, goal, strict=True))
             return kernel, kernel, (0,) * len(kernel), uniform
         dims = 1 if isinstance(pool, nn.AvgPool1d) else 2
-        kernel, stride, padding = (_tuple(x, dims) for x in (pool.kernel_size, pool.stride, pool.padding))
+        kernel, stride, padding = (as_tuple(x, dims) for x in (pool.kernel_size, pool.stride, pool.padding))
         # padding puts zeros into the border's windows, where the bias of a current is not
         return kernel, stride, padding, not pool.ceil_mode and not any(padding)
 
-    def _flattened(self, node: fx.Node, value: _Value) -> _Value:
+    def _flattened(self, node: fx.Node, value: Value) -> Value:
         source = node.all_input_nodes[0]
         shape = self.shapes.get(source.name, ())
         module = module_of(self.old, node)
@@ -324,61 +297,43 @@ class _Folder:
             )
             for term in value.terms
         )
-        return _Value(terms, None if value.bias is None else spread(value.bias))
+        return Value(terms, None if value.bias is None else spread(value.bias))
 
-    def _added(self, first: _Value, second: _Value) -> _Value:
-        if first.spikes_only and second.spikes_only and _worth(first) == _worth(second):
+    def _added(self, first: Value, second: Value) -> Value:
+        if first.spikes_only and second.spikes_only and worth(first) == worth(second):
             (a,), (b,) = first.terms, second.terms
             call = self.graph.call_function(operator.add, (a.node, b.node))
-            return _Value((replace(a, node=call, bound=a.bound + b.bound),))
+            return Value((replace(a, node=call, bound=a.bound + b.bound),))
         bias = None
         if first.bias is not None or second.bias is not None:
             bias = self._bias(first) + self._bias(second)
-        return _Value((*first.terms, *second.terms), bias)
+        return Value((*first.terms, *second.terms), bias)
 
-    def _concatenated(self, node: fx.Node) -> _Value:
+    def _concatenated(self, node: fx.Node) -> Value:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         if dim != 1:
             raise ValueError(f"cannot fold {node.name}: it concatenates along dimension {dim}; only channels (1) join")
         parts = [self.values[source] for source in node.all_input_nodes]
-        worth = [_worth(part) for part in parts if part.spikes_only]
+        worth = [worth(part) for part in parts if part.spikes_only]
         if len(worth) == len(parts) and len(set(worth)) == 1:
             call = self.graph.call_function(torch.cat, ([p.terms[0].node for p in parts], 1))
-            return _Value((replace(parts[0].terms[0], node=call, bound=max(p.terms[0].bound for p in parts)),))
+            return Value((replace(parts[0].terms[0], node=call, bound=max(p.terms[0].bound for p in parts)),))
         currents = [self._current(part, f"{node.name}_input") for part in parts]
         call = self.graph.call_function(torch.cat, (currents, 1))
-        return _Value((_Term(call, integer=False, bound=float("inf")),))
+        return Value((Term(call, integer=False, bound=float("inf")),))
 
-    def _scaled(self, value: _Value, factor: Tensor) -> _Value:
+    def _scaled(self, value: Value, factor: Tensor) -> Value:
         terms = tuple(replace(term, factors=(*term.factors, factor)) for term in value.terms)
-        return _Value(terms, None if value.bias is None else value.bias * factor)
+        return Value(terms, None if value.bias is None else value.bias * factor)
 
-    def _bias(self, value: _Value) -> Tensor:
+    def _bias(self, value: Value) -> Tensor:
         return torch.zeros(1, dtype=torch.float64) if value.bias is None else value.bias
 
-    def _current(self, value: _Value, name: str) -> fx.Node:
+    def _current(self, value: Value, name: str) -> fx.Node:
         """A node that holds the value itself in float64."""
         (first, *rest) = value.terms
         if not rest and value.bias is None and not first.factors and first.divisor == 1:
             return first.node
-        factors = [_stack(term.factors) for term in value.terms]
+        factors = [stacked(term.factors) for term in value.terms]
         module = Current(factors, [term.divisor for term in value.terms], self._bias(value))
         return self._call(name.replace(".", "_"), module, *(term.node for term in value.terms))
-
-
-def _worth(value: _Value) -> tuple[tuple[float, ...], int]:
-    """What a unit of a single per-tensor term is worth, to compare."""
-    (term,) = value.terms
-    return tuple(sorted(float(factor) for factor in term.factors)), term.divisor
-
-
-def _stack(factors: tuple[Tensor, ...]) -> Tensor:
-    """(F, C): the factors of one gain, scalars spread over the channels."""
-    if not factors:
-        return torch.ones(1, 1, dtype=torch.float64)
-    channels = max(factor.numel() for factor in factors)
-    return torch.stack([factor.double().expand(channels) for factor in factors])
-
-
-def _tuple(x: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    return (x,) * dims if isinstance(x, int) else tuple(x)

@@ -202,14 +202,15 @@ class _Flow:
             "teacher": asdict(self.teacher_config), "quantize": asdict(self.quantize_config),
             "train": asdict(self.qat_config), "distill": asdict(self.distill_config),
         })  # fmt: skip
-        world = environment()
+        world = environment("cpu")
         for result in results:
             metrics = _plain({**result.metrics(), "certificate": certificate.verdict})
             append(records, Record(
-                name=f"run/{result.name}", data=self.data.name, seed=self.config.seed, n=result.n, metrics=metrics,
+                name=f"run/{result.name}", data=Path(self.data.name).name, seed=self.config.seed, n=result.n,
+                metrics=metrics,
                 config=config, environment=world, time=now(),
             ))  # fmt: skip
-        title = f"{self.config.model} on {self.data.name}"
+        title = f"{self.config.model} on {Path(self.data.name).name}"
         draw_curve(results, curve, title=title)
         write_report(
             report, title=title, results=results, certificate=str(certificate), config=config, environment=world,
