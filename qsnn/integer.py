@@ -293,20 +293,17 @@ class IntegerIF(Timed):
             time = torch.arange(steps, device=x.device).view(-1, *[1] * dims)
             return (time < count).float().flatten(0, 1)
         spikes = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        total = torch.zeros_like(x[0])
-        fired = torch.zeros(x.shape[1:], dtype=torch.int64 if steps > 4 else torch.int8, device=x.device)
-        channel = _per_channel(torch.arange(table.shape[2], device=x.device), dims)
+        total = x[0].clone()
+        channels = table.shape[2]
+        # where each neuron's threshold stands in a row of the table, k·C + c; a spike moves it on by C
+        place = _per_channel(torch.arange(channels, device=x.device), dims).expand(x.shape[1:]).contiguous()
         for t in range(steps):
-            total = total + x[t]
             if t == 0:
                 limit = _per_channel(table[0, 0], dims)
-            elif steps <= 4:
-                limit = _per_channel(table[t, 0], dims)
-                for k in range(1, t + 1):
-                    limit = torch.where(fired == k, _per_channel(table[t, k], dims), limit)
             else:
-                limit = table[t].flatten()[fired * table.shape[2] + channel]
-            spike = total >= limit
-            fired += spike
-            spikes[t] = spike
+                total += x[t]
+                limit = table[t].flatten().index_select(0, place.view(-1)).view(place.shape)
+            torch.ge(total, limit, out=spikes[t])
+            if t + 1 < steps:
+                place.add_(spikes[t].to(torch.int64), alpha=channels)
         return spikes.flatten(0, 1)

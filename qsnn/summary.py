@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.graph import device_of, input_shape_of, module_of
 from qsnn.integer import Current, FloatLayer, IntegerIF, IntegerInput, IntegerLayer
-from qsnn.quantizers import is_sign, level_quant
+from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.weights import weight_bits
 
 _FLOAT_BITS = 32
@@ -171,6 +171,8 @@ def _input_bits(network: nn.Module) -> dict[str, int]:
         quant = None if module is None else level_quant(module)
         if quant is not None:
             bits[node] = quant.levels.bit_length() + quant.signed
+        elif module is not None and isinstance(act_quant_of(module), HalfQuant):
+            bits[node] = 16
         elif isinstance(module, IntegerInput):
             bits[node] = module.levels.bit_length() + 1
         elif module is not None and (hasattr(module, "threshold") or is_sign(module)):
