@@ -314,8 +314,8 @@ class _Folder:
         if dim != 1:
             raise ValueError(f"cannot fold {node.name}: it concatenates along dimension {dim}; only channels (1) join")
         parts = [self.values[source] for source in node.all_input_nodes]
-        worth = [worth(part) for part in parts if part.spikes_only]
-        if len(worth) == len(parts) and len(set(worth)) == 1:
+        units = [worth(part) for part in parts if part.spikes_only]
+        if len(units) == len(parts) and len(set(units)) == 1:
             call = self.graph.call_function(torch.cat, ([p.terms[0].node for p in parts], 1))
             return Value((replace(parts[0].terms[0], node=call, bound=max(p.terms[0].bound for p in parts)),))
         currents = [self._current(part, f"{node.name}_input") for part in parts]
