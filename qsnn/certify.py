@@ -216,7 +216,6 @@ class _Reference:
             quant.fused = False
             quant.scaling_impl = _Constant(step)
             quant.ready = True
-            quant.step_read = step
             if not quant.signed:
                 self.levels[name] = quant.levels
                 self.steps[name] = step

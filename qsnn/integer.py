@@ -80,7 +80,7 @@ class IntegerLayer(Timed):
         exact32 = self.weight.dtype == torch.int8 and self.bound * self.steps < EXACT_FLOAT32
         dtype = torch.float32 if exact32 else torch.float64
         weight = self.integers.to(dtype)
-        return _apply(x.to(dtype), weight, None, self.options).round_()
+        return _apply(x.to(dtype), weight, self.options).round_()
 
 
 class FloatLayer(nn.Module):
@@ -98,13 +98,13 @@ class FloatLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Weighted sums in float64."""
-        return _apply(x.double(), self.weight, None, self.options)
+        return _apply(x.double(), self.weight, self.options)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+def _apply(x: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
     if not options:
-        return F.linear(x, weight, bias)
-    return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias, **options)
+        return F.linear(x, weight)
+    return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, **options)
 
 
 class SumPool(nn.Module):
