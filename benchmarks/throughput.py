@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import qsnn
 from qsnn.records import Record, append, environment, now
-from qsnn.train import laid_out, lay_out_
+from qsnn.train import keep_freed_memory, laid_out, lay_out_
 
 HERE = Path(__file__).resolve().parent
 
@@ -55,6 +55,7 @@ def side_by_side(sides: dict[str, Callable[[], None]], repeats: int, warmup: int
 
 def quantization_aware_training(model_name: str, repeats: int) -> dict[str, Any]:
     """Seconds of a training step of the float net and of its W4/L2 quantized form, and their ratio."""
+    keep_freed_memory()
     torch.manual_seed(0)
     images, labels = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
     model = qsnn.models.build_model(model_name, (1, 28, 28), 10)

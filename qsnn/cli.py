@@ -38,7 +38,7 @@ from qsnn.summary import summary
 from qsnn.train import TrainConfig, accuracy, fit
 
 _FILE = tyro.conf.Positional[Path]
-_QAT = TrainConfig(epochs=8, lr=0.02)
+_QAT = TrainConfig(epochs=8, lr=0.04, kd_weight=0.0)
 
 
 def run(config: tyro.conf.OmitArgPrefixes[RunConfig]) -> None:
@@ -94,7 +94,7 @@ def quantize(
         out: File to write.
         data_root: Folder of the data sets; default $QSNN_DATA.
         config: Precision.
-        training: Quantization-aware training against the teacher; --epochs 0 only calibrates.
+        training: Quantization-aware training; --epochs 0 only calibrates, --kd-weight 0.5 adds the teacher.
     """
     teacher, data = _loaded(file, data_root, ("teacher",))
     qann = to_qann(teacher, data, config)

@@ -32,13 +32,13 @@ class DistillConfig:
     """L2 penalty; never on biases, batch norm and thresholds."""
     label_smoothing: float = 0.1
     """Mass moved from the label to the other classes in the student's cross entropy [0, 1)."""
-    ce_weight: float = 0.3
+    ce_weight: float = 0.5
     """Weight of the cross entropy of the answer after T steps."""
-    kd_weight: float = 0.7
+    kd_weight: float = 0.5
     """Weight of the KL divergence from the teacher to the answer after T steps."""
     step_weight: float = 0.0
     """Weight of the KL divergence from the teacher to the logits of every single step."""
-    kd_temperature: float = 4.0
+    kd_temperature: float = 1.0
     """Temperature τ of the KL terms [1]."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""

@@ -29,7 +29,7 @@ from qsnn.train import TrainConfig, fit
 Say = Callable[[str], None]
 
 # (teacher epochs, quantization-aware epochs, distillation epochs), chosen on validation accuracy and the time they take
-_EPOCHS = {"digits": (20, 60, 40), "mnist": (4, 4, 3), "fashion-mnist": (9, 12, 7), "cifar10": (20, 15, 10)}
+_EPOCHS = {"digits": (20, 60, 40), "mnist": (4, 4, 3), "fashion-mnist": (14, 8, 7), "cifar10": (20, 15, 10)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class _Flow:
         self.stages: list[tuple[str, float]] = []
         epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
-        self.qat_config = TrainConfig(epochs=epochs[1], lr=0.02, seed=config.seed)
+        self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed)
         self.quantize_config = QuantizeConfig(weight_bits=config.weight_bits, levels=config.levels)
         self.convert_config = ConvertConfig(timesteps=config.timesteps, firing="online")
         self.distill_config = DistillConfig(

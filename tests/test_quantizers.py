@@ -106,6 +106,42 @@ def test_integers_times_scale_are_what_forward_uses(bits: int, kind: str) -> Non
         assert bits > 1 or bool((integers != 0).all()), "one bit is -1 or 1"
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_integer_weights_are_the_formula_and_the_gradient_passes(bits: int) -> None:
+    top = 2 ** (bits - 1) - 1
+    layer = qnn.QuantConv2d(64, 8, 3, bias=False, **weight_quantizer(bits))
+    layer.weight.data = torch.randn(8, 64, 3, 3)
+    integers, step = integer_weights(layer)
+    flat = layer.weight.detach().flatten(1)
+    k = {2: 1.22, 3: 0.65, 4: 0.354}.get(bits, float("inf"))
+    expected = torch.minimum(flat.abs().amax(1) / top, k * flat.square().mean(1).sqrt())
+    assert torch.allclose(step.flatten(), expected)
+    assert torch.equal(integers.float(), (layer.weight / step).round().clamp(-top, top))
+    layer.quant_weight().value.sum().backward()
+    assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_step_has_the_least_error_for_normal_weights(bits: int) -> None:
+    layer = qnn.QuantLinear(100_000, 1, bias=False, **weight_quantizer(bits))
+    layer.weight.data = torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0))
+    w, (_, step) = layer.weight.detach(), integer_weights(layer)
+    top = 2 ** (bits - 1) - 1
+
+    def error(s: torch.Tensor) -> float:
+        return float(((w / s).round().clamp(-top, top) * s - w).square().mean())
+
+    assert error(step) < min(error(step * 0.95), error(step * 1.05))
+    assert error(step) < 0.7 * error(w.abs().max() / top), "the largest weight is a poor ruler"
+
+
+def test_a_dead_channel_has_zero_weights_not_nan() -> None:
+    layer = qnn.QuantLinear(5, 2, bias=False, **weight_quantizer(4))
+    layer.weight.data[0] = 0
+    integers, step = integer_weights(layer)
+    assert not integers[0].any() and bool(step.isfinite().all())
+
+
 def test_xnor_scale_is_the_mean_magnitude() -> None:
     layer = qnn.QuantConv2d(3, 4, 3, **weight_quantizer(1))
     _, scale = integer_weights(layer)
