@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qsnn.data import batches
 from qsnn.fold import fold
 from qsnn.graph import device_of
-from qsnn.integer import IntegerLayer
+from qsnn.integer import FloatLayer, IntegerLayer
 from qsnn.neurons import SNN
 from qsnn.summary import LayerSummary, summary
 
@@ -48,6 +48,8 @@ class Benchmark:
     """Rows: label; columns: answer; at the T the model is made for."""
     agreement: tuple[float, ...] | None
     """Answers equal to the reference's [%], one a T."""
+    overflows: int | None
+    """Potentials that did not fit into the membrane's bits, over all steps run; None where it is float."""
     seconds: float
     """Time of the whole measurement [s]."""
 
@@ -129,8 +131,14 @@ def benchmark(
         weight_bytes=weigh.weight_bytes,
         confusion=None if confusion is None else confusion.tolist(),
         agreement=None if reference is None else tuple(round(100.0 * int(a) / seen, 4) for a in agree),
+        overflows=_overflows(model),
         seconds=time.perf_counter() - started,
     )
+
+
+def _overflows(model: nn.Module) -> int | None:
+    neurons: list[Any] = [m for m in model.modules() if getattr(getattr(m, "dynamics", None), "state_bits", None)]
+    return sum(neuron.overflows for neuron in neurons) if neurons else None
 
 
 def _runs(layer: LayerSummary, steps: int, spiking: bool) -> int:
@@ -202,7 +210,7 @@ class _Counter:
                 nonlocal started
                 started = True
                 own = output.unflatten(0, (steps, -1))[: self.own]
-                self.spikes[name] = self.spikes.get(name, 0.0) + float(own.sum(dtype=torch.float64))
+                self.spikes[name] = self.spikes.get(name, 0.0) + float(own.abs().sum(dtype=torch.float64))
                 self.neurons[name] = own[0, 0].numel()
 
             return hook
@@ -214,7 +222,8 @@ class _Counter:
             self.synops += float((own.abs() * self._reach(module, own.shape)).sum())
 
         handles = [module.register_forward_hook(spikes(name)) for name, module in self.model.neurons()]
-        handles += [m.register_forward_hook(operations) for m in self.model.modules() if isinstance(m, IntegerLayer)]
+        layers = [m for m in self.model.modules() if isinstance(m, IntegerLayer) or getattr(m, "spikes", False) is True]
+        handles += [layer.register_forward_hook(operations) for layer in layers]
         try:
             yield
         finally:
@@ -223,11 +232,11 @@ class _Counter:
 
     def _reach(self, layer: nn.Module, shape: torch.Size) -> Tensor:
         """Nonzero-or-not synapses that each input element reaches; the gradient of the sum of ones."""
-        assert isinstance(layer, IntegerLayer)
+        assert isinstance(layer, IntegerLayer | FloatLayer)
         if layer not in self._fanout:
             with torch.enable_grad():
                 x = torch.zeros(1, *shape, dtype=torch.float64, device=layer.weight.device, requires_grad=True)
-                ones = torch.ones_like(layer.integers)
+                ones = torch.ones_like(layer.weight, dtype=torch.float64)
                 if layer.options:
                     y = (F.conv1d if ones.dim() == 3 else F.conv2d)(x, ones, None, **layer.options)
                 else:

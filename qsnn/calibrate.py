@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.data import batches
-from qsnn.graph import call_nodes, module_of
+from qsnn.graph import BATCH_NORMS, LAYERS, call_nodes, module_of
 from qsnn.quantizers import LevelQuant, level_quant
-
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 @torch.no_grad()
@@ -64,7 +61,7 @@ def _float_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[Tenso
 
     training = model.training
     model.eval()
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, _LAYERS)]
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, LAYERS)]
     try:
         model(images)
     finally:
@@ -106,7 +103,7 @@ def _correcting(qann: fx.GraphModule, wanted: dict[str, tuple[Tensor, Tensor]]) 
         name = str(node.target)
         if name in wanted:
             after = module_of(qann, next(iter(node.users))) if len(node.users) == 1 else None
-            norm = after if isinstance(after, _BATCH_NORMS) and after.running_mean is not None else None
+            norm = after if isinstance(after, BATCH_NORMS) and after.running_mean is not None else None
             handles.append(layer.register_forward_hook(hook(name, norm)))
     return handles
 

@@ -14,7 +14,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from qsnn.convert import ConvertConfig, convert
+from qsnn.convert import ConvertConfig, spiking_structure
 from qsnn.fold import fold
 from qsnn.graph import recipe_of, set_recipe
 from qsnn.models import build_model
@@ -146,9 +146,10 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
     classes = recipe.get("num_classes") or len(recipe.get("data", {}).get("classes", ())) or None
     model = build_model(spec["name"], None if shape is None else tuple(shape), classes, **spec.get("options", {}))
     set_recipe(model, {**recipe, "kind": "teacher"})
-    if "quantize" not in recipe or recipe["kind"] == "teacher":
+    if recipe["kind"] == "teacher":
         return model
-    model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]))
+    if "quantize" in recipe:
+        model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]))
     if recipe["kind"] == "qann":
         return model
     for name, module in model.named_modules():
@@ -156,14 +157,12 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
         if quant is not None:
             step = tensors.get(f"network.{name}.step", torch.ones(()))  # any step builds the same spiking network
             quant.scaling_impl.value.data.fill_(float(step) * quant.levels)
-    snn = convert(model, ConvertConfig(**recipe["convert"]))
-    if recipe["kind"] != "folded":
-        return snn
-    for name, neuron in snn.neurons():  # fold concatenates spikes as integers only where their θ is the same
+    snn = spiking_structure(model, ConvertConfig(**recipe["convert"]))
+    for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
         theta = tensors.get(f"network.{name}.threshold")
         if theta is not None and isinstance(neuron, IFNode):
-            neuron.threshold.data.copy_(theta)
-    return fold(snn)
+            neuron.threshold.data = theta.clone()
+    return fold(snn) if recipe["kind"] == "folded" else snn
 
 
 def _bytes(path: str | Path) -> bytes:

@@ -2,184 +2,213 @@
 
 from __future__ import annotations
 
-import operator
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from qsnn.calibrate import calibration_images
+from qsnn.correct import CORRECTIONS, THRESHOLDS, correct_
+from qsnn.dynamics import Dynamics
 from qsnn.graph import (
-    ADD_FUNCTIONS,
-    ADD_METHODS,
-    VIEW_FUNCTIONS,
-    VIEW_METHODS,
+    RELUS,
     add_module,
     call_nodes,
     child_recipe,
-    is_call,
+    data_recipe,
     module_of,
+    recipe_of,
     replace_module,
     set_recipe,
-    shape_nodes,
-    trace,
 )
 from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat, amplified
-from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
+from qsnn.prepare import is_activation, prepared, reroute
+from qsnn.quantizers import level_quant
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """How the spiking network runs where a call does not say otherwise."""
+    """How the spiking network runs where a call does not say otherwise, and what its neurons are."""
 
     timesteps: int = 2
-    """Simulation steps T."""
+    """Simulation steps T; also what a calibration is made for."""
     firing: str = "online"
     """"online": a neuron fires while its input arrives; "deferred": it integrates all T inputs, then fires."""
+    threshold: str = "mse"
+    """Thresholds of plain ReLUs: "mse" (least error after T steps), "max" or "percentile" of each channel."""
+    percentile: float = 99.9
+    """Of "percentile" [%]."""
+    correction: str = "weights"
+    """With data, on the spikes that arrive: "weights" (least squares; only float ones), "bias", "none"."""
+    calibration_images: int = 256
+    """Training images of a calibration; all of them run at once."""
+    reset: str = "soft"
+    """After a spike: "soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards 0)."""
+    reset_tau: float = 1.0
+    """Time constant of reset "decay" [steps]."""
+    tau: tuple[float, ...] = ()
+    """Time constant of the leak [steps]: none, one for all neurons, or one for each spiking layer in order."""
+    tau_growth: float = 1.0
+    """Factor on the time constant from each spiking layer to the next [1]."""
+    signed: bool = False
+    """Spikes of -1 take back spikes that came too early (ST-BIF)."""
+    state_bits: str | None = None
+    """What holds the membrane: "int8", "int16", "fp16"; None: float."""
+    strict: bool = False
+    """Refuse max pools of online spikes, whose error does not vanish with T."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot run.
 
         Raises:
-            ValueError: T < 1 or an unknown way of firing.
+            ValueError: which option, and what it may be.
         """
         if not isinstance(self.timesteps, int) or self.timesteps < 1:
             raise ValueError(f"timesteps must be a whole number of at least 1, got {self.timesteps!r}")
         if self.firing not in FIRINGS:
             raise ValueError(f"firing must be 'online' or 'deferred', got {self.firing!r}")
+        if self.threshold not in THRESHOLDS:
+            raise ValueError(f"threshold must be one of {', '.join(THRESHOLDS)}, got {self.threshold!r}")
+        if self.correction not in CORRECTIONS:
+            raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
+        if not 0 < self.percentile <= 100 or self.calibration_images < 1 or not self.tau_growth > 0:
+            raise ValueError(
+                f"expected 0 < percentile <= 100, calibration_images >= 1 and tau_growth > 0, got {self.percentile}, "
+                f"{self.calibration_images}, {self.tau_growth}"
+            )
+        if self.firing == "deferred" and not self.dynamics(0).plain:
+            raise ValueError(
+                "deferred firing is defined for the soft reset without leak, signed spikes or a membrane of few bits; "
+                "use firing='online'"
+            )
+
+    def dynamics(self, place: int) -> Dynamics:
+        """The equation of the spiking layer that stands ``place`` layers behind the first."""
+        tau = None
+        if self.tau:
+            tau = self.tau[min(place, len(self.tau) - 1)] * self.tau_growth**place
+        return Dynamics(
+            reset=self.reset, reset_tau=self.reset_tau, tau=tau, signed=self.signed, state_bits=self.state_bits
+        )
 
 
-def convert(model: nn.Module, config: ConvertConfig | None = None) -> SNN:
-    r"""Return a spiking copy of a quantized network; the Brevitas weights stay, and stay trainable.
+def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN:
+    r"""Return a spiking copy of a network; quantized weights stay Brevitas weights, and stay trainable.
 
     A quantized ReLU with step s and L levels becomes an :class:`~qsnn.neurons.IFNode` with :math:`\theta = s\,L` and
     :math:`v_0 = \theta/2`; its spikes carry the amplitude θ, so that every layer behind it sees on average what it saw
     before. A ±1 activation becomes a neuron with :math:`v_0 = \theta`, which fires at x >= 0, and 2·spike - 1 behind
     it; such a network runs one step. A max pool before its activation is moved behind it (both are monotone).
 
+    A plain ReLU becomes a neuron with one θ a channel, calibrated on ``data``. Given data, the layers are then
+    corrected one by one on the spikes that really arrive (:func:`qsnn.correct.correct_`), also those of a quantized
+    network: it answers better in few online steps, and no longer equals that network when it fires deferred.
+
     Args:
-        model: what :func:`qsnn.quantize` returned, calibrated or trained. It is not changed.
-        config: T and the way of firing of calls that name none.
+        model: what :func:`qsnn.quantize` returned, calibrated or trained; or a float network of ReLUs. Not changed.
+        data: calibration images: a :class:`~qsnn.data.Data` (its training images are used), a Dataset, or an iterable
+            of (images, labels); plain ReLUs need it.
+        config: T and the way of firing of calls that name none, the neurons, the calibration. May stand second.
     Raises:
-        ValueError: nothing to convert, a quantizer without a step, or a max pool that cannot be moved.
+        ValueError: nothing to convert, a quantizer without a step, plain ReLUs without data, or what has no faithful
+            spiking form (all of it is named).
         TypeError: ``config`` is not a ConvertConfig.
     """
+    if isinstance(data, ConvertConfig) and config is None:
+        data, config = None, data
     config = config or ConvertConfig()
-    if not isinstance(config, ConvertConfig):
+    if not isinstance(config, ConvertConfig) or isinstance(data, nn.Module | dict):
+        got = type(data if isinstance(config, ConvertConfig) else config).__name__
         raise TypeError(
-            f"expected a ConvertConfig, got {type(config).__name__}; call convert(qann, ConvertConfig(...))"
+            f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
+            f"convert(model, data, ConvertConfig(...)) to calibrate"
         )
-    network = trace(model)
-    spiking = _activations(network)
-    if not spiking:
-        relus = sum(isinstance(module, nn.ReLU) for module in network.modules())
+    network, moved = prepared(
+        model,
+        strict=config.strict and config.firing == "online",
+        special=not config.dynamics(0).plain,
+        signed=config.signed,
+    )
+    plain = [str(node.target) for node, module in call_nodes(network) if type(module) in RELUS]
+    if plain and data is None:
         raise ValueError(
-            f"nothing to convert in {type(model).__name__}: it holds {relus} nn.ReLU and no quantized ReLU; "
-            f"call quantize(model, data) first"
+            f"{type(model).__name__} holds {len(plain)} nn.ReLU that are not quantized; call quantize(model, data) "
+            f"first, or convert(model, data) to calibrate them"
         )
-    moved = _move_max_pools_(network)
-    for node in spiking:
-        _to_neuron_(network, node)
-    _repeat_static_(network)
-    network.graph.lint()
-    network.recompile()
-    snn = SNN(network, config.timesteps, config.firing, probes=moved)
+    snn = _spiking(copy.deepcopy(network), moved, config)
+    set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
+    if data is not None:
+        images = calibration_images(getattr(data, "train", data), config.calibration_images)
+        snn.eval()
+        correct_(
+            snn, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
+            correction=config.correction,
+        )  # fmt: skip
+        recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": config.correction != "none"}
+        set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
     snn.train(model.training)
+    return snn
+
+
+def spiking_structure(model: nn.Module, config: ConvertConfig) -> SNN:
+    """Return the spiking network with thresholds and corrections still to be loaded, as ``load`` needs it."""
+    network, moved = prepared(
+        model,
+        strict=config.strict and config.firing == "online",
+        special=not config.dynamics(0).plain,
+        signed=config.signed,
+    )
+    snn = _spiking(network, moved, config)
     set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
     return snn
 
 
-def _activations(network: fx.GraphModule) -> list[fx.Node]:
-    found, bad = [], []
-    for node, module in call_nodes(network):
-        quant = level_quant(module)
-        if is_sign(module) or (quant is not None and not quant.signed):
-            found.append(node)
-        elif isinstance(act_quant_of(module), HalfQuant):
-            bad.append(str(node.target))
-    if bad:
-        raise ValueError(f"fp16 activations have no spiking form: {', '.join(bad)}; quantize with levels or act_bits")
-    return found
+def _network_of(model: nn.Module, config: ConvertConfig) -> tuple[fx.GraphModule, dict[str, str]]:
+    strict = config.strict and config.firing == "online"
+    return prepared(model, strict=strict, special=not config.dynamics(0).plain, signed=config.signed)
 
 
-def _to_neuron_(network: fx.GraphModule, node: fx.Node) -> None:
-    """Put an IF neuron in the place of a quantized ReLU, and multiply its spikes by θ."""
+def _spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConfig) -> SNN:
+    place = 0
+    for node, module in list(call_nodes(network)):
+        if is_activation(module):
+            _to_neuron_(network, node, config.dynamics(place))
+            place += 1
+    if len(config.tau) not in (0, 1, place):
+        raise ValueError(f"expected one time constant, or one for each of {place} spiking layers, got {config.tau}")
+    _repeat_static_(network)
+    network.graph.lint()
+    network.recompile()
+    return SNN(network, config.timesteps, config.firing, probes=moved)
+
+
+def _to_neuron_(network: fx.GraphModule, node: fx.Node, dynamics: Dynamics) -> None:
+    """Put an IF neuron in the place of an activation, and multiply its spikes by θ."""
     name = str(node.target)
     module = network.get_submodule(name)
     quant = level_quant(module)
-    if quant is None:  # ±1: from v0 = θ the neuron fires at x >= 0
+    if quant is None and type(module) not in RELUS:  # ±1: from v0 = θ the neuron fires at x >= 0
         replace_module(network, name, IFNode(1.0, initial=1.0))
         with network.graph.inserting_after(node):
             signs = network.graph.call_module(add_module(network, f"{name}_sign", PlusMinus()), (node,))
-        _reroute(node, signs)
+        reroute(node, signs)
         return
-    with torch.no_grad():
-        threshold = quant.step.double() * quant.levels
-    if not bool(threshold.isfinite()):
-        raise ValueError(f"the quantizer of {name} has no step yet; calibrate it with quantize(model, data)")
-    neuron = IFNode(threshold)
+    if quant is None:
+        threshold = torch.ones(1, dtype=torch.float64)  # one a channel, once the calibration has seen them
+    else:
+        with torch.no_grad():
+            threshold = quant.step.double() * quant.levels
+        if not bool(threshold.isfinite()):
+            raise ValueError(f"the quantizer of {name} has no step yet; calibrate it with quantize(model, data)")
+    neuron = IFNode(threshold, dynamics=dynamics)
     replace_module(network, name, neuron.to(threshold.device))
     with network.graph.inserting_after(node):
         amplitude = network.graph.get_attr(f"{name}.threshold")
     with network.graph.inserting_after(amplitude):
         scaled = network.graph.call_function(amplified, (node, amplitude))
-    _reroute(node, scaled)
-
-
-def _reroute(node: fx.Node, to: fx.Node) -> None:
-    """Let every user of ``node`` but ``to`` itself take ``to`` instead."""
-    node.replace_all_uses_with(to, delete_user_cb=lambda user: user is not to)
-
-
-def _move_max_pools_(network: fx.GraphModule) -> dict[str, str]:
-    """Move each max pool that stands before its activation behind it; in between only a batch norm with γ >= 0.
-
-    Returns the pool's name for each activation that it was moved behind: there the network holds what the activation
-    held before.
-    """
-    moved: dict[str, str] = {}
-    for pool, module in list(call_nodes(network)):
-        if not isinstance(module, _MAX_POOLS) or all(_quantized(network, node) for node in pool.all_input_nodes):
-            continue
-        path = [pool]
-        while True:
-            users = list(path[-1].users)
-            after = module_of(network, users[0]) if len(users) == 1 else None
-            if after is not None and (level_quant(after) is not None or is_sign(after)):
-                break
-            if not isinstance(after, _BATCH_NORMS):
-                raise ValueError(
-                    f"the max pool {pool.target} is not followed by an activation it could be moved behind"
-                )
-            if after.weight is not None and bool((after.weight < 0).any()):
-                raise ValueError(
-                    f"the max pool {pool.target} cannot be moved behind its activation: the batch norm "
-                    f"{users[0].target} in between has negative γ; put the pool behind the ReLU, or use average pooling"
-                )
-            path.append(users[0])
-        activation = users[0]
-        pool.replace_all_uses_with(pool.all_input_nodes[0])
-        with network.graph.inserting_after(activation):
-            behind = network.graph.call_module(str(pool.target), (activation,))
-        _reroute(activation, behind)
-        network.graph.erase_node(pool)
-        moved[str(activation.target)] = str(pool.target)
-    return moved
-
-
-def _quantized(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Return whether a value comes from activations alone, through what moves, pools, joins or drops values."""
-    module = module_of(network, node)
-    if module is not None and (level_quant(module) is not None or is_sign(module)):
-        return True
-    joins = is_call(node, (torch.cat, *VIEW_FUNCTIONS, operator.getitem, *ADD_FUNCTIONS), (*VIEW_METHODS, *ADD_METHODS))
-    if not joins and not isinstance(module, (*_MAX_POOLS, nn.Dropout, nn.Dropout2d, nn.Identity)):
-        return False
-    tensors = [source for source in node.all_input_nodes if source not in shape_nodes(network)]
-    return bool(tensors) and all(_quantized(network, source) for source in tensors)
+    reroute(node, scaled)
 
 
 def _repeat_static_(network: fx.GraphModule) -> None:

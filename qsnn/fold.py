@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
-from qsnn.currents import Term, Value, as_tuple, stacked, worth
+from qsnn.currents import Term, Value, pool_windows, stacked, worth
 from qsnn.graph import (
     ADD_FUNCTIONS,
     ADD_METHODS,
+    AVERAGE_POOLS,
+    BATCH_NORMS,
+    LAYERS,
+    MAX_POOLS,
+    PASSED,
     VIEW_FUNCTIONS,
     VIEW_METHODS,
     child_recipe,
@@ -24,17 +28,21 @@ from qsnn.graph import (
     module_of,
     set_recipe,
     shape_nodes,
+    value_shapes,
 )
-from qsnn.integer import Current, CurrentIF, FloatLayer, IntegerIF, IntegerInput, IntegerLayer, SumPool
+from qsnn.integer import (
+    Current,
+    CurrentIF,
+    DynamicIF,
+    FloatLayer,
+    IntegerIF,
+    IntegerInput,
+    IntegerLayer,
+    SumPool,
+)
 from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat, amplified
 from qsnn.quantizers import level_quant
 from qsnn.weights import integer_weights, weight_bits
-
-_PASSED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 def fold(snn: SNN) -> SNN:
@@ -58,25 +66,11 @@ def fold(snn: SNN) -> SNN:
         raise ValueError("this network is folded already")
     network = copy.deepcopy(snn.network).eval()
     with torch.no_grad():
-        folder = _Folder(network, _shapes(network, input_shape_of(snn)))
+        folder = _Folder(network, value_shapes(network, input_shape_of(snn)))
         folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True, probes=snn.probes)
     folded.eval()
     set_recipe(folded, child_recipe(snn, "folded"))
     return folded
-
-
-def _shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
-    """The shape of every node's value for one image, by name; nothing where the image shape is unknown."""
-    if shape is None:
-        return {}
-    probe = copy.deepcopy(network)
-    weight = next(iter(network.parameters()))
-    ShapeProp(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
-    return {
-        n.name: tuple(n.meta["tensor_meta"].shape)
-        for n in probe.graph.nodes
-        if hasattr(n.meta.get("tensor_meta"), "shape")
-    }
 
 
 class _Folder:
@@ -140,7 +134,7 @@ class _Folder:
 
     def _module(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
         name = str(node.target)
-        if isinstance(module, _PASSED):
+        if isinstance(module, PASSED):
             return value
         if isinstance(module, IFNode):
             return self._neuron(name, module, value)
@@ -155,14 +149,15 @@ class _Folder:
             step = quant.step
             call = self._call(name, IntegerInput(step, quant.levels), value.terms[0].node)
             return Value((Term(call, (step.double().reshape(-1),), bound=quant.levels),))
-        if isinstance(module, _LAYERS):
+        if isinstance(module, LAYERS):
             return self._layer(name, module, value)
-        if isinstance(module, _BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS):
             return self._batch_norm(node, module, value)
-        if isinstance(module, _AVERAGE_POOLS):
+        if isinstance(module, AVERAGE_POOLS):
             return self._average_pool(node, module, value)
-        if isinstance(module, _MAX_POOLS):
-            if not (value.spikes_only and all(float(f) > 0 for f in value.terms[0].factors)):
+        if isinstance(module, MAX_POOLS):
+            positive = all(bool((factor > 0).all()) for factor in value.terms[0].factors)
+            if not ((value.spikes_only or value.spikes_by_channel) and positive):
                 raise ValueError(f"cannot fold the max pool {name}: it must follow spikes")
             return Value((replace(value.terms[0], node=self._call(name, copy.deepcopy(module), value.terms[0].node)),))
         if isinstance(module, nn.Flatten):
@@ -192,18 +187,27 @@ class _Folder:
         bias = self._bias(value)
         threshold = neuron.threshold.detach()
         (first, *rest) = value.terms
-        if first.integer and not rest:
-            module: nn.Module = IntegerIF(
-                stacked(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound
+        module: nn.Module
+        if not neuron.dynamics.plain:
+            factors = [stacked(term.factors) for term in value.terms]
+            module = DynamicIF(
+                factors, [t.divisor for t in value.terms], bias, threshold, neuron.initial, neuron.dynamics
             )
+        elif first.integer and not rest and not threshold.dim():
+            module = IntegerIF(stacked(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound)
         else:
             factors = [stacked(term.factors) for term in value.terms]
             module = CurrentIF(factors, [t.divisor for t in value.terms], bias, threshold, neuron.initial)
-        return Value((Term(self._call(name, module, *(term.node for term in value.terms))),))
+        return Value((Term(self._call(name, module, *(term.node for term in value.terms)), spikes=True),))
 
     def _layer(self, name: str, layer: nn.Module, value: Value) -> Value:
         integers, scale = integer_weights(layer)
         bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[union-attr,operator]
+        if value.spikes_by_channel and (integers.dtype == torch.float32 or not value.spikes_only):
+            weight = integers.double() * scale.double() * self._absorbed(layer, value.terms[0])
+            absorbing = FloatLayer(weight, layer, weight_bits(layer), spikes=True)
+            call = self._call(name, absorbing, value.terms[0].node)
+            return Value((Term(call, integer=False, bound=float("inf")),), bias)
         if not value.spikes_only or integers.dtype == torch.float32:
             weight = integers.double() * scale.double()
             call = self._call(
@@ -215,6 +219,15 @@ class _Folder:
         module = IntegerLayer(stored, layer, term.bound, weight_bits(layer))
         factors = (*term.factors, scale.double().reshape(-1))
         return Value((Term(self._call(name, module, term.node), factors, term.divisor, True, module.bound),), bias)
+
+    def _absorbed(self, layer: Any, term: Term) -> Tensor:
+        """What a unit of each input channel is worth, shaped to multiply the layer's weight."""
+        gain = stacked(term.factors).prod(0) / term.divisor
+        if gain.numel() == 1:
+            return gain.view(())
+        groups = getattr(layer, "groups", 1)
+        rows = gain.view(groups, -1).repeat_interleave(len(layer.weight) // groups, 0)
+        return rows.view(*rows.shape, *[1] * (layer.weight.dim() - 2))
 
     def _batch_norm(self, node: fx.Node, norm: Any, value: Value) -> Value:
         scale = 1.0 / torch.sqrt(norm.running_var.double() + norm.eps)
@@ -233,7 +246,8 @@ class _Folder:
         return replace(scaled, bias=bias)
 
     def _average_pool(self, node: fx.Node, pool: Any, value: Value) -> Value:
-        kernel, stride, padding, uniform = self._windows(node, pool)
+        source = node.all_input_nodes[0].name
+        kernel, stride, padding, uniform = pool_windows(pool, self.shapes.get(source, ())[2:], str(node.target))
         if not uniform and (value.bias is not None or any(term.integer for term in value.terms)):
             # windows of unequal size: no sum over one divisor, so the current itself is averaged
             value = Value((Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf")),))
@@ -246,25 +260,6 @@ class _Folder:
             else:
                 terms.append(replace(term, node=self._call(str(node.target), copy.deepcopy(pool), term.node)))
         return Value(tuple(terms), value.bias)
-
-    def _windows(self, node: fx.Node, pool: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
-        """Kernel, stride and padding of an average pool, and whether all its windows have the kernel's size."""
-        if isinstance(pool, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
-            source = node.all_input_nodes[0]
-            if source.name not in self.shapes:
-                raise ValueError(
-                    f"cannot fold {node.target}: the image shape is unknown; quantize with data records it"
-                )
-            sides = self.shapes[source.name][2:]
-            out = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * len(sides)
-            goal = tuple(o or side for side, o in zip(sides, out, strict=True))
-            kernel = tuple(max(1, side // o) for side, o in zip(sides, goal, strict=True))
-            uniform = all(side % o == 0 for side, o in zip(sides, goal, strict=True))
-            return kernel, kernel, (0,) * len(kernel), uniform
-        dims = 1 if isinstance(pool, nn.AvgPool1d) else 2
-        kernel, stride, padding = (as_tuple(x, dims) for x in (pool.kernel_size, pool.stride, pool.padding))
-        # padding puts zeros into the border's windows, where the bias of a current is not
-        return kernel, stride, padding, not pool.ceil_mode and not any(padding)
 
     def _flattened(self, node: fx.Node, value: Value) -> Value:
         source = node.all_input_nodes[0]
@@ -318,6 +313,17 @@ class _Folder:
         if len(units) == len(parts) and len(set(units)) == 1:
             call = self.graph.call_function(torch.cat, ([p.terms[0].node for p in parts], 1))
             return Value((replace(parts[0].terms[0], node=call, bound=max(p.terms[0].bound for p in parts)),))
+        divisors = {part.terms[0].divisor for part in parts}
+        shapes = [self.shapes.get(source.name) for source in node.all_input_nodes]
+        if all(part.spikes_by_channel for part in parts) and len(divisors) == 1 and all(shapes):
+            gains = [
+                stacked(part.terms[0].factors).prod(0).expand(shape[1])
+                for part, shape in zip(parts, shapes, strict=True)
+                if shape
+            ]
+            call = self.graph.call_function(torch.cat, ([p.terms[0].node for p in parts], 1))
+            most = max(p.terms[0].bound for p in parts)
+            return Value((Term(call, (torch.cat(gains),), divisors.pop(), True, most, True),))
         currents = [self._current(part, f"{node.name}_input") for part in parts]
         call = self.graph.call_function(torch.cat, (currents, 1))
         return Value((Term(call, integer=False, bound=float("inf")),))

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 ADD_METHODS = ("add", "add_")
@@ -33,6 +34,15 @@ _SHAPE_ARITHMETIC = (
     operator.truediv,
     int,
 )
+
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+RELUS = (nn.ReLU, nn.ReLU6)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
+AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+PASSED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
+"""Layers that hand values on as they are at inference."""
 
 
 class Tracer(fx.Tracer):
@@ -93,6 +103,20 @@ def shape_nodes(network: fx.GraphModule) -> set[fx.Node]:
         if size or (derived and all(source in found for source in node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every node's value for one image, by name; nothing where the image shape is unknown."""
+    if shape is None:
+        return {}
+    probe: Any = copy.deepcopy(network)
+    weight = next(iter(network.parameters()))
+    for module in probe.modules():
+        if hasattr(module, "timesteps"):
+            module.timesteps = 1
+    ShapeProp(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
+    found = {node.name: node.meta.get("tensor_meta") for node in probe.graph.nodes}
+    return {name: tuple(meta.shape) for name, meta in found.items() if hasattr(meta, "shape")}
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

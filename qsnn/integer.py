@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsnn.dynamics import Dynamics, simulate
 from qsnn.quantizers import round_half_up
 
 EXACT_FLOAT32 = 2**23
@@ -84,12 +85,20 @@ class IntegerLayer(Timed):
 
 
 class FloatLayer(nn.Module):
-    """A layer whose input is a current, not spikes (a linear bottleneck, a float input): float64."""
+    """A layer in float64: its input is a current (a linear bottleneck, a float input), or its weights are float.
+
+    Args:
+        weight: what a unit of the input adds.
+        layer: where stride, padding, dilation and groups are read.
+        weight_bits: precision of the weights [bit].
+        spikes: whether the input are spikes, or sums of them, so that it accumulates instead of multiplying.
+    """
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, layer: nn.Module, weight_bits: int) -> None:
+    def __init__(self, weight: Tensor, layer: nn.Module, weight_bits: int, *, spikes: bool = False) -> None:
         super().__init__()
+        self.spikes = spikes
         self.register_buffer("weight", weight.double())
         self.weight_bits = weight_bits
         self.options: dict[str, Any] = {}
@@ -172,6 +181,10 @@ class CurrentIF(Current):
         self.register_buffer("threshold", threshold.double())
         self.initial = initial
 
+    def theta(self, dims: int) -> Tensor:
+        """θ, shaped to multiply a tensor of ``dims`` dimensions."""
+        return _per_channel(self.threshold, dims) if self.threshold.dim() else self.threshold
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """Spikes {0, 1} in float32, (T·B, C, *)."""
         steps = self.steps
@@ -182,7 +195,7 @@ class CurrentIF(Current):
             total = total + self.gain(index, dims) * x
         time = torch.arange(1, steps + 1, device=total.device).view(-1, *[1] * dims)
         total = total + time * _per_channel(self.bias, dims)
-        theta, offset = self.threshold, 1.0 - self.initial
+        theta, offset = self.theta(dims), 1.0 - self.initial
         if self.firing == "deferred":
             count = ((total[-1] / theta) + self.initial).floor().clamp_(0, steps)
             # the division may round across an integer: compare with the products, which is the definition
@@ -195,6 +208,32 @@ class CurrentIF(Current):
             for t in range(steps):
                 spikes[t] = total[t] >= (fired + offset) * theta
                 fired += spikes[t]
+        return spikes.float().flatten(0, 1)
+
+
+class DynamicIF(CurrentIF):
+    """A neuron with another reset, leak, signed spikes or a membrane of few bits: its equation in float64."""
+
+    def __init__(
+        self,
+        factors: list[Tensor],
+        divisors: list[int],
+        bias: Tensor,
+        threshold: Tensor,
+        initial: float,
+        dynamics: Dynamics,
+    ) -> None:
+        super().__init__(factors, divisors, bias, threshold, initial)
+        self.dynamics = dynamics
+        self.overflows = 0
+        """How many potentials did not fit into ``dynamics.state_bits`` since the network was folded."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Spikes {0, 1}, or {-1, 0, 1} where signed, in float32, (T·B, C, *)."""
+        current = Current.forward(self, *inputs).unflatten(0, (self.steps, -1))
+        theta = self.theta(current.dim() - 1)
+        spikes, _, overflows = simulate(current, theta, (self.initial * theta).expand_as(current[0]), self.dynamics)
+        self.overflows += overflows
         return spikes.float().flatten(0, 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.data import check_images
+from qsnn.dynamics import Dynamics, simulate
 
 FIRINGS = ("online", "deferred")
 
@@ -80,25 +82,36 @@ class IFNode(BaseNode):
     spike comes too early or too late, at the cost of T steps of latency a layer.
 
     Args:
-        threshold: θ > 0 [units of the current], a scalar; a parameter of the module that is not trained unless you set
-            ``requires_grad`` (a batch norm before the neuron can do the same).
+        threshold: θ > 0 [units of the current], a scalar or one a channel, (C,); a parameter of the module that is not
+            trained unless you set ``requires_grad`` (a batch norm before the neuron can do the same).
         initial: v₀ / θ [1].
+        dynamics: another reset, leak, signed spikes or a membrane of few bits; by default none of them.
     Shape:
         step_mode "m": x and spikes (T, B, *); "s": (B, *). Inside an :class:`SNN` (``timesteps`` set): (T·B, *).
     Raises:
-        ValueError: θ is not positive and finite.
+        ValueError: θ is not positive and finite, or no scalar and no vector.
     Source:
         Bu et al., "Optimal ANN-SNN Conversion ...", ICLR 2022 (v₀); Rueckauer et al. 2017 (soft reset).
     """
 
     threshold: nn.Parameter
 
-    def __init__(self, threshold: float | Tensor = 1.0, *, initial: float = 0.5, step_mode: str = "m") -> None:
+    def __init__(
+        self,
+        threshold: float | Tensor = 1.0,
+        *,
+        initial: float = 0.5,
+        dynamics: Dynamics | None = None,
+        step_mode: str = "m",
+    ) -> None:
         # float64: θ = s·L of a float32 step is exact in it, and fold reads θ as a rational number
         value = torch.as_tensor(threshold, dtype=torch.float64).detach().clone()
-        if value.dim() or not bool(value.isfinite()) or not bool(value > 0):
-            raise ValueError(f"expected one positive, finite threshold, got {value.tolist()}")
-        super().__init__(v_threshold=float(value), v_reset=None, step_mode=step_mode)
+        if value.dim() > 1 or not value.numel() or not bool((value.isfinite() & (value > 0)).all()):
+            raise ValueError(f"expected one positive, finite threshold, or one a channel, got {value.tolist()}")
+        super().__init__(v_threshold=float(value.max()), v_reset=None, step_mode=step_mode)
+        self.dynamics = dynamics or Dynamics()
+        self.overflows = 0
+        """How many potentials did not fit into ``dynamics.state_bits`` since the node was made."""
         self.threshold = nn.Parameter(value, requires_grad=False)
         self.initial = initial
         self.timesteps: int | None = None
@@ -112,37 +125,49 @@ class IFNode(BaseNode):
         (v,) = states
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         if not torch.is_tensor(v) or v.shape != x.shape:
-            v = (self.initial * self.threshold).to(x.dtype).expand_as(x)
+            v = (self.initial * self._theta(x)).expand_as(x)
         return (v,)
+
+    def _theta(self, x: Tensor) -> Tensor:
+        """θ in the dtype of x (B, C, *), shaped to multiply it."""
+        theta = self.threshold.to(x.dtype)
+        return theta.view(-1, *[1] * (x.dim() - 2)) if theta.dim() else theta
+
+    def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """T steps online, (T, B, *)."""
+        if self.dynamics.plain and not self.threshold.dim():
+            return _IFFunction.apply(x, self.threshold, v, 0)
+        spikes, v, overflows = simulate(x, self._theta(x[0]), v, self.dynamics)
+        self.overflows += overflows
+        return spikes, v
 
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """One step of the online equation, states in and out."""
-        spikes, v = _IFFunction.apply(inputs[0].unsqueeze(0), self.threshold, states[0], 0)
+        spikes, v = self._run(inputs[0].unsqueeze(0), states[0])
         return (spikes.squeeze(0),), (v,)
 
     def multi_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """T steps of the equation that ``firing`` names, states in and out."""
-        if self.firing == "deferred":
-            spikes, v = self._defer(inputs[0], states[0])
-        else:
-            spikes, v = _IFFunction.apply(inputs[0], self.threshold, states[0], 0)
+        spikes, v = (self._defer if self.firing == "deferred" else self._run)(inputs[0], states[0])
         return (spikes,), (v,)
 
     def _defer(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         total = x.sum(0) + v
-        count = (total / self.threshold).floor().clamp_(0, x.shape[0])
+        theta: Tensor = self.threshold
+        theta = theta.view(-1, *[1] * (v.dim() - 2)) if theta.dim() else theta
+        count = (total / theta).floor().clamp_(0, x.shape[0])
         order = torch.arange(x.shape[0], device=x.device, dtype=x.dtype).view(-1, *[1] * count.dim())
-        return (order < count).to(x.dtype), total - count * self.threshold
+        return (order < count).to(x.dtype), total - count * theta
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes {0, 1} of the shape of x."""
         if self.timesteps is None:
             return super().forward(x)
-        if self.constant_input and self.firing == "online":
+        if self.constant_input and self.firing == "online" and self.dynamics.plain and not self.threshold.dim():
             (v,) = self.materialize_states((x,), (self._memories["v"],), "s")
             spikes, v = _IFFunction.apply(x, self.threshold, v, self.timesteps)
             self._memories["v"] = v
@@ -153,12 +178,16 @@ class IFNode(BaseNode):
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
-        return f"threshold={float(self.threshold.detach()):.4g}, initial={self.initial}, step_mode={self.step_mode}"
+        theta = self.threshold.detach()
+        shown = f"{float(theta.min()):.4g}" + (f"..{float(theta.max()):.4g}" if theta.dim() else "")
+        special = "" if self.dynamics.plain else f", {self.dynamics}"
+        return f"threshold={shown}, initial={self.initial}, step_mode={self.step_mode}{special}"
 
 
 def amplified(spikes: Tensor, threshold: Tensor) -> Tensor:
     """θ·spikes, what the layers behind a neuron see; in the dtype of the spikes (mixed types take a slow path)."""
-    return spikes * threshold.to(spikes.dtype)
+    theta = threshold.to(spikes.dtype)
+    return spikes * (theta.view(-1, *[1] * (spikes.dim() - 2)) if theta.dim() else theta)
 
 
 class Repeat(nn.Module):
@@ -224,6 +253,12 @@ class SNN(nn.Module):
             raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
         if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):
             raise ValueError(f"a network of ±1 activations runs one step, got timesteps={timesteps}; use timesteps=1")
+        special = [name for name, node in self.neurons() if not getattr(node, "dynamics", Dynamics()).plain]
+        if firing == "deferred" and special:
+            raise ValueError(
+                f"deferred firing is defined for the soft reset without leak, signed spikes or a membrane of few bits; "
+                f"{special[0]} has another equation; use firing='online'"
+            )
         return timesteps, firing
 
     def neurons(self) -> Iterator[tuple[str, nn.Module]]:
@@ -243,13 +278,19 @@ class SNN(nn.Module):
         )
         shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
         check_images(images, None if shape is None else tuple(shape))
+        with self.running(steps, firing):
+            return self.network(images).unflatten(0, (steps, -1))
+
+    @contextmanager
+    def running(self, timesteps: int, firing: str) -> Iterator[None]:
+        """Tell every module T and the way of firing while the block runs; all start from rest, and end so."""
         stateful: list[Any] = [module for module in self.network.modules() if hasattr(module, "timesteps")]
         try:
             for module in stateful:
-                module.timesteps, module.firing = steps, firing
+                module.timesteps, module.firing = timesteps, firing
                 if isinstance(module, BaseNode):
                     module.reset()
-            return self.network(images).unflatten(0, (steps, -1))
+            yield
         finally:
             for module in stateful:
                 module.timesteps = None

@@ -15,6 +15,11 @@ from qsnn.calibrate import calibrate_, calibration_images
 from qsnn.graph import (
     ADD_FUNCTIONS,
     ADD_METHODS,
+    AVERAGE_POOLS,
+    BATCH_NORMS,
+    MAX_POOLS,
+    PASSED,
+    RELUS,
     VIEW_FUNCTIONS,
     VIEW_METHODS,
     add_module,
@@ -45,12 +50,7 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: qnn.QuantConv2d,
     nn.Linear: qnn.QuantLinear,
 }
-_RELUS = (nn.ReLU, nn.ReLU6)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_MOVES = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.Dropout,
-    nn.Dropout1d, nn.Dropout2d, nn.Identity, nn.Flatten,
-)  # fmt: skip
+_MOVES = (*MAX_POOLS, *AVERAGE_POOLS, *PASSED, nn.Flatten)
 """What a quantized value passes through and stays a multiple of its step (or a mean of multiples)."""
 _MOVING_FUNCTIONS = (*VIEW_FUNCTIONS, torch.flatten, operator.getitem)
 _MOVING_METHODS = (*VIEW_METHODS, "flatten")
@@ -151,7 +151,7 @@ def quantized_structure(model: nn.Module, config: QuantizeConfig) -> fx.GraphMod
     unshare(network)
     _refuse_unsupported(network)
     weighted = [str(node.target) for node, module in call_nodes(network) if type(module) in _LAYERS]
-    relus = [str(node.target) for node, module in call_nodes(network) if type(module) in _RELUS]
+    relus = [str(node.target) for node, module in call_nodes(network) if type(module) in RELUS]
     if not relus or not weighted:
         raise ValueError(
             f"nothing to quantize in {type(model).__name__}: it holds {len(weighted)} convolution or linear layers "
@@ -175,7 +175,7 @@ def quantized_structure(model: nn.Module, config: QuantizeConfig) -> fx.GraphMod
 
 def _refuse_unsupported(network: fx.GraphModule) -> None:
     """Name everything that has no quantized form, all at once."""
-    known = (*_LAYERS, *_RELUS, *_BATCH_NORMS, *_MOVES)
+    known = (*_LAYERS, *RELUS, *BATCH_NORMS, *_MOVES)
     sizes = shape_nodes(network)
     bad = []
     for node in network.graph.nodes:

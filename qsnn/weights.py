@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qsnn.quantizers import HalfQuant
 
-# Step of least mean-squared error for normally distributed numbers, in standard deviations, of 2**b - 1 levels around 0.
+# Step of least mean-squared error for normally distributed numbers [standard deviations], 2**b - 1 levels around 0.
 # Max (1960), table II, gives the same for odd numbers of levels; from 5 bit on max|w| loses nothing in training.
 _NORMAL_STEP = {2: 1.22, 3: 0.65, 4: 0.354}
 
@@ -37,9 +37,9 @@ class _RoundedFunction(torch.autograd.Function):
 class IntegerQuant(nn.Module):
     r"""Integers: :math:`s_c\,\mathrm{clip}(\mathrm{round}(w/s_c), -Q, Q)`, :math:`Q = 2^{b-1} - 1`, a step a channel.
 
-    :math:`s_c = \max|w_c| / Q`; for 2, 3 and 4 bits the lesser of that and :math:`k_b\,\mathrm{rms}(w_c)`, which has the
-    least mean-squared error for normally distributed weights (k = 1.22, 0.65, 0.354). The step follows the weights and
-    is a constant to the gradient, which passes straight through, also where a weight is clipped: its step may grow.
+    :math:`s_c = \max|w_c| / Q`; for 2, 3 and 4 bits the lesser of that and :math:`k_b\,\mathrm{rms}(w_c)`, which has
+    the least mean-squared error for normally distributed weights (k = 1.22, 0.65, 0.354). The step follows the weights
+    and is a constant to the gradient, which passes straight through, also where a weight is clipped.
 
     Args:
         bits: b, 2 to 8 [bit].

@@ -112,7 +112,9 @@ def test_repeat_hands_a_value_to_every_step() -> None:
     assert torch.equal(repeat(x).unflatten(0, (3, 2)), x.expand(3, 2, 5))
 
 
-@pytest.mark.parametrize("threshold", [0.0, -1.0, float("nan"), float("inf"), torch.ones(2)])
+@pytest.mark.parametrize(
+    "threshold", [0.0, -1.0, float("nan"), float("inf"), torch.ones(2, 2), torch.tensor([1.0, 0.0])]
+)
 def test_a_threshold_must_be_one_positive_number(threshold: float | Tensor) -> None:
     with pytest.raises(ValueError, match="positive, finite threshold"):
         IFNode(threshold)

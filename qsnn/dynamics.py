@@ -1,0 +1,135 @@
+"""What a neuron may do besides the soft-reset IF: other resets, leak, signed spikes, a membrane of few bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESETS = ("soft", "hard", "decay")
+STATE_BITS = ("int8", "int16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamics:
+    r"""How the membrane potential moves. The default is the IF neuron of :class:`qsnn.neurons.IFNode`.
+
+    One step, from potential v and current x, with :math:`d = e^{-1/\tau}` (1 without leak):
+
+    .. math::
+        h = Q(d\,v + x), \quad s = [h \ge \theta], \quad
+        v \leftarrow \begin{cases}
+            Q(h - \theta s) & \text{soft} \\
+            h\,(1 - s) & \text{hard} \\
+            Q(h\,(1 - s\,(1 - e^{-1/\tau_r}))) & \text{decay}
+        \end{cases}
+
+    Q rounds to what ``state_bits`` can hold, and saturates there: int8 and int16 hold multiples of
+    :math:`u = \theta\,2^{2-b}` from :math:`-2^{b-1}u = -2\theta` to :math:`(2^{b-1} - 1)\,u`; fp16 holds v/θ in
+    IEEE half. Signed: :math:`s = 1` where :math:`h \ge \theta`, :math:`s = -1` where :math:`h < 0` and the spikes so
+    far add up to more than 0, so that a spike that came too early is taken back.
+
+    Source:
+        Rueckauer et al. 2017 (soft against hard reset); Gerstner & Kistler, "Spiking Neuron Models", 2002 (leak);
+        You et al., "SpikeZIP-TF", ICML 2024 (ST-BIF: signed spikes).
+    """
+
+    reset: str = "soft"
+    """"soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards rest, 0)."""
+    reset_tau: float = 1.0
+    """τ_r of reset "decay" [steps]."""
+    tau: float | None = None
+    """Time constant τ of the leak [steps]; None: no leak."""
+    signed: bool = False
+    """Spikes of -1 take back spikes of 1 that came too early."""
+    state_bits: str | None = None
+    """What holds the potential: "int8", "int16", "fp16"; None: the float of the current."""
+
+    def __post_init__(self) -> None:
+        """Refuse what has no equation.
+
+        Raises:
+            ValueError: which option, and what it may be.
+        """
+        if self.reset not in RESETS:
+            raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {self.reset!r}")
+        if not self.reset_tau > 0 or (self.tau is not None and not self.tau > 0):
+            raise ValueError(f"time constants must be above 0 steps, got tau={self.tau}, reset_tau={self.reset_tau}")
+        if self.state_bits is not None and self.state_bits not in STATE_BITS:
+            raise ValueError(f"state_bits must be one of {', '.join(STATE_BITS)} or None, got {self.state_bits!r}")
+        if self.signed and self.reset != "soft":
+            raise ValueError(f"signed spikes need the soft reset, got reset={self.reset!r}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the soft-reset IF neuron, which alone has an integer form and deferred firing."""
+        return self.reset == "soft" and self.tau is None and not self.signed and self.state_bits is None
+
+
+class _Fire(torch.autograd.Function):
+    """[h >= θ]; in the place of its derivative a box of area 1 and width θ around θ (Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, threshold: Tensor) -> Tensor:
+        ctx.save_for_backward(h, threshold)
+        return (h >= threshold).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        h, threshold = ctx.saved_tensors
+        direct = grad * ((h - threshold).abs() < 0.5 * threshold) / threshold
+        return direct, (-direct).sum_to_size(threshold.shape) if ctx.needs_input_grad[1] else None
+
+
+def simulate(x: Tensor, threshold: Tensor, v: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor, int]:
+    """Run the equation of ``dynamics`` over time.
+
+    Args:
+        x: current of each step.
+        threshold: θ, broadcast against x[0].
+        v: potential before the first step.
+        dynamics: the equation.
+    Shape:
+        x: (T, *); v: (*); returned: spikes (T, *), the last potential (*), and how often ``state_bits`` overflowed.
+    """
+    keep = 1.0 if dynamics.tau is None else math.exp(-1.0 / dynamics.tau)
+    fall = 1.0 - math.exp(-1.0 / dynamics.reset_tau)
+    overflows, spikes = 0, []
+    fired = torch.zeros_like(v)
+    for current in x:
+        h, lost = _stored(v * keep + current if keep != 1.0 else v + current, threshold, dynamics.state_bits)
+        s = _Fire.apply(h, threshold)
+        if dynamics.signed:
+            s = s - ((h < 0) & (fired > 0)).to(s.dtype)
+            fired = fired + s.detach()
+        if dynamics.reset == "soft":
+            v = h - threshold * s
+        else:
+            v = h * (1 - s) if dynamics.reset == "hard" else h * (1 - fall * s)
+        v, more = _stored(v, threshold, dynamics.state_bits)
+        overflows += lost + more
+        spikes.append(s)
+    return torch.stack(spikes), v, overflows
+
+
+def _stored(v: Tensor, threshold: Tensor, state: str | None) -> tuple[Tensor, int]:
+    """The potential as its storage holds it, and how many values did not fit; the gradient passes straight through."""
+    if state is None:
+        return v, 0
+    with torch.no_grad():
+        if state == "fp16":
+            q = v / threshold
+            held = q.half()
+            overflows = int(held.isinf().sum())
+            held = held.to(v.dtype).clamp(-65504.0, 65504.0) * threshold
+        else:
+            bits = 8 if state == "int8" else 16
+            unit = threshold * 2.0 ** (2 - bits)
+            n = torch.round(v / unit)
+            low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+            overflows = int(((n < low) | (n > high)).sum())
+            held = n.clamp(low, high) * unit
+    return v + (held - v).detach() if v.requires_grad else held, overflows

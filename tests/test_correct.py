@@ -1,0 +1,148 @@
+"""Plain ReLU networks: thresholds from data, and corrections on the spikes that really arrive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_fold import NETS, recorded
+from torch import Tensor, nn
+
+import qsnn
+from qsnn.correct import _fit_layer_, _fit_line_
+
+
+@pytest.fixture(scope="module")
+def trained(digits: qsnn.Data) -> nn.Module:
+    model = qsnn.create_model("vgg-small", digits)
+    qsnn.fit(model, digits, qsnn.TrainConfig(epochs=6))
+    return model
+
+
+def convert(model: nn.Module, data: qsnn.Data, **options: object) -> qsnn.SNN:
+    return qsnn.convert(model, data, qsnn.ConvertConfig(**options))
+
+
+def test_corrections_help_where_steps_are_few(trained: nn.Module, digits: qsnn.Data) -> None:
+    found = {kind: qsnn.accuracy(convert(trained, digits, timesteps=1, correction=kind), digits.test)
+             for kind in ("none", "bias", "weights")}  # fmt: skip
+    assert found["none"] < found["bias"] < found["weights"]
+    assert found["weights"] > 93
+
+
+@pytest.mark.parametrize("threshold", ["mse", "max", "percentile"])
+def test_many_steps_are_the_network_itself(trained: nn.Module, digits: qsnn.Data, threshold: str) -> None:
+    snn = convert(trained, digits, timesteps=64, threshold=threshold, calibration_images=64)
+    few = digits.test.head(200)
+    assert qsnn.accuracy(snn, few) >= qsnn.accuracy(trained, few) - 1.0
+
+
+def test_the_argument_stays_and_images_have_no_order(trained: nn.Module, digits: qsnn.Data) -> None:
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    images = torch.stack([digits.train[i][0] for i in range(64)])
+    labels = torch.zeros(64, dtype=torch.int64)
+    order = torch.randperm(64)
+    first = convert(trained, [(images, labels)], calibration_images=64)
+    second = convert(trained, [(images[order], labels)], calibration_images=64)
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4), name
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_family_folds_counts_and_loads(name: str, digits: qsnn.Data, images: Tensor, tmp_path: Path) -> None:
+    model = NETS[name](digits).eval()
+    snn = convert(model, digits, timesteps=3, calibration_images=64)
+    folded = qsnn.fold(snn)
+    spikes, logits = recorded(snn.double(), images.double())
+    kept, answers = recorded(folded, images)
+    assert all(torch.equal(train, kept[layer]) for layer, train in spikes.items())
+    assert torch.equal(logits.argmax(-1), answers.argmax(-1))
+    measured = qsnn.benchmark(folded, digits.test.head(50), timesteps=3)
+    assert measured.synops and measured.synops > 0
+    if name in ("mixed",):
+        return  # not one of ours, so no file can say how it is built
+    snn = snn.float()
+    for made in (snn, qsnn.fold(snn)):
+        qsnn.save(made, tmp_path / "a.safetensors")
+        assert torch.equal(made.eval()(images), qsnn.load(tmp_path / "a.safetensors")(images))
+
+
+def test_synops_by_hand() -> None:
+    """One 2x2 image whose four neurons all fire once, into a layer of three outputs: 4 · 3 accumulates."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3)).eval()
+    nn.init.ones_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    image = [(torch.ones(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64))]
+    snn = qsnn.convert(model, image, qsnn.ConvertConfig(timesteps=1))
+    measured = qsnn.benchmark(snn, image, timesteps=1)
+    assert measured.synops == 12.0 and measured.macs == 4.0 and measured.spike_rate == 1.0
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped", "strided", "signal"])
+def test_least_squares_finds_the_layer(kind: str) -> None:
+    layer, shape = {
+        "linear": lambda: (nn.Linear(6, 4), (400, 6)),
+        "conv": lambda: (nn.Conv2d(3, 4, 3, padding=1), (40, 3, 7, 7)),
+        "grouped": lambda: (nn.Conv2d(4, 8, 3, groups=2, dilation=2), (40, 4, 9, 9)),
+        "strided": lambda: (nn.Conv2d(3, 4, (3, 1), stride=(2, 1)), (40, 3, 9, 5)),
+        "signal": lambda: (nn.Conv1d(3, 4, 3, padding=1), (60, 3, 11)),
+    }[kind]()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        wanted = layer(x)
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        _fit_layer_(layer, x, wanted, "weights")
+        assert float((layer(x) - wanted).square().mean()) < 1e-4 * float(wanted.var())
+
+
+def test_a_line_by_channel_is_the_best_one() -> None:
+    norm, x = nn.BatchNorm2d(3).eval(), torch.randn(20, 3, 4, 4)
+    wanted = x * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + 0.3
+    with torch.no_grad():
+        _fit_line_(norm, x, wanted)
+    assert torch.allclose(norm(x), wanted, atol=1e-4)
+
+
+def test_a_quantized_network_answers_better_in_two_online_steps(trained: nn.Module, digits: qsnn.Data) -> None:
+    qann = qsnn.quantize(trained, digits)
+    plain, corrected = qsnn.convert(qann), qsnn.convert(qann, digits)
+    assert qsnn.accuracy(corrected, digits.test) > qsnn.accuracy(plain, digits.test)
+    assert not qsnn.certify(corrected, qann, digits.test.head(20)).exact  # it is no longer the same network
+    assert qsnn.certify(plain, qann, digits.test.head(20)).exact
+
+
+class Awkward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.GELU()
+        self.bn = nn.BatchNorm2d(4, track_running_stats=False)
+        self.relu, self.pool, self.last = nn.ReLU(), nn.MaxPool2d(2), nn.Linear(36, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.relu(self.bn(self.act(self.norm(self.conv(x))))))
+        return torch.sigmoid(self.last(x.flatten(1))).softmax(1)
+
+
+def test_everything_without_a_spiking_form_is_named_at_once(digits: qsnn.Data) -> None:
+    with pytest.raises(ValueError) as caught:
+        qsnn.convert(Awkward(), digits, qsnn.ConvertConfig(strict=True))
+    message = str(caught.value)
+    for place in ("norm (GroupNorm)", "act (GELU)", "bn (BatchNorm2d of each batch's own", "pool (MaxPool2d of online",
+                  "sigmoid", "softmax", "put nn.ReLU in the place"):  # fmt: skip
+        assert place in message, (place, message)
+    assert "\n" not in message
+
+
+def test_signed_spikes_do_not_meet_a_max_pool(digits: qsnn.Data) -> None:
+    model = qsnn.create_model("vgg-small", digits, pooling="max")
+    with pytest.raises(ValueError, match="signed spikes: use average pooling"):
+        qsnn.convert(model, digits, qsnn.ConvertConfig(signed=True))
+
+
+@pytest.mark.parametrize("options", [{"threshold": "mean"}, {"correction": "all"}, {"percentile": 0.0}])
+def test_impossible_calibrations(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"mse, max|weights, bias|percentile"):
+        qsnn.ConvertConfig(**options)
