@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from spikingjelly.activation_based import ann2snn, functional
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import qsnn
 from qsnn.records import Record, append, environment, now
@@ -65,13 +67,99 @@ def quantization_aware_training(model_name: str, repeats: int) -> dict[str, Any]
     return {**seconds, "qat / float": seconds["qat"] / seconds["float"]}
 
 
+@torch.no_grad()
+def accuracy_curve(images: int, timesteps: int = 32, data_root: Path | None = None) -> dict[str, Any]:
+    """Seconds for the accuracy after every T = 1..32 on Fashion-MNIST's test images, three ways, taking turns.
+
+    The study net, float, is converted by SpikingJelly (channel-wise RateCoding, half threshold) and run in its
+    single-step loop, and by qsnn and run in one pass. "convolutions": the layers with weights alone, on inputs of the
+    same shapes, which nothing can beat. Every side uses the batch size that is fastest for it.
+    """
+    keep_freed_memory()
+    data = qsnn.load_data("fashion-mnist", root=data_root)
+    model = qsnn.create_model("study", data).eval()
+    loader = DataLoader(data.train.head(256), batch_size=64)  # type: ignore[attr-defined]
+    recipe = ann2snn.RateCodingRecipe(loader, mode="99%", channel_wise=True, half_threshold=True)
+    theirs = ann2snn.Converter(recipe=recipe).convert(model).eval()
+    snn = qsnn.convert(model, data, qsnn.ConvertConfig(timesteps=timesteps, calibration_images=64))
+    ours = qsnn.fold(snn, dtype=torch.float32)
+
+    def single_steps(x: Tensor, labels: Tensor) -> None:
+        functional.reset_net(theirs)
+        total: Tensor | float = 0.0
+        for _ in range(timesteps):
+            total = total + theirs(x)
+            (total.argmax(1) == labels).sum().item()
+
+    def one_pass(x: Tensor, labels: Tensor) -> None:
+        (ours(x, timesteps=timesteps).argmax(-1) == labels).sum(1).tolist()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    shapes: dict[nn.Module, torch.Size] = {}
+    hooks = [m.register_forward_hook(lambda m, a, y: shapes.update({m: a[0].shape[1:]})) for m in layers]
+    model(torch.zeros(1, *data.shape))
+    for hook in hooks:
+        hook.remove()
+
+    def convolutions(x: Tensor, labels: Tensor) -> None:
+        for place, layer in enumerate(layers):
+            count = len(x) * (timesteps if place else 1)  # the first sees the image, which is the same at every step
+            layer(inputs[len(x), place][:count])
+
+    sides: dict[str, Callable[[Tensor, Tensor], None]] = {
+        "qsnn": one_pass, "spikingjelly": single_steps, "convolutions": convolutions
+    }  # fmt: skip
+    test = data.test.head(images)  # type: ignore[attr-defined]
+    sizes, inputs = (8, 32, 128), {}
+    best: dict[str, int] = {}
+    for size in sizes:
+        for place, layer in enumerate(layers):
+            inputs[size, place] = (torch.rand(size * timesteps, *shapes[layer]) < 0.2).float()
+    for name, side in sides.items():
+        seconds = {}
+        for size in sizes:
+            parts = list(qsnn.batches(test.head(256), size))
+            side(*parts[0])
+            started = time.perf_counter()
+            for part in parts:
+                side(*part)
+            seconds[size] = time.perf_counter() - started
+        best[name] = min(seconds, key=seconds.__getitem__)
+    total = dict.fromkeys(sides, 0.0)
+    for x, labels in qsnn.batches(test, 1024):
+        for name, side in sides.items():
+            size = best[name]
+            parts = [(x[i : i + size], labels[i : i + size]) for i in range(0, len(x) // size * size, size)]
+            started = time.perf_counter()
+            for part in parts:
+                side(*part)
+            total[name] += time.perf_counter() - started
+    return {
+        **total,
+        "qsnn / spikingjelly": total["qsnn"] / total["spikingjelly"],
+        "convolutions / spikingjelly": total["convolutions"] / total["spikingjelly"],
+        **{f"batch {name}": size for name, size in best.items()},
+    }
+
+
 def main() -> None:
     """Measure, print, append records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--only", choices=("qat", "curve"), default=None)
+    parser.add_argument("--images", type=int, default=10_000, help="test images of the accuracy curve")
+    parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--records", type=Path, default=HERE / "records" / "throughput.jsonl")
     args = parser.parse_args()
-    for model_name in ("study", "vgg-small"):
+    if args.only != "qat":
+        metrics = accuracy_curve(args.images, data_root=args.data_root)
+        print("accuracy for T = 1..32 on Fashion-MNIST: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        append(args.records, Record(
+            name="throughput/curve/study", data="fashion-mnist", seed=0, n=args.images, metrics=metrics,
+            config={"model": "study", "timesteps": 32, "peer": "RateCoding channel-wise 99 %, half threshold"},
+            environment=environment("cpu"), time=now(),
+        ))  # fmt: skip
+    for model_name in ("study", "vgg-small") if args.only != "curve" else ():
         metrics = quantization_aware_training(model_name, args.repeats)
         print(
             f"{model_name}, one training step of 128 images: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())

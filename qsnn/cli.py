@@ -106,21 +106,29 @@ def convert(
     file: _FILE,
     out: Path,
     certify: bool = False,
+    calibrate: bool = False,
     data_root: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008
 ) -> None:
-    """Turn a quantized network into a spiking one.
+    """Turn a quantized network, or a calibrated float one, into a spiking one.
 
     Args:
-        file: Checkpoint of the QANN.
+        file: Checkpoint of the QANN, or of a float network with ReLUs.
         out: File to write.
+        calibrate: Correct the layers of a QANN on the spikes that arrive; a float network always is.
         certify: Prove on the test images that deferred firing at T = L equals the QANN in every layer.
         data_root: Folder of the data sets; default $QSNN_DATA.
         config: Time steps and firing.
     """
     qann = load(file)
-    _expect(qann, file, ("qann",))
-    snn = to_snn(qann, config)
+    _expect(qann, file, ("qann", "teacher"))
+    plain = qann.qsnn_recipe["kind"] == "teacher"  # type: ignore[index]
+    if certify and (plain or calibrate):
+        raise ValueError(
+            "--certify compares with a quantized network as it is; leave --calibrate away, or quantize first"
+        )
+    data = _data(cast(dict[str, Any], qann.qsnn_recipe), file, data_root) if plain or calibrate else None
+    snn = to_snn(qann, data, config)
     save(snn, out)
     print(f"wrote {out}")
     if certify:

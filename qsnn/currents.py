@@ -59,6 +59,16 @@ def stacked(factors: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([factor.double().expand(channels) for factor in factors])
 
 
+def input_gains(layer: Any, term: Term) -> Tensor:
+    """What a unit of each input channel is worth, shaped to multiply the layer's weight."""
+    gain = stacked(term.factors).prod(0) / term.divisor
+    if gain.numel() == 1:
+        return gain.view(())
+    groups = getattr(layer, "groups", 1)
+    rows = gain.view(groups, -1).repeat_interleave(len(layer.weight) // groups, 0)
+    return rows.view(*rows.shape, *[1] * (layer.weight.dim() - 2))
+
+
 def as_tuple(x: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
     """A size for each dimension, from one for all or from a tuple."""
     return (x,) * dims if isinstance(x, int) else tuple(x)

@@ -115,6 +115,43 @@ def simulate(x: Tensor, threshold: Tensor, v: Tensor, dynamics: Dynamics) -> tup
     return torch.stack(spikes), v, overflows
 
 
+def integrated(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """T steps of the soft-reset IF neuron where nothing is kept for a backward: spikes and the last potential.
+
+    Shape:
+        x and spikes: (T, *); threshold and v: broadcast against x[0].
+    """
+    spikes, v = empty_steps(x), v.to(x.dtype) + torch.zeros_like(x[0])
+    for current, fired in zip(x, spikes, strict=True):
+        torch.ge(v.add_(current), threshold, out=fired)
+        if threshold.dim():
+            v.addcmul_(fired, threshold, value=-1)
+        else:
+            v.sub_(fired, alpha=float(threshold))
+    return spikes, v
+
+
+def deferred(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As many spikes as all T currents together are worth, in the first steps; and what is left of the potential.
+
+    Shape:
+        x and spikes: (T, *); threshold and v: broadcast against x[0].
+    """
+    total = x.sum(0) + v
+    count = (total / threshold).floor().clamp_(0, x.shape[0])
+    order = torch.arange(x.shape[0], device=x.device, dtype=x.dtype).view(-1, *[1] * count.dim())
+    return (order < count).to(x.dtype), total - count * threshold
+
+
+def empty_steps(x: Tensor) -> Tensor:
+    """An empty (T, B, *) in which each step has the layout of x[0], also where x repeats one step."""
+    step = x[0]
+    if step.is_contiguous() or (step.dim() == 4 and step.is_contiguous(memory_format=torch.channels_last)):
+        strides = (step.numel(), *step.stride())
+        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _stored(v: Tensor, threshold: Tensor, state: str | None) -> tuple[Tensor, int]:
     """The potential as its storage holds it, and how many values did not fit; the gradient passes straight through."""
     if state is None:

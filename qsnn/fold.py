@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qsnn.currents import Term, Value, pool_windows, stacked, worth
+from qsnn.currents import Term, Value, input_gains, pool_windows, stacked, worth
+from qsnn.firing import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
 from qsnn.graph import (
     ADD_FUNCTIONS,
     ADD_METHODS,
@@ -30,22 +31,13 @@ from qsnn.graph import (
     shape_nodes,
     value_shapes,
 )
-from qsnn.integer import (
-    Current,
-    CurrentIF,
-    DynamicIF,
-    FloatLayer,
-    IntegerIF,
-    IntegerInput,
-    IntegerLayer,
-    SumPool,
-)
+from qsnn.integer import FloatLayer, IntegerInput, IntegerLayer, SumPool
 from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat, amplified
 from qsnn.quantizers import level_quant
 from qsnn.weights import integer_weights, weight_bits
 
 
-def fold(snn: SNN) -> SNN:
+def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     r"""Return the integer form of a spiking network: integer weights, spikes 0/1, thresholds per channel.
 
     With integer weights W and spikes, a layer's input A is an integer. Scales, batch norm and bias go into what a unit
@@ -56,6 +48,8 @@ def fold(snn: SNN) -> SNN:
 
     Args:
         snn: what :func:`qsnn.convert` or :func:`qsnn.distill` returned. It is not changed; training mode is left.
+        dtype: what layers of float weights run in. float32 is faster, and a spike may then flip where a potential
+            meets θ to the last bit; layers of low-precision weights are exact in either.
     Raises:
         TypeError: not an SNN.
         ValueError: already folded, or an operation that has no integer form (it is named).
@@ -66,7 +60,7 @@ def fold(snn: SNN) -> SNN:
         raise ValueError("this network is folded already")
     network = copy.deepcopy(snn.network).eval()
     with torch.no_grad():
-        folder = _Folder(network, value_shapes(network, input_shape_of(snn)))
+        folder = _Folder(network, value_shapes(network, input_shape_of(snn)), dtype)
         folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True, probes=snn.probes)
     folded.eval()
     set_recipe(folded, child_recipe(snn, "folded"))
@@ -76,8 +70,8 @@ def fold(snn: SNN) -> SNN:
 class _Folder:
     """Walks the old graph in order and builds the new one; ``values`` says what each old node stands for."""
 
-    def __init__(self, network: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.old, self.shapes = network, shapes
+    def __init__(self, network: fx.GraphModule, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.old, self.shapes, self.dtype = network, shapes, dtype
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.values: dict[fx.Node, Value] = {}
@@ -193,6 +187,8 @@ class _Folder:
             module = DynamicIF(
                 factors, [t.divisor for t in value.terms], bias, threshold, neuron.initial, neuron.dynamics
             )
+        elif not rest and not first.integer and not first.factors and first.divisor == 1 and value.bias is None:
+            module = RealIF(threshold, neuron.initial)
         elif first.integer and not rest and not threshold.dim():
             module = IntegerIF(stacked(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound)
         else:
@@ -203,12 +199,19 @@ class _Folder:
     def _layer(self, name: str, layer: nn.Module, value: Value) -> Value:
         integers, scale = integer_weights(layer)
         bias = None if layer.bias is None else layer.bias.detach().double()  # type: ignore[union-attr,operator]
-        if value.spikes_by_channel and (integers.dtype == torch.float32 or not value.spikes_only):
-            weight = integers.double() * scale.double() * self._absorbed(layer, value.terms[0])
-            absorbing = FloatLayer(weight, layer, weight_bits(layer), spikes=True)
-            call = self._call(name, absorbing, value.terms[0].node)
-            return Value((Term(call, integer=False, bound=float("inf")),), bias)
-        if not value.spikes_only or integers.dtype == torch.float32:
+        real = integers.dtype == torch.float32
+        if real or (value.spikes_by_channel and not value.spikes_only):
+            weight, source = integers.double() * scale.double(), value.terms[0].node
+            if value.spikes_by_channel:
+                weight = weight * input_gains(layer, value.terms[0])
+            else:
+                source = self._current(value, f"{name}_input")
+            kept = FloatLayer(weight, layer, weight_bits(layer), spikes=value.spikes_by_channel)
+            if real:  # bias and batch norm go into the layer as well
+                kept.absorb_(torch.ones(1).double(), torch.zeros(1).double() if bias is None else bias, self.dtype)
+                bias = None
+            return Value((Term(self._call(name, kept, source), integer=False, bound=float("inf")),), bias)
+        if not value.spikes_only:
             weight = integers.double() * scale.double()
             call = self._call(
                 name, FloatLayer(weight, layer, weight_bits(layer)), self._current(value, f"{name}_input")
@@ -220,25 +223,20 @@ class _Folder:
         factors = (*term.factors, scale.double().reshape(-1))
         return Value((Term(self._call(name, module, term.node), factors, term.divisor, True, module.bound),), bias)
 
-    def _absorbed(self, layer: Any, term: Term) -> Tensor:
-        """What a unit of each input channel is worth, shaped to multiply the layer's weight."""
-        gain = stacked(term.factors).prod(0) / term.divisor
-        if gain.numel() == 1:
-            return gain.view(())
-        groups = getattr(layer, "groups", 1)
-        rows = gain.view(groups, -1).repeat_interleave(len(layer.weight) // groups, 0)
-        return rows.view(*rows.shape, *[1] * (layer.weight.dim() - 2))
-
     def _batch_norm(self, node: fx.Node, norm: Any, value: Value) -> Value:
         scale = 1.0 / torch.sqrt(norm.running_var.double() + norm.eps)
         if norm.weight is not None:
             scale = scale * norm.weight.double()
         shift = -norm.running_mean.double() * scale + (0.0 if norm.bias is None else norm.bias.double())
+        inside = value.terms[0].node
+        alone = len(value.terms) == 1 and inside.op == "call_module" and len(node.all_input_nodes[0].users) == 1
+        layer = self.root.get_submodule(str(inside.target)) if alone else None
+        if isinstance(layer, FloatLayer) and layer.bias is not None and value.bias is None:
+            layer.absorb_(scale, shift, self.dtype)
+            return value
         bias = self._bias(value) * scale + shift
-        if len(value.terms) == 1 and bool((scale < 0).any()):
-            inside = value.terms[0].node
-            layer = self.root.get_submodule(str(inside.target)) if inside.op == "call_module" else None
-            if isinstance(layer, IntegerLayer) and len(node.all_input_nodes[0].users) == 1:
+        if bool((scale < 0).any()):
+            if isinstance(layer, IntegerLayer):
                 flip = torch.where(scale < 0, -1, 1).view(-1, *[1] * (layer.weight.dim() - 1))
                 layer.weight.mul_(flip.to(layer.weight.dtype))
                 scale = scale.abs()

@@ -50,7 +50,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether ``m`` is one step of the graph."""
-        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.neurons", "qsnn.integer"))
+        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.neurons", "qsnn.integer", "qsnn.firing"))
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 

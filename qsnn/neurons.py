@@ -11,7 +11,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.data import check_images
-from qsnn.dynamics import Dynamics, simulate
+from qsnn.dynamics import Dynamics, deferred, empty_steps, integrated, simulate
 
 FIRINGS = ("online", "deferred")
 
@@ -30,7 +30,7 @@ class _IFFunction(torch.autograd.Function):
         ctx.constant = repeats > 0  # x is one step, (B, *), that stands for so many
         theta = ctx.theta = float(threshold)
         current = x.expand(repeats, *x.shape) if ctx.constant else x
-        spikes, potentials = _empty_steps(current), _empty_steps(current)
+        spikes, potentials = empty_steps(current), empty_steps(current)
         for t in range(len(current)):
             h = torch.add(v, current[t], out=potentials[t])
             v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
@@ -44,7 +44,7 @@ class _IFFunction(torch.autograd.Function):
         theta: float = ctx.theta
         if grad_spikes is None:
             grad_spikes = torch.zeros_like(spikes)
-        grad_x = torch.zeros_like(potentials[0]) if ctx.constant else _empty_steps(potentials)
+        grad_x = torch.zeros_like(potentials[0]) if ctx.constant else empty_steps(potentials)
         grad_theta = potentials.new_zeros(())
         for t in reversed(range(len(potentials))):
             grad_s = grad_spikes[t] if grad_v is None else torch.sub(grad_spikes[t], grad_v, alpha=theta)
@@ -60,15 +60,6 @@ class _IFFunction(torch.autograd.Function):
                 grad_x[t] = grad_v
         wants_theta, wants_v = ctx.needs_input_grad[1:3]
         return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
-
-
-def _empty_steps(x: Tensor) -> Tensor:
-    """An empty (T, B, *) in which each step has the layout of x[0], also where x repeats one step."""
-    step = x[0]
-    if step.is_contiguous() or (step.dim() == 4 and step.is_contiguous(memory_format=torch.channels_last)):
-        strides = (step.numel(), *step.stride())
-        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class IFNode(BaseNode):
@@ -135,6 +126,8 @@ class IFNode(BaseNode):
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
+        if self.dynamics.plain and not torch.is_grad_enabled():
+            return integrated(x, self._theta(x[0]), v)
         if self.dynamics.plain and not self.threshold.dim():
             return _IFFunction.apply(x, self.threshold, v, 0)
         spikes, v, overflows = simulate(x, self._theta(x[0]), v, self.dynamics)
@@ -156,18 +149,15 @@ class IFNode(BaseNode):
         return (spikes,), (v,)
 
     def _defer(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.sum(0) + v
-        theta: Tensor = self.threshold
-        theta = theta.view(-1, *[1] * (v.dim() - 2)) if theta.dim() else theta
-        count = (total / theta).floor().clamp_(0, x.shape[0])
-        order = torch.arange(x.shape[0], device=x.device, dtype=x.dtype).view(-1, *[1] * count.dim())
-        return (order < count).to(x.dtype), total - count * theta
+        theta = self.threshold.view(-1, *[1] * (v.dim() - 2)) if self.threshold.dim() else self.threshold
+        return deferred(x, theta, v)
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes {0, 1} of the shape of x."""
         if self.timesteps is None:
             return super().forward(x)
-        if self.constant_input and self.firing == "online" and self.dynamics.plain and not self.threshold.dim():
+        fused = self.dynamics.plain and not self.threshold.dim() and torch.is_grad_enabled()
+        if self.constant_input and self.firing == "online" and fused:
             (v,) = self.materialize_states((x,), (self._memories["v"],), "s")
             spikes, v = _IFFunction.apply(x, self.threshold, v, self.timesteps)
             self._memories["v"] = v

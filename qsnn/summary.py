@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.firing import Current, IntegerIF
 from qsnn.graph import device_of, input_shape_of, module_of
-from qsnn.integer import Current, FloatLayer, IntegerIF, IntegerInput, IntegerLayer
+from qsnn.integer import FloatLayer, IntegerInput, IntegerLayer
 from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.weights import weight_bits
 

@@ -127,7 +127,7 @@ def test_each_command_continues_from_the_file_before(chain: Path, capsys: pytest
 def test_a_command_does_what_the_function_does(chain: Path, tmp_path: Path, images: torch.Tensor) -> None:
     teacher, data = qsnn.load(chain / "teacher"), qsnn.load_data("digits")
     qann = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(weight_bits=2, levels=2))
-    qsnn.fit(qann, data, qsnn.TrainConfig(epochs=1, train_images=256, lr=0.02), teacher=teacher)
+    qsnn.fit(qann, data, qsnn.TrainConfig(epochs=1, train_images=256, lr=0.04, kd_weight=0.0), teacher=teacher)
     assert torch.equal(qann(images), qsnn.load(chain / "qann")(images))
     qsnn_command("quantize", chain / "teacher", "--act-bits", 1, "--epochs", 0, "--out", tmp_path / "calibrated")
     calibrated = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(act_bits=1))  # --epochs 0 only calibrates
@@ -135,6 +135,18 @@ def test_a_command_does_what_the_function_does(chain: Path, tmp_path: Path, imag
     for name, value in teacher.state_dict().items():
         if name.endswith("weight"):
             assert torch.equal(qsnn.load(tmp_path / "calibrated").state_dict()[name], value)
+
+
+def test_a_float_network_converts_with_its_data(chain: Path, tmp_path: Path, images: torch.Tensor) -> None:
+    qsnn_command("convert", chain / "teacher", "--timesteps", 3, "--reset", "hard", "--out", tmp_path / "plain")
+    config = qsnn.ConvertConfig(timesteps=3, reset="hard")
+    expected = qsnn.convert(qsnn.load(chain / "teacher"), qsnn.load_data("digits"), config)
+    assert torch.equal(expected.eval()(images), qsnn.load(tmp_path / "plain")(images))
+    qsnn_command("convert", chain / "qann", "--calibrate", "--out", tmp_path / "corrected")
+    assert qsnn.read_recipe(tmp_path / "corrected")["corrected"]
+    with pytest.raises(SystemExit) as left:
+        qsnn_command("convert", chain / "teacher", "--certify", "--out", tmp_path / "never")
+    assert left.value.code == 2 and not (tmp_path / "never").exists()
 
 
 def test_a_flow_that_was_stopped_ends_with_the_same_weights(

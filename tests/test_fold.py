@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.integer import IntegerIF, IntegerLayer
+from qsnn.firing import IntegerIF
+from qsnn.integer import IntegerLayer
 from qsnn.neurons import IFNode
 
 

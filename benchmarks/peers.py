@@ -1,0 +1,174 @@
+"""Conversion without training, beside SpikingJelly's recipes: ``python benchmarks/peers.py``.
+
+The same float networks, the same calibration images, the same test images, in one run. Each recipe of SpikingJelly is
+run through its own single-step loop; a cell of the table is compared with the best of them for that cell, network
+and data set. qsnn is calibrated for each T. Rows that have a record are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from spikingjelly.activation_based import ann2snn, functional, neuron
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import qsnn
+from qsnn.records import Record, append, environment, now, read
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from study import cached
+
+HERE = Path(__file__).resolve().parent
+TIMESTEPS = (1, 2, 4, 8, 16)
+CALIBRATION = 1024
+LTB_PASSES = 25
+OURS = "qsnn"
+NETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("study", {}),
+    "max-pool": ("study", {"pooling": "max"}),
+    "residual": ("resnet-small", {}),
+}
+# epochs, training images
+IMAGES = 2_000
+"""Test images, the first of each data set: SpikingJelly's single steps take long."""
+TRAINING: dict[str, tuple[int, int | None]] = {"digits": (20, None), "fashion-mnist": (4, 20_000)}
+
+
+def _half(scale: float) -> nn.Module:
+    return neuron.HalfThresholdIFNode()
+
+
+def recipes() -> dict[str, Callable[[DataLoader], Any]]:
+    """SpikingJelly's conversions that need no training, in the forms that do well at few steps."""
+    rate = ann2snn.RateCodingRecipe
+    return {
+        "SJ RateCoding max (default)": lambda loader: rate(loader, mode="Max"),
+        "SJ RateCoding 99 % half": lambda loader: rate(loader, mode="99%", neuron_factory=_half),
+        "SJ RateCoding 99.9 % half": lambda loader: rate(loader, mode="99.9%", neuron_factory=_half),
+        "SJ channel-wise 95 % half": lambda loader: rate(loader, mode="95%", channel_wise=True, half_threshold=True),
+        "SJ channel-wise 99 % half": lambda loader: rate(loader, mode="99%", channel_wise=True, half_threshold=True),
+        "SJ channel-wise 99.9 % half": lambda loader: rate(
+            loader, mode="99.9%", channel_wise=True, half_threshold=True
+        ),
+        # its thresholds move a little with every batch: it needs many
+        "SJ LTB": lambda loader: ann2snn.LocalThresholdBalancingRecipe(list(loader) * LTB_PASSES),
+    }
+
+
+def teacher_of(data: qsnn.Data, net: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The float network of one cell, trained once, and how."""
+    name, options = NETS[net]
+    epochs, images = TRAINING[data.name]
+    training = qsnn.TrainConfig(epochs=epochs, lr=0.1, train_images=images, seed=seed)
+    config = {"model": name, "options": options, "data": data.name, "train": asdict(training)}
+
+    def make() -> nn.Module:
+        model = qsnn.create_model(name, data, seed=seed, **options)
+        qsnn.fit(model, data, training, label=net)
+        return model
+
+    return cached("peers", config, make), config
+
+
+@torch.no_grad()
+def spikingjelly_curve(model: nn.Module, test: Any) -> dict[int, float]:
+    """Accuracy [%] after each T: single steps, the outputs added up, states reset between batches."""
+    model.eval()
+    right, seen = dict.fromkeys(TIMESTEPS, 0), 0
+    for images, labels in qsnn.batches(test, 500):
+        functional.reset_net(model)
+        total: Tensor | float = 0.0
+        for t in range(1, max(TIMESTEPS) + 1):
+            total = total + model(images)
+            if t in right:
+                right[t] += int((total.argmax(1) == labels).sum())
+        seen += len(labels)
+    return {t: 100.0 * count / seen for t, count in right.items()}
+
+
+def measure(method: str, teacher: nn.Module, data: qsnn.Data) -> dict[str, float]:
+    """Accuracy [%] of one method at every T, and of the float network."""
+    test = data.test.head(IMAGES)  # type: ignore[attr-defined]
+    if method == OURS:
+        curve = {}
+        for t in TIMESTEPS:
+            config = qsnn.ConvertConfig(timesteps=t, calibration_images=CALIBRATION)
+            curve[t] = qsnn.accuracy(qsnn.convert(teacher, data, config), test)
+    else:
+        loader = DataLoader(data.train.head(CALIBRATION), batch_size=64)  # type: ignore[attr-defined]
+        converter = ann2snn.Converter(recipe=recipes()[method](loader))
+        curve = spikingjelly_curve(converter.convert(teacher), test)
+    return {"ann": qsnn.accuracy(teacher, test), **{f"T={t}": value for t, value in curve.items()}}
+
+
+def run(names: list[str], seeds: list[int], path: Path, data_root: Path | None) -> list[Record]:
+    """Measure what has no record yet; return the newest record of every row."""
+    console, wanted = Console(), []
+    for seed in seeds:
+        for data_name in names:
+            data = qsnn.load_data(data_name, root=data_root)
+            for net in NETS:
+                teacher: nn.Module | None = None
+                for method in (OURS, *recipes()):
+                    if teacher is None:
+                        teacher, config = teacher_of(data, net, seed)
+                    config = json.loads(json.dumps({**config, "calibration_images": CALIBRATION}))
+                    name = f"peers/{net}/{method}"
+                    wanted.append((name, data_name, config))
+                    known = read(path) if path.exists() else []
+                    if any((r.name, r.data, r.config) == wanted[-1] for r in known):
+                        continue
+                    world = environment("cpu")
+                    metrics = measure(method, teacher, data)
+                    append(path, Record(
+                        name=name, data=data_name, seed=seed, n=min(IMAGES, len(data.test)), metrics=metrics, config=config,
+                        environment=world, time=now(),
+                    ))  # fmt: skip
+                    shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+                    console.print(f"{data_name} {net} {method}, seed {seed}: {shown}", highlight=False)
+    newest = {(r.name, r.data, json.dumps(r.config, sort_keys=True)): r for r in read(path)}
+    return [newest[name, data_name, json.dumps(config, sort_keys=True)] for name, data_name, config in wanted]
+
+
+def print_table(records: list[Record]) -> None:
+    """Ours, the best peer of each cell, and the difference with the standard deviations."""
+    for data_name in dict.fromkeys(r.data for r in records):
+        table = Table(title=f"conversion without training, {data_name}")
+        for column in ("network", "method", *(f"T = {t}" for t in TIMESTEPS)):
+            table.add_column(column, justify="left" if column in ("network", "method") else "right")
+        for net in NETS:
+            rows = [r for r in records if r.data == data_name and r.name.split("/")[1] == net]
+            for method in (OURS, *recipes()):
+                cells = []
+                for t in TIMESTEPS:
+                    values = [float(r.metrics[f"T={t}"]) for r in rows if r.name.split("/")[2] == method]
+                    cells.append(f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
+                table.add_row(net, method, *cells)
+        Console().print(table)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", choices=TRAINING, default=list(TRAINING))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--records", type=Path, default=HERE / "records" / "peers.jsonl")
+    parser.add_argument("--data-root", type=Path, default=None)
+    args = parser.parse_args()
+    print_table(run(args.data, args.seeds, args.records, args.data_root))
+
+
+if __name__ == "__main__":
+    main()
