@@ -133,8 +133,8 @@ def run(names: list[str], seeds: list[int], path: Path, data_root: Path | None) 
                     world = environment("cpu")
                     metrics = measure(method, teacher, data)
                     append(path, Record(
-                        name=name, data=data_name, seed=seed, n=min(IMAGES, len(data.test)), metrics=metrics, config=config,
-                        environment=world, time=now(),
+                        name=name, data=data_name, seed=seed, n=min(IMAGES, len(data.test)), metrics=metrics,
+                        config=config, environment=world, time=now(),
                     ))  # fmt: skip
                     shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
                     console.print(f"{data_name} {net} {method}, seed {seed}: {shown}", highlight=False)

@@ -87,10 +87,7 @@ def precision(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str
     32/32 is the float teacher trained on for the same epochs: the fair comparison.
     """
     for label, options in PRECISIONS.items():
-        training = setting.training(
-            0.1, batch_size=64, kd_weight=0.0
-        )  # better than lr 0.04 and batch 128 at every precision
-
+        training = setting.training(0.1, batch_size=64, kd_weight=0.0)  # better than lr 0.04, batch 128 at every one
         measure = partial(_precision_row, setting, data, label, options, training)
         yield label, {"quantize": options, "train": asdict(training)}, measure
 
@@ -144,7 +141,32 @@ def _certificate_row(setting: Setting, data: qsnn.Data, options: dict[str, Any])
     }
 
 
-STUDIES = {"precision": precision, "certificates": certificates}
+# --- online: how near few online steps come to the QANN without distillation ------------------------------------------
+
+THRESHOLD_SCALES = (1.0, 0.5, 0.35, 0.25)
+
+
+def online(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """W4/L2: accuracy of the QANN and of its online SNN, as it is and corrected on arriving spikes for T = 2."""
+    training = setting.training(0.1, batch_size=64, kd_weight=0.0)
+    for scale in THRESHOLD_SCALES:
+        measure = partial(_online_row, setting, data, scale, training)
+        yield f"threshold x {scale:g}", {"threshold_scale": scale, "train": asdict(training)}, measure
+
+
+def _online_row(setting: Setting, data: qsnn.Data, scale: float, training: qsnn.TrainConfig) -> dict[str, Any]:
+    teacher = teacher_of(setting, data)
+    qann = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(weight_bits=4, levels=2, threshold_scale=scale))
+    qsnn.fit(qann, data, training, label=f"x {scale:g}")
+    found = {"qann": qsnn.accuracy(qann, data.test)}
+    snns = {"": qsnn.convert(qann), "corrected ": qsnn.convert(qann, data, qsnn.ConvertConfig(timesteps=2))}
+    for kind, snn in snns.items():
+        curve = qsnn.benchmark(snn, data.test, timesteps=8, firing="online").accuracy
+        found |= {f"{kind}T={t}": curve[t - 1] for t in (1, 2, 4, 8)}
+    return found
+
+
+STUDIES = {"precision": precision, "certificates": certificates, "online": online}
 
 
 def run(name: str, data_name: str, seeds: list[int], full: bool, data_root: Path | None) -> list[Record]:

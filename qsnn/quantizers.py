@@ -154,6 +154,8 @@ class LevelQuant(RescalingIntQuant):
         """True: the next forward sets θ from its input; ``quantize`` uses it."""
         self.cap = math.inf
         """Largest value of the activation that this one replaces, 6 for ReLU6."""
+        self.threshold_scale = 1.0
+        """Factor on the calibrated θ [1]."""
         self.samples: list[Tensor] = []
         """What calibration saw; layers that share their step share this list."""
         self.ready = False
@@ -180,7 +182,7 @@ class LevelQuant(RescalingIntQuant):
             top = x.abs().max()
         else:
             self.samples.append(x[:: max(1, x.numel() // 2**20)].clamp(0, self.cap))
-            top = _least_squares_threshold(torch.cat(self.samples), self.levels)
+            top = _least_squares_threshold(torch.cat(self.samples), self.levels) * self.threshold_scale
         self.scaling_impl.value.fill_(float(top) if bool(top > 0) else 1.0)  # 1: a dead layer, any step does
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -155,3 +155,13 @@ def test_control_flow_cannot_be_followed(digits: qsnn.Data) -> None:
 def test_impossible_precisions(options: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         qsnn.QuantizeConfig(**options)
+
+
+def test_a_threshold_scale_multiplies_what_calibration_found(teacher: nn.Module, digits: qsnn.Data) -> None:
+    plain = activation_quants(qsnn.quantize(teacher, digits))
+    half = activation_quants(qsnn.quantize(teacher, digits, qsnn.QuantizeConfig(threshold_scale=0.5)))
+    first, last = next(iter(plain)), list(plain)[-1]
+    assert half[first].step.item() == pytest.approx(0.5 * plain[first].step.item())
+    assert half[last].step.item() < plain[last].step.item()  # calibrated on what the layers before now give
+    with pytest.raises(ValueError, match="threshold_scale must be above 0"):
+        qsnn.QuantizeConfig(threshold_scale=0.0)
