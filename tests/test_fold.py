@@ -82,7 +82,7 @@ def test_fold_leaves_every_spike_and_answer(
 
 def test_the_snn_is_the_qann(pair: tuple[nn.Module, qsnn.SNN], digits: qsnn.Data) -> None:
     qann, snn = pair
-    certificate = qsnn.certify(snn, qann, digits.test, images=200)
+    certificate = qsnn.certify(snn, qann, digits.train, images=1000)
     assert certificate.verdict == "EXACT", str(certificate)
     assert all(layer.elements > 0 for layer in certificate.layers)
 

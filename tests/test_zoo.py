@@ -49,6 +49,18 @@ def test_exact(name: str) -> None:
     assert certificate.exact and certificate.timesteps == 15, str(certificate)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_float_ones_convert_too(name: str) -> None:
+    """Calibrated on the images it then answers, 32 steps go along with the network's own answers."""
+    model, ((images, _),) = network(name), batch()
+    snn = qsnn.convert(model, batch(), qsnn.ConvertConfig(timesteps=32, correction="bias", calibration_images=16))
+    with torch.no_grad():
+        answers, expected = snn(images)[-1], model(images)
+        error = (answers - expected).square().mean() / expected.var()
+    assert float(error) < 0.5
+    assert len(list(qsnn.fold(snn).neurons())) == len(list(snn.neurons()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_exact_slow(name: str) -> None:
