@@ -125,12 +125,7 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
             f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
             f"convert(model, data, ConvertConfig(...)) to calibrate"
         )
-    network, moved = prepared(
-        model,
-        strict=config.strict and config.firing == "online",
-        special=not config.dynamics(0).plain,
-        signed=config.signed,
-    )
+    network, moved = _network_of(model, config)
     plain = [str(node.target) for node, module in call_nodes(network) if type(module) in RELUS]
     if plain and data is None:
         raise ValueError(
@@ -154,12 +149,7 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
 
 def spiking_structure(model: nn.Module, config: ConvertConfig) -> SNN:
     """Return the spiking network with thresholds and corrections still to be loaded, as ``load`` needs it."""
-    network, moved = prepared(
-        model,
-        strict=config.strict and config.firing == "online",
-        special=not config.dynamics(0).plain,
-        signed=config.signed,
-    )
+    network, moved = _network_of(model, config)
     snn = _spiking(network, moved, config)
     set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
     return snn

@@ -75,7 +75,7 @@ def correct_(
                 if correction != "none" and isinstance(module, LAYERS):
                     mean = spiking.values[source].unflatten(0, (steps, -1)).mean(0)
                     _fit_layer_(module, mean, exact.advance(node.name), correction)
-                elif correction != "none" and isinstance(module, BATCH_NORMS) and _quantized(snn.network, source):
+                elif correction != "none" and _affine(module) and _quantized(snn.network, source):
                     mean = spiking.values[source].unflatten(0, (steps, -1)).mean(0)
                     _fit_line_(module, mean, exact.advance(node.name))
             spiking.advance(node.name)
@@ -112,6 +112,10 @@ class _Stepper(fx.Interpreter):
 def _in_time(current: Tensor, steps: int, constant: bool) -> Tensor:
     """(T, B, C, *) from (T·B, C, *), or from one step that stands for all."""
     return current.expand(steps, *current.shape) if constant else current.unflatten(0, (steps, -1))
+
+
+def _affine(module: nn.Module | None) -> bool:
+    return isinstance(module, BATCH_NORMS) and module.affine
 
 
 def _quantized(network: fx.GraphModule, node: fx.Node | None) -> bool:
