@@ -92,21 +92,29 @@ class CurrentIF(Current):
 
 
 class RealIF(Timed):
-    """The IF neuron of a float layer, on its current as it is; see :class:`qsnn.neurons.IFNode`."""
+    """The IF neuron of a float layer, on its current as it is; see :class:`qsnn.neurons.IFNode`.
+
+    Args:
+        threshold: θ, () or (C,).
+        initial: v₀ / θ.
+        unit: the current comes in units of θ.
+        constant: the current is one step, (B, C, *), that stands for all T.
+    """
 
     is_spiking = True
     threshold: Tensor
 
-    def __init__(self, threshold: Tensor, initial: float) -> None:
+    def __init__(self, threshold: Tensor, initial: float, *, unit: bool = False, constant: bool = False) -> None:
         super().__init__()
+        self.unit, self.constant = unit, constant
         self.register_buffer("threshold", threshold.double())
         self.initial = initial
 
     def forward(self, x: Tensor) -> Tensor:
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
-        theta = self.threshold.to(x.dtype)
+        theta = x.new_ones(()) if self.unit else self.threshold.to(x.dtype)
         theta = _per_channel(theta, x.dim()) if theta.dim() else theta
-        x = x.unflatten(0, (self.steps, -1))
+        x = x.expand(self.steps, *x.shape) if self.constant else x.unflatten(0, (self.steps, -1))
         if self.firing == "deferred":
             return deferred(x, theta, self.initial * theta)[0].flatten(0, 1)
         return integrated(x, theta, self.initial * theta)[0].flatten(0, 1)

@@ -131,7 +131,7 @@ class _Folder:
         if isinstance(module, PASSED):
             return value
         if isinstance(module, IFNode):
-            return self._neuron(name, module, value)
+            return self._neuron(name, module, value, alone=len(node.all_input_nodes[0].users) == 1)
         if isinstance(module, PlusMinus):
             (term,) = value.terms
             return Value((replace(term, node=self._call(name, PlusMinus(), term.node)),))
@@ -174,27 +174,34 @@ class _Folder:
         parent.add_module(last, module)
         return self.graph.call_module(unique, inputs)
 
-    def _neuron(self, name: str, neuron: IFNode, value: Value) -> Value:
+    def _neuron(self, name: str, neuron: IFNode, value: Value, *, alone: bool) -> Value:
+        threshold = neuron.threshold.detach()
+        first = value.terms[0]
+        raw = len(value.terms) == 1 and not first.integer and not first.factors and first.divisor == 1
+        if raw and value.bias is None and neuron.dynamics.plain:
+            if unit := alone and self._absorbs(first.node):  # the layer then counts in units of θ
+                layer: Any = self.root.get_submodule(str(first.node.target))
+                layer.absorb_(1.0 / threshold.reshape(-1), torch.zeros_like(threshold).reshape(-1), self.dtype)
+            module: nn.Module = RealIF(threshold, neuron.initial, unit=unit, constant=neuron.constant_input)
+            return Value((Term(self._call(name, module, first.node), spikes=True),))
         if neuron.constant_input:
             terms = tuple(replace(t, node=self._call(f"{name}_repeat", Repeat(), t.node)) for t in value.terms)
             value = replace(value, terms=terms)
-        bias = self._bias(value)
-        threshold = neuron.threshold.detach()
-        (first, *rest) = value.terms
-        module: nn.Module
-        if not neuron.dynamics.plain:
-            factors = [stacked(term.factors) for term in value.terms]
-            module = DynamicIF(
-                factors, [t.divisor for t in value.terms], bias, threshold, neuron.initial, neuron.dynamics
-            )
-        elif not rest and not first.integer and not first.factors and first.divisor == 1 and value.bias is None:
-            module = RealIF(threshold, neuron.initial)
-        elif first.integer and not rest and not threshold.dim():
+        (first, *rest), bias = value.terms, self._bias(value)
+        if neuron.dynamics.plain and first.integer and not rest and not threshold.dim():
             module = IntegerIF(stacked(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound)
         else:
-            factors = [stacked(term.factors) for term in value.terms]
-            module = CurrentIF(factors, [t.divisor for t in value.terms], bias, threshold, neuron.initial)
+            currents = [stacked(term.factors) for term in value.terms], [term.divisor for term in value.terms], bias
+            if neuron.dynamics.plain:
+                module = CurrentIF(*currents, threshold, neuron.initial)
+            else:
+                module = DynamicIF(*currents, threshold, neuron.initial, neuron.dynamics)
         return Value((Term(self._call(name, module, *(term.node for term in value.terms)), spikes=True),))
+
+    def _absorbs(self, node: fx.Node) -> bool:
+        """Whether a node of the new graph is a float layer that batch norm and θ can go into."""
+        layer = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return isinstance(layer, FloatLayer) and layer.bias is not None
 
     def _layer(self, name: str, layer: nn.Module, value: Value) -> Value:
         integers, scale = integer_weights(layer)
@@ -231,7 +238,7 @@ class _Folder:
         inside = value.terms[0].node
         alone = len(value.terms) == 1 and inside.op == "call_module" and len(node.all_input_nodes[0].users) == 1
         layer = self.root.get_submodule(str(inside.target)) if alone else None
-        if isinstance(layer, FloatLayer) and layer.bias is not None and value.bias is None:
+        if isinstance(layer, FloatLayer) and self._absorbs(inside) and value.bias is None:
             layer.absorb_(scale, shift, self.dtype)
             return value
         bias = self._bias(value) * scale + shift

@@ -134,8 +134,6 @@ class SumPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Window sums."""
-        size = 1
-        for side in self.kernel:
-            size *= side
-        pool = F.avg_pool1d if len(self.kernel) == 1 else F.avg_pool2d
-        return pool(x, self.kernel, self.stride, self.padding).mul_(size).round_()
+        if len(self.kernel) == 2:
+            return F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1)
+        return F.avg_pool1d(x, self.kernel, self.stride, self.padding).mul_(self.kernel[0]).round_()
