@@ -110,7 +110,8 @@ def _move_max_pools_(network: fx.GraphModule) -> dict[str, str]:
                 break
             if not isinstance(after, BATCH_NORMS):
                 raise ValueError(
-                    f"the max pool {pool.target} is not followed by an activation it could be moved behind"
+                    f"the max pool {pool.target} sees a current, or averaged spikes, and is not followed by an "
+                    f"activation it could be moved behind; use average pooling there"
                 )
             if after.weight is not None and bool((after.weight < 0).any()):
                 raise ValueError(

@@ -373,7 +373,7 @@ def test_the_wrong_kind_of_checkpoint(chain: Path, tmp_path: Path, refused: Call
     out = ("--out", tmp_path / "out")
     for args, message in (
         (("quantize", chain / "qann"), "holds a 'qann'; expected 'teacher'"),
-        (("convert", chain / "teacher"), "holds a 'teacher'; expected 'qann'"),
+        (("convert", chain / "snn"), "holds a 'snn'; expected 'qann' or 'teacher'"),
         (("distill", chain / "folded", "--teacher", chain / "qann"), "holds a 'folded'; expected 'snn' or 'student'"),
         (("distill", chain / "snn", "--teacher", chain / "snn"), "holds a 'snn'; expected 'teacher' or 'qann'"),
         (("fold", chain / "teacher"), "holds a 'teacher'; expected 'snn' or 'student'"),

@@ -91,7 +91,7 @@ def test_fp16_weights_and_activations_are_ieee_half(teacher: nn.Module, digits: 
     with torch.no_grad():
         assert torch.allclose(logits, teacher(images), rtol=0.02, atol=0.05)
     assert [layer.input_bits for layer in qsnn.summary(qann).layers] == [32, 16, 16, 16, 16]
-    with pytest.raises(ValueError, match="fp16 activations have no spiking form"):
+    with pytest.raises(ValueError, match="of fp16: no spiking form"):
         qsnn.convert(qann)
 
 

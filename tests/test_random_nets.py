@@ -21,7 +21,7 @@ class RandomNet(nn.Module):
         self.plan = blocks
         self.blocks = nn.ModuleList()
         self.pools = nn.ModuleList()
-        width, side = channels, 16
+        width, side, averaged = channels, 16, False
         for block in blocks:
             groups = block["groups"] if width % block["groups"] == 0 and block["width"] % block["groups"] == 0 else 1
             out = width if block["join"] == "residual" else block["width"]
@@ -31,6 +31,10 @@ class RandomNet(nn.Module):
             padding = kernel // 2 if same or side < 6 else block["padding"]
             side = (side + 2 * padding - kernel) // stride + 1
             pool = block["pool"] if side >= 4 else "none"
+            averaged = averaged and block["join"] == "concat"
+            if averaged and pool == "max":
+                pool = "avg"  # the maximum of averaged spikes is not what spikes could carry; convert refuses it
+            averaged = averaged or pool == "avg"
             side = side if pool == "none" else side // 2
             layers: list[nn.Module] = [
                 nn.Conv2d(width, out, kernel, stride, padding, groups=groups, bias=block["bias"])
