@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qsnn.dynamics import per_channel
 from qsnn.graph import BATCH_NORMS, LAYERS, module_of
 from qsnn.neurons import SNN, IFNode
 
@@ -149,8 +150,7 @@ def _threshold(neuron: IFNode, current: Tensor, wanted: Tensor, firing: str, met
         trial.threshold.data = theta.double()
         trial.reset()
         rate = trial(current).mean(0)
-        shaped = theta.view(-1, *[1] * (rate.dim() - 2))
-        error = _by_channel((rate * shaped).sub_(wanted).square_()).mean(1)
+        error = _by_channel((rate * per_channel(theta, rate.dim())).sub_(wanted).square_()).mean(1)
         better = error < least
         best, least = torch.where(better, theta, best), torch.where(better, error, least)
     return best

@@ -115,6 +115,11 @@ def simulate(x: Tensor, threshold: Tensor, v: Tensor, dynamics: Dynamics) -> tup
     return torch.stack(spikes), v, overflows
 
 
+def per_channel(x: Tensor, dims: int) -> Tensor:
+    """One value a channel, (C,), shaped to multiply a tensor (B, C, *) of ``dims`` dimensions; a scalar as it is."""
+    return x.view(-1, *[1] * (dims - 2)) if x.dim() else x
+
+
 def integrated(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """T steps of the soft-reset IF neuron where nothing is kept for a backward: spikes and the last potential.
 

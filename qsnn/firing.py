@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsnn.dynamics import Dynamics, deferred, integrated, simulate
+from qsnn.dynamics import Dynamics, deferred, integrated, per_channel, simulate
 from qsnn.integer import EXACT_FLOAT32, Timed
 
 
@@ -34,18 +34,14 @@ class Current(Timed):
     def gain(self, index: int, dims: int) -> Tensor:
         """g_j in float64, shaped to multiply a tensor of ``dims`` dimensions."""
         factors: Tensor = getattr(self, f"factors_{index}")
-        return _per_channel(factors.prod(0) / self.divisors[index], dims)
+        return per_channel(factors.prod(0) / self.divisors[index], dims)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """(T·B, C, *) for each input -> (T·B, C, *)."""
         total = self.gain(0, inputs[0].dim()) * inputs[0].double()
         for index, x in enumerate(inputs[1:], 1):
             total = total + self.gain(index, x.dim()) * x.double()
-        return total + _per_channel(self.bias, total.dim())
-
-
-def _per_channel(x: Tensor, dims: int) -> Tensor:
-    return x.view(-1, *[1] * (dims - 2))
+        return total + per_channel(self.bias, total.dim())
 
 
 class CurrentIF(Current):
@@ -63,7 +59,7 @@ class CurrentIF(Current):
 
     def theta(self, dims: int) -> Tensor:
         """θ, shaped to multiply a tensor of ``dims`` dimensions."""
-        return _per_channel(self.threshold, dims) if self.threshold.dim() else self.threshold
+        return per_channel(self.threshold, dims)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Spikes {0, 1} in float32, (T·B, C, *)."""
@@ -74,7 +70,7 @@ class CurrentIF(Current):
         for index, x in enumerate(sums[1:], 1):
             total = total + self.gain(index, dims) * x
         time = torch.arange(1, steps + 1, device=total.device).view(-1, *[1] * dims)
-        total = total + time * _per_channel(self.bias, dims)
+        total = total + time * per_channel(self.bias, dims)
         theta, offset = self.theta(dims), 1.0 - self.initial
         if self.firing == "deferred":
             count = ((total[-1] / theta) + self.initial).floor().clamp_(0, steps)
@@ -113,7 +109,7 @@ class RealIF(Timed):
     def forward(self, x: Tensor) -> Tensor:
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
         theta = x.new_ones(()) if self.unit else self.threshold.to(x.dtype)
-        theta = _per_channel(theta, x.dim()) if theta.dim() else theta
+        theta = per_channel(theta, x.dim())
         x = x.expand(self.steps, *x.shape) if self.constant else x.unflatten(0, (self.steps, -1))
         if self.firing == "deferred":
             return deferred(x, theta, self.initial * theta)[0].flatten(0, 1)
@@ -227,7 +223,7 @@ class IntegerIF(Timed):
         steps = self.steps
         sign = self.sign
         if bool((sign < 0).any()):
-            x = x * _per_channel(sign, x.dim()).to(x.dtype)
+            x = x * per_channel(sign, x.dim()).to(x.dtype)
         if x.dtype == torch.float32 and float(self.input_bound) * steps >= EXACT_FLOAT32:
             x = x.double()
         dims = x.dim()
@@ -237,17 +233,17 @@ class IntegerIF(Timed):
             total = x.sum(0)
             count = torch.zeros_like(total)
             for k in range(steps):
-                count += total >= _per_channel(table[0, k], dims)
+                count += total >= per_channel(table[0, k], dims)
             time = torch.arange(steps, device=x.device).view(-1, *[1] * dims)
             return (time < count).float().flatten(0, 1)
         spikes = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         total = x[0].clone()
         channels = table.shape[2]
         # where each neuron's threshold stands in a row of the table, k·C + c; a spike moves it on by C
-        place = _per_channel(torch.arange(channels, device=x.device), dims).expand(x.shape[1:]).contiguous()
+        place = per_channel(torch.arange(channels, device=x.device), dims).expand(x.shape[1:]).contiguous()
         for t in range(steps):
             if t == 0:
-                limit = _per_channel(table[0, 0], dims)
+                limit = per_channel(table[0, 0], dims)
             else:
                 total += x[t]
                 limit = table[t].flatten().index_select(0, place.view(-1)).view(place.shape)

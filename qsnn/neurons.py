@@ -11,7 +11,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.data import check_images
-from qsnn.dynamics import Dynamics, deferred, empty_steps, integrated, simulate
+from qsnn.dynamics import Dynamics, deferred, empty_steps, integrated, per_channel, simulate
 
 FIRINGS = ("online", "deferred")
 
@@ -121,8 +121,7 @@ class IFNode(BaseNode):
 
     def _theta(self, x: Tensor) -> Tensor:
         """θ in the dtype of x (B, C, *), shaped to multiply it."""
-        theta = self.threshold.to(x.dtype)
-        return theta.view(-1, *[1] * (x.dim() - 2)) if theta.dim() else theta
+        return per_channel(self.threshold.to(x.dtype), x.dim())
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
@@ -149,8 +148,7 @@ class IFNode(BaseNode):
         return (spikes,), (v,)
 
     def _defer(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        theta = self.threshold.view(-1, *[1] * (v.dim() - 2)) if self.threshold.dim() else self.threshold
-        return deferred(x, theta, v)
+        return deferred(x, per_channel(self.threshold, v.dim()), v)
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes {0, 1} of the shape of x."""
@@ -176,8 +174,7 @@ class IFNode(BaseNode):
 
 def amplified(spikes: Tensor, threshold: Tensor) -> Tensor:
     """θ·spikes, what the layers behind a neuron see; in the dtype of the spikes (mixed types take a slow path)."""
-    theta = threshold.to(spikes.dtype)
-    return spikes * (theta.view(-1, *[1] * (spikes.dim() - 2)) if theta.dim() else theta)
+    return spikes * per_channel(threshold.to(spikes.dtype), spikes.dim())
 
 
 class Repeat(nn.Module):
