@@ -7,6 +7,9 @@ the medians.
 from __future__ import annotations
 
 import argparse
+import copy
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +18,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import ann2snn, functional
-from torch import Tensor, nn
+from spikingjelly.activation_based import ann2snn, functional, neuron
+from spikingjelly.activation_based import layer as sj_layer
+from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 import qsnn
+from qsnn.layout import keep_freed_memory, laid_out, lay_out_
+from qsnn.quantizers import level_quant
 from qsnn.records import Record, append, environment, now
-from qsnn.train import keep_freed_memory, laid_out, lay_out_
 
 HERE = Path(__file__).resolve().parent
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
+def training_step(
+    model: nn.Module, images: Tensor, labels: Tensor, *, channels_last: bool = True
+) -> Callable[[], None]:
     """Forward, loss, backward and update of one batch, as ``fit`` does it."""
-    lay_out_(model.train(), torch.channels_last)
-    images = laid_out(images, torch.channels_last)
+    model.train()
+    if channels_last:
+        lay_out_(model, torch.channels_last)
+        images = laid_out(images, torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
 
     def step() -> None:
@@ -65,6 +74,89 @@ def quantization_aware_training(model_name: str, repeats: int) -> dict[str, Any]
     sides = {"float": training_step(model, images, labels), "qat": training_step(qann, images, labels)}
     seconds = side_by_side(sides, repeats)
     return {**seconds, "qat / float": seconds["qat"] / seconds["float"]}
+
+
+class PeerStudent(nn.Module):
+    """The same network as a SpikingJelly user writes it: Brevitas layers on (T·B), IFNode in multi-step mode.
+
+    Shares no module with ours; θ, amplitude and weights are those of the quantized network.
+    """
+
+    def __init__(self, qann: fx.GraphModule, timesteps: int) -> None:
+        super().__init__()
+        self.timesteps, layers = timesteps, []
+        for node in qann.graph.nodes:
+            if node.op != "call_module":
+                continue
+            module = copy.deepcopy(qann.get_submodule(str(node.target)))
+            quant = level_quant(module)
+            if quant is None or quant.signed:
+                layers.append(sj_layer.SeqToANNContainer(module))
+            else:
+                layers.append(_ScaledNode(float(quant.step.detach()) * quant.levels))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        functional.reset_net(self)
+        answers: Tensor = self.layers(images.expand(self.timesteps, *images.shape))
+        return answers.mean(0)
+
+
+class _ScaledNode(nn.Module):
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.node = neuron.IFNode(v_threshold=threshold, v_reset=None, step_mode="m")
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        spikes: Tensor = self.node(x) * self.threshold
+        return spikes
+
+
+def _students(model_name: str, channels_last: bool = True) -> dict[str, Callable[[], None]]:
+    torch.manual_seed(0)
+    images, labels = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
+    qann: Any = qsnn.quantize(qsnn.models.build_model(model_name, (1, 28, 28), 10), [(images, labels)])
+    snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2))
+    return {
+        "qsnn": training_step(snn, images, labels),
+        "spikingjelly": training_step(PeerStudent(qann, 2), images, labels, channels_last=channels_last),
+    }
+
+
+def distillation(model_name: str, repeats: int) -> dict[str, Any]:
+    """Seconds and peak memory of a training step at T = 2, ours and with SpikingJelly's IFNode.
+
+    SpikingJelly takes the layout that is faster for it. Memory: what a process of its own needs beyond what it held
+    before its first step.
+    """
+    keep_freed_memory()
+    sides = _students(model_name)
+    sides["spikingjelly, contiguous"] = _students(model_name, channels_last=False)["spikingjelly"]
+    seconds = side_by_side(sides, repeats)
+    best = min(value for name, value in seconds.items() if name != "qsnn")
+    memory = {name: _peak(model_name, name) for name in ("qsnn", "spikingjelly")}
+    return {
+        **seconds, "qsnn / spikingjelly": seconds["qsnn"] / best,
+        **{f"{name} MiB": value for name, value in memory.items()},
+        "memory qsnn / spikingjelly": memory["qsnn"] / memory["spikingjelly"],
+    }  # fmt: skip
+
+
+def _peak(model_name: str, side: str) -> float:
+    """Peak memory of a few steps beyond that of the idle process [MiB], measured in a process of its own (Linux)."""
+    command = [sys.executable, __file__, "--peak", model_name, side]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _print_peak(model_name: str, side: str) -> None:
+    step = _students(model_name)[side]
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is measured anew
+    for _ in range(3):
+        step()
+    (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    print((int(peak.split()[1]) * 1024 - pages * 4096) / 2**20)
 
 
 @torch.no_grad()
@@ -146,12 +238,23 @@ def main() -> None:
     """Measure, print, append records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--only", choices=("qat", "curve"), default=None)
+    parser.add_argument("--only", choices=("qat", "curve", "distill"), default=None)
     parser.add_argument("--images", type=int, default=10_000, help="test images of the accuracy curve")
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--records", type=Path, default=HERE / "records" / "throughput.jsonl")
+    parser.add_argument("--peak", nargs=2, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only != "qat":
+    if args.peak:
+        return _print_peak(*args.peak)
+    for model_name in ("study", "vgg-small") if args.only in (None, "distill") else ():
+        metrics = distillation(model_name, args.repeats)
+        print(f"{model_name}, T = 2, 128 images: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        append(args.records, Record(
+            name=f"throughput/distill/{model_name}", data="random 1x28x28", seed=0, n=128, metrics=metrics,
+            config={"model": model_name, "repeats": args.repeats, "batch": 128, "T": 2, "weight_bits": 4, "levels": 2},
+            environment=environment("cpu"), time=now(),
+        ))  # fmt: skip
+    if args.only in (None, "curve"):
         metrics = accuracy_curve(args.images, data_root=args.data_root)
         print("accuracy for T = 1..32 on Fashion-MNIST: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         append(args.records, Record(
@@ -159,7 +262,7 @@ def main() -> None:
             config={"model": "study", "timesteps": 32, "peer": "RateCoding channel-wise 99 %, half threshold"},
             environment=environment("cpu"), time=now(),
         ))  # fmt: skip
-    for model_name in ("study", "vgg-small") if args.only != "curve" else ():
+    for model_name in ("study", "vgg-small") if args.only in (None, "qat") else ():
         metrics = quantization_aware_training(model_name, args.repeats)
         print(
             f"{model_name}, one training step of 128 images: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())

@@ -6,7 +6,7 @@ from qsnn.checkpoint import load, load_weights, read_recipe, save
 from qsnn.convert import ConvertConfig, convert
 from qsnn.data import Data, batches
 from qsnn.datasets import load_data
-from qsnn.distill import DistillConfig, distill
+from qsnn.distill import DistillConfig, distill, distill_together
 from qsnn.fold import fold
 from qsnn.models import create_model
 from qsnn.neurons import SNN, IFNode
@@ -37,6 +37,7 @@ __all__ = [
     "convert",
     "create_model",
     "distill",
+    "distill_together",
     "fit",
     "fold",
     "integer_weights",

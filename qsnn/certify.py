@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 
 from qsnn.data import batches
 from qsnn.fold import fold
-from qsnn.graph import device_of
+from qsnn.graph import device_of, recorded
 from qsnn.neurons import SNN
 from qsnn.quantizers import is_sign, level_quant
 from qsnn.weights import integer_weights
@@ -130,7 +128,7 @@ def certify(
             batch = batch[: images - seen]
             if not len(batch):
                 break
-        with _recorded(counts) as spikes:
+        with recorded(counts) as spikes:
             answers = folded(batch, timesteps=timesteps, firing=firing)[-1]
         logits, integers, ties = reference(batch)
         for name, check in checks.items():
@@ -153,25 +151,6 @@ def _compare(check: LayerCheck, count: Tensor, integers: Tensor, ties: int, offs
     if check.first is None and bool(wrong.any()):
         image, *index = (int(i) for i in wrong.nonzero()[0])
         check.first = (offset + image, *index)
-
-
-@contextmanager
-def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect what these modules give out while the block runs."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = output
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Constant(nn.Module):

@@ -159,9 +159,10 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
             quant.scaling_impl.value.data.fill_(float(step) * quant.levels)
     snn = spiking_structure(model, ConvertConfig(**recipe["convert"]))
     for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
-        theta = tensors.get(f"network.{name}.threshold")
-        if theta is not None and isinstance(neuron, IFNode):
-            neuron.threshold.data = theta.clone()
+        for what in ("threshold", "initial", "tau"):  # a trained one may be a value a channel
+            value = tensors.get(f"network.{name}.{what}")
+            if value is not None and isinstance(neuron, IFNode):
+                getattr(neuron, what).data = value.clone()
     return fold(snn) if recipe["kind"] == "folded" else snn
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,12 +23,13 @@ from qsnn.convert import ConvertConfig
 from qsnn.convert import convert as to_snn
 from qsnn.data import Data
 from qsnn.datasets import load_data
-from qsnn.distill import DistillConfig
-from qsnn.distill import distill as to_student
+from qsnn.distill import DistillConfig, distill_together
 from qsnn.fold import fold as to_integers
 from qsnn.graph import recipe_of
 from qsnn.models import create_model
 from qsnn.neurons import SNN
+from qsnn.parallel import is_main, start, stop, wait
+from qsnn.prune import zero_weights
 from qsnn.quantize import QuantizeConfig
 from qsnn.quantize import quantize as to_qann
 from qsnn.records import Record, append, environment, now
@@ -35,7 +37,7 @@ from qsnn.report import draw_curve, table, write_report
 from qsnn.run import RunConfig
 from qsnn.run import run as run_flow
 from qsnn.summary import summary
-from qsnn.train import TrainConfig, accuracy, fit
+from qsnn.train import CHECKPOINT_SECONDS, TrainConfig, accuracy, fit
 
 _FILE = tyro.conf.Positional[Path]
 _QAT = TrainConfig(epochs=8, lr=0.04, kd_weight=0.0)
@@ -59,6 +61,8 @@ def train(
     model: str = "vgg-small",
     weights: Path | None = None,
     data_root: Path | None = None,
+    device: str | None = None,
+    tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008
 ) -> None:
     """Train a float network, the teacher.
@@ -69,21 +73,24 @@ def train(
         model: Name of the network, or your own as package.module:function.
         weights: Trained float weights to start from; with --epochs 0 they are only wrapped into a checkpoint.
         data_root: Folder of the data sets; default $QSNN_DATA.
+        device: cpu, cuda or cuda:1; default a GPU where there is one.
+        tensorboard: Folder for TensorBoard.
         config: Training options.
     """
-    found = load_data(data, root=data_root)
+    place, found = start(device), load_data(data, root=data_root)
     teacher = create_model(model, found, seed=config.seed)
     if weights is not None:
         load_weights(teacher, weights)
-    start = None if weights is None else file_hash(weights)
-    _fit(teacher, found, config, out, start, label="teacher")
-    _written(teacher, out, found)
+    begun = None if weights is None else file_hash(weights)
+    _fit(teacher.to(place), found, config, out, begun, label="teacher", tensorboard=tensorboard)
 
 
 def quantize(
     file: _FILE,
     out: Path,
     data_root: Path | None = None,
+    device: str | None = None,
+    tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),  # noqa: B008
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = _QAT,
 ) -> None:
@@ -93,13 +100,14 @@ def quantize(
         file: Checkpoint of the teacher.
         out: File to write.
         data_root: Folder of the data sets; default $QSNN_DATA.
+        device: cpu, cuda or cuda:1; default a GPU where there is one.
+        tensorboard: Folder for TensorBoard.
         config: Precision.
         training: Quantization-aware training; --epochs 0 only calibrates, --kd-weight 0.5 adds the teacher.
     """
-    teacher, data = _loaded(file, data_root, ("teacher",))
-    qann = to_qann(teacher, data, config)
-    _fit(qann, data, training, out, label="QANN", teacher=teacher)
-    _written(qann, out, data)
+    place, (teacher, data) = start(device), _loaded(file, data_root, ("teacher",))
+    qann = to_qann(teacher.to(place), data, config)
+    _fit(qann, data, training, out, label="QANN", teacher=teacher, tensorboard=tensorboard)
 
 
 def convert(
@@ -137,27 +145,37 @@ def convert(
 
 def distill(
     file: _FILE,
-    teacher: Path,
+    teacher: tuple[Path, ...],
     out: Path,
     data_root: Path | None = None,
+    device: str | None = None,
+    tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[DistillConfig] = DistillConfig(),  # noqa: B008
 ) -> None:
     """Train a spiking student of few time steps against a teacher.
 
     Args:
         file: Checkpoint of the spiking network.
-        teacher: Checkpoint of the quantized or float network it learns from.
-        out: File to write.
+        teacher: Checkpoint of the quantized or float network it learns from; or of several.
+        out: File to write; with --mutual the teacher goes beside it, as NAME-teacher.
         data_root: Folder of the data sets; default $QSNN_DATA.
+        device: cpu, cuda or cuda:1; default a GPU where there is one.
+        tensorboard: Folder for TensorBoard.
         config: Loss terms and training options.
     """
-    snn, data = _loaded(file, data_root, ("snn", "student"))
-    expert = load(teacher)
-    _expect(expert, teacher, ("teacher", "qann"))
-    state = resume_file(out, snn.qsnn_recipe, expert.qsnn_recipe, asdict(config))
-    student = to_student(cast(SNN, snn), expert, data, config, resume=state)
+    place, (snn, data) = start(device), _loaded(file, data_root, ("snn", "student"))
+    experts = [load(path).to(place) for path in teacher]
+    for expert, path in zip(experts, teacher, strict=True):
+        _expect(expert, path, ("teacher", "qann"))
+    recipes = [expert.qsnn_recipe for expert in experts]
+    state = resume_file(out, snn.qsnn_recipe, recipes, asdict(config))
+    student, taught = distill_together(snn.to(place), experts, data, config, resume=state, tensorboard=tensorboard)
     _written(student, out, data)
-    state.unlink(missing_ok=True)
+    if config.mutual:
+        _written(taught, out.with_name(f"{out.stem}-teacher{out.suffix}"), data)
+    if config.sparsity:
+        print(f"weights that are zero: {100 * zero_weights(student):.1f} %")
+    _done(state)
 
 
 def fold(file: _FILE, out: Path) -> None:
@@ -181,6 +199,7 @@ def benchmark(
     figure: Path | None = None,
     records: Path | None = None,
     data_root: Path | None = None,
+    device: str | None = None,
 ) -> None:
     """Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.
 
@@ -192,12 +211,14 @@ def benchmark(
         figure: Draw accuracy against T here (.png or .svg).
         records: Append a record for each checkpoint here.
         data_root: Folder of the data sets; default $QSNN_DATA.
+        device: cpu, cuda or cuda:1; default a GPU where there is one.
     """
     if not files:
         raise ValueError("expected at least one checkpoint: qsnn benchmark FILE ...")
     stems = [file.stem for file in files]
     names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-    models = dict(zip(names, map(load, files), strict=True))
+    place = start(device)
+    models = {name: load(file).to(place) for name, file in zip(names, files, strict=True)}
     recipes = {name: recipe_of(model) for name, model in models.items()}
     sets = {str(recipe.get("data", {}).get("name")) for recipe in recipes.values()}
     if len(sets) > 1:
@@ -207,7 +228,7 @@ def benchmark(
         run_benchmark(model, data.test, timesteps=timesteps, firing=firing, name=name) for name, model in models.items()
     ]
     Console().print(table(results))
-    world = environment("cpu")
+    world = environment(place.type)
     title = f"{', '.join(names)} on {Path(data.name).name}"
     if html is not None:
         command = f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}"
@@ -242,16 +263,26 @@ def info(file: _FILE) -> None:
     print(summary(load(file)))
 
 
-def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, start: Any = None, **options: Any) -> None:
-    state = resume_file(out, model.qsnn_recipe, asdict(config), start)
+def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, begun: Any = None, **options: Any) -> None:
+    state = resume_file(out, model.qsnn_recipe, asdict(config), begun)
     fit(model, data, config, resume=state, **options)
     model.qsnn_recipe = {**model.qsnn_recipe, "train": asdict(config)}  # type: ignore[arg-type,assignment,dict-item]
-    state.unlink(missing_ok=True)
+    _written(model, out, data)
+    _done(state)
 
 
 def _written(model: nn.Module, out: Path, data: Data) -> None:
-    save(model, out)
-    print(f"wrote {out} (validation accuracy {accuracy(model, data.val):.2f} %)")
+    """Write the file, from the first process, and say so."""
+    if is_main():
+        save(model, out)
+        print(f"wrote {out} (validation accuracy {accuracy(model, data.val):.2f} %)")
+
+
+def _done(state: Path) -> None:
+    """The training is over and its result written: its state goes."""
+    if is_main():
+        state.unlink(missing_ok=True)
+    wait()
 
 
 def _expect(model: nn.Module, file: Path, kinds: tuple[str, ...]) -> None:
@@ -290,13 +321,22 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; bad input ends with one line and exit status 2, Ctrl-C with 130."""
     if "" not in sys.path:
         sys.path.append("")  # a model of one's own in the working directory, also where the script `qsnn` is called
+    rank = int(os.environ.get("RANK", 0))
     try:
-        _parse(args)()
+        with contextlib.ExitStack() as stack:
+            if rank:  # torchrun started several processes; the first one speaks
+                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            _parse(args)()
+            stop()
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"qsnn: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("qsnn: stopped; the same command goes on from the last finished epoch", file=sys.stderr)
+        print(
+            "qsnn: stopped; the same command goes on from the last checkpoint (after every epoch, and within one every "
+            f"{CHECKPOINT_SECONDS / 60:g} minutes)",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
 
 

@@ -52,6 +52,8 @@ class ConvertConfig:
     """Time constant of the leak [steps]: none, one for all neurons, or one for each spiking layer in order."""
     tau_growth: float = 1.0
     """Factor on the time constant from each spiking layer to the next [1]."""
+    tau_slope: float = 0.0
+    """Added to the time constant from each spiking layer to the next [steps]; before the factor."""
     signed: bool = False
     """Spikes of -1 take back spikes that came too early (ST-BIF)."""
     state_bits: str | None = None
@@ -88,7 +90,7 @@ class ConvertConfig:
         """The equation of the spiking layer that stands ``place`` layers behind the first."""
         tau = None
         if self.tau:
-            tau = self.tau[min(place, len(self.tau) - 1)] * self.tau_growth**place
+            tau = (self.tau[min(place, len(self.tau) - 1)] + place * self.tau_slope) * self.tau_growth**place
         return Dynamics(
             reset=self.reset, reset_tau=self.reset_tau, tau=tau, signed=self.signed, state_bits=self.state_bits
         )

@@ -157,7 +157,19 @@ def num_batches(data: Dataset[Any] | Iterable[Any], batch_size: int = 128) -> in
         n = len(data)  # type: ignore[arg-type]
     except TypeError:  # an iterator; also a DataLoader of an IterableDataset, which has __len__ but refuses it
         return None
-    return -(-n // batch_size) if isinstance(data, Dataset) else n
+    return len(batch_sizes(n, batch_size)) if isinstance(data, Dataset) else n
+
+
+def batch_sizes(n: int, batch_size: int, world: int = 1) -> list[int]:
+    """Sizes of the batches of n items. Where processes share each, a last one too small for that joins the one before.
+
+    >>> batch_sizes(10, 4), batch_sizes(10, 4, world=2)
+    ([4, 4, 2], [4, 6])
+    """
+    sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]
+    if world > 1 and len(sizes) > 1 and sizes[-1] < 2 * world:  # batch norm needs two images a process
+        sizes[-2:] = [sizes[-2] + sizes[-1]]
+    return sizes
 
 
 def batches(
@@ -167,6 +179,7 @@ def batches(
     generator: torch.Generator | None = None,
     augment: str | None = None,
     device: torch.device | str | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over the data in batches (images, labels); the last one may be smaller.
 
@@ -177,6 +190,8 @@ def batches(
         generator: shuffles a Dataset and draws the augmentation; by default a Dataset is read in order.
         augment: "flip" (left-right), "shift" (a few pixels), "flip+shift" or "none", drawn for each image.
         device: where the batches go; by default they stay where the data is.
+        share: (rank, world): this process takes every world-th image of each batch of a Dataset; all must give
+            generators of the same seed.
     Shape:
         images: (B, C, H, W) float32; labels: (B,) int64.
     Raises:
@@ -195,14 +210,22 @@ def batches(
     if augment != "none" and generator is None:
         call = "generator=torch.Generator().manual_seed(0)"
         raise ValueError(f"expected a generator to draw augment={augment!r} from, got None; pass {call}")
-    return _batches(data, batch_size, generator, augment, device)
+    return _batches(data, batch_size, generator, augment, device, share)
 
 
 def _batches(
-    data: Any, batch_size: int, generator: torch.Generator | None, augment: str, device: torch.device | str | None
+    data: Any,
+    batch_size: int,
+    generator: torch.Generator | None,
+    augment: str,
+    device: torch.device | str | None,
+    share: tuple[int, int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     batch = None
-    for batch in _raw_batches(data, batch_size, generator) if isinstance(data, Dataset) else data:
+    raw = _raw_batches(data, batch_size, generator, share) if isinstance(data, Dataset) else data
+    if generator is not None and share[1] > 1:  # the order is the same in every process, the augmentation is not
+        generator = torch.Generator(generator.device).manual_seed(generator.initial_seed() + 1 + share[0])
+    for batch in raw:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"expected a batch (images, labels), got {type(batch).__name__}; pass a pair of tensors")
         images, labels = batch
@@ -221,12 +244,15 @@ def _batches(
         raise ValueError(f"expected at least one batch, got none from {type(data).__name__}; {hint}")
 
 
-def _raw_batches(data: Any, batch_size: int, generator: torch.Generator | None) -> Iterator[Any]:
-    n = len(data)
+def _raw_batches(
+    data: Any, batch_size: int, generator: torch.Generator | None, share: tuple[int, int]
+) -> Iterator[Any]:
+    n, (rank, world) = len(data), share
     order = torch.arange(n)
     if generator is not None:
         order = torch.randperm(n, generator=generator, device=generator.device).cpu()
-    for at in order.split(batch_size) if n else ():
+    for batch in order.split(batch_sizes(n, batch_size, world)) if n else ():
+        at = batch[rank::world]
         if isinstance(data, ImageSet):  # bytes: they are moved and augmented before they grow into floats
             yield data.images[at.to(data.images.device)], data.labels[at.to(data.labels.device)]
         else:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsnn.data import Data
-from qsnn.graph import child_recipe, recipe_of, set_recipe
-from qsnn.neurons import SNN
-from qsnn.train import TrainConfig, fit, kl_divergence
+from qsnn.dynamics import firing_function, per_channel
+from qsnn.graph import child_recipe, recipe_of, recorded, set_recipe
+from qsnn.loop import TimeLoop
+from qsnn.losses import (
+    answer_divergence,
+    ensemble_divergence,
+    kl_divergence,
+    rate_matching,
+    smoothed_cross_entropy,
+    step_cross_entropy,
+    step_divergence,
+    step_regulariser,
+)
+from qsnn.neurons import SNN, IFNode
+from qsnn.prune import finish_pruning_, prunable, start_pruning_
+from qsnn.train import TrainConfig, fit
+from qsnn.tune import train_neurons_
+
+_TRAINED = ("", "layer", "channel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +43,9 @@ class DistillConfig:
     epochs: int = 10
     """Passes over the training images."""
     lr: float = 0.02
-    """Peak learning rate (SGD with Nesterov momentum)."""
+    """Peak learning rate (SGD; about 0.002 for AdamW)."""
+    optimizer: str = "sgd"
+    """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
     batch_size: int = 128
     """Images a step."""
     weight_decay: float = 5e-4
@@ -36,14 +56,42 @@ class DistillConfig:
     """Weight of the cross entropy of the answer after T steps."""
     kd_weight: float = 0.5
     """Weight of the KL divergence from the teacher to the answer after T steps."""
+    answer_weight: float = 0.0
+    """Weight of the KL divergence from the teacher to the answers after 1 to T steps: one student for every T."""
+    step_ce_weight: float = 0.0
+    """Weight of the cross entropy of every single step (TET)."""
     step_weight: float = 0.0
     """Weight of the KL divergence from the teacher to the logits of every single step."""
+    ensemble_weight: float = 0.0
+    """Weight of the KL divergence from the student's mean over time to its single steps."""
+    regulariser_weight: float = 0.0
+    """Weight of the squared distance of every step's logits from 1 (TET)."""
+    rate_weight: float = 0.0
+    """Weight of the distance of the student's firing rates from the teacher's activations."""
+    rate_layers: tuple[str, ...] = ()
+    """Layers whose rates are matched, "name" or "student name:teacher name"; by default all neurons."""
     kd_temperature: float = 1.0
     """Temperature τ of the KL terms [1]."""
+    train_threshold: str = ""
+    """Train the thresholds: one a "layer" or one a "channel"; "" leaves them as they are."""
+    train_initial: str = ""
+    """Train the initial potentials, likewise."""
+    train_tau: str = ""
+    """Train the time constants of the leak, likewise."""
+    surrogate: str = "box"
+    """Derivative of a spike: "box", or a surrogate of SpikingJelly by name, such as "ATan"."""
+    mutual: bool = False
+    """Train the teacher too, which learns from the student; see :func:`distill_together`."""
+    sparsity: float = 0.0
+    """Part of the weights that is pruned, by magnitude in every layer, growing during the training [0, 1)."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: int | None = None
     """Use only the first so many training images."""
+    precision: str = "fp32"
+    """"fp32", or "bf16" (autocast; for GPUs)."""
+    compile: bool = False
+    """Compile the step with torch.compile."""
     seed: int = 0
     """Of the order of the images, augmentation and dropout."""
 
@@ -55,102 +103,237 @@ class DistillConfig:
         """
         if not isinstance(self.timesteps, int) or self.timesteps < 1:
             raise ValueError(f"timesteps must be a whole number of at least 1, got {self.timesteps!r}")
-        if min(self.ce_weight, self.kd_weight, self.step_weight) < 0:
+        weights = {name: value for name, value in asdict(self).items() if name.endswith("_weight")}
+        if min(weights.values()) < 0:
             raise ValueError("the weights of the loss terms must not be negative")
-        if not self.ce_weight + self.kd_weight + self.step_weight > 0:
-            raise ValueError("every loss term has weight 0; give at least one of ce_weight, kd_weight, step_weight")
+        if not any(weights.values()):
+            raise ValueError(f"every loss term has weight 0; give at least one of {', '.join(weights)}")
+        for name in ("train_threshold", "train_initial", "train_tau"):
+            if getattr(self, name) not in _TRAINED:
+                raise ValueError(f"{name} must be '', 'layer' or 'channel', got {getattr(self, name)!r}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"expected 0 <= sparsity < 1, got {self.sparsity}")
+        firing_function(self.surrogate)
         self.training()
 
     def training(self) -> TrainConfig:
         """Return the options of :func:`qsnn.fit` that are the same."""
         return TrainConfig(
-            epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, weight_decay=self.weight_decay,
-            label_smoothing=self.label_smoothing, kd_weight=min(self.kd_weight, 1.0), augment=self.augment,
-            kd_temperature=self.kd_temperature, train_images=self.train_images, seed=self.seed,
+            epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, batch_size=self.batch_size,
+            weight_decay=self.weight_decay, label_smoothing=self.label_smoothing, augment=self.augment,
+            kd_temperature=self.kd_temperature, train_images=self.train_images, precision=self.precision,
+            compile=self.compile, seed=self.seed,
         )  # fmt: skip
 
 
-def smoothed_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    r""":math:`CE_\epsilon(\bar z, y)`, with the mean over time :math:`\bar z = \tfrac1T \sum_t z_t`.
+def distillation_loss(
+    step_logits: Tensor, targets: Sequence[Tensor], labels: Tensor, config: DistillConfig
+) -> dict[str, Tensor]:
+    """Return the weighted terms that ``config`` names, by name; several teachers count alike.
 
     Shape:
-        step_logits z: (T, B, K); labels: (B,).
-    Source:
-        Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016 (label smoothing).
+        step_logits: (T, B, K); targets, the logits of each teacher: (B, K); labels: (B,).
     """
-    return F.cross_entropy(step_logits.mean(0), labels, label_smoothing=smoothing)
 
+    def taught(term: Callable[[Tensor, Tensor, float], Tensor], z: Tensor) -> Tensor:
+        return torch.stack([term(z, target, config.kd_temperature) for target in targets]).mean()
 
-def step_divergence(step_logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    r""":math:`\tfrac1T \sum_t \tau^2 KL(p^{teacher}_\tau \,\|\, p_\tau(z_t))`: every step is taught on its own.
-
-    Shape:
-        step_logits z: (T, B, K); target: (B, K).
-    Source:
-        Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks ...", CVPR 2025.
-    """
-    flat = step_logits.flatten(0, 1)
-    return kl_divergence(flat, target.repeat(len(step_logits), 1), temperature)
-
-
-def distillation_loss(step_logits: Tensor, target: Tensor, labels: Tensor, config: DistillConfig) -> Tensor:
-    """Return the weighted sum of the terms that ``config`` names.
-
-    Shape:
-        step_logits: (T, B, K); target, the teacher's logits: (B, K); labels: (B,).
-    """
-    loss = step_logits.new_zeros(())
-    if config.ce_weight:
-        loss = loss + config.ce_weight * smoothed_cross_entropy(step_logits, labels, config.label_smoothing)
-    if config.kd_weight:
-        loss = loss + config.kd_weight * kl_divergence(step_logits.mean(0), target, config.kd_temperature)
-    if config.step_weight:
-        loss = loss + config.step_weight * step_divergence(step_logits, target, config.kd_temperature)
-    return loss
+    terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
+        "ce": (config.ce_weight, lambda: smoothed_cross_entropy(step_logits, labels, config.label_smoothing)),
+        "kd": (config.kd_weight, lambda: taught(kl_divergence, step_logits.mean(0))),
+        "answer": (config.answer_weight, lambda: taught(answer_divergence, step_logits)),
+        "step_ce": (config.step_ce_weight, lambda: step_cross_entropy(step_logits, labels, config.label_smoothing)),
+        "step": (config.step_weight, lambda: taught(step_divergence, step_logits)),
+        "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(step_logits, config.kd_temperature)),
+        "regulariser": (config.regulariser_weight, lambda: step_regulariser(step_logits)),
+    }
+    return {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
 
 def distill(
-    student: SNN,
-    teacher: nn.Module,
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
     data: Data,
     config: DistillConfig | None = None,
     *,
     resume: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     label: str = "student",
-) -> SNN:
+) -> Any:
     """Return a trained copy of ``student`` that answers in ``config.timesteps`` steps, online.
 
     Args:
-        student: from :func:`qsnn.convert`; its Brevitas weights stay in training, so it keeps their precision.
-        teacher: the quantized or float network, logits (B, K).
+        student: an SNN from :func:`qsnn.convert`, whose Brevitas weights stay in training, so that it keeps their
+            precision; or any network of SpikingJelly modules (see :class:`qsnn.neurons.TimeLoop`).
+        teacher: the quantized or float network, logits (B, K); or several, e.g. both.
         data: training and validation images.
         config: loss terms and training options.
-        resume: file for the state after each epoch (see :func:`qsnn.fit`).
+        resume: file for the state (see :func:`qsnn.fit`).
+        tensorboard: folder for TensorBoard (see :func:`qsnn.fit`).
         label: shown beside the progress bar.
     Raises:
-        TypeError: the student is not an SNN.
-        ValueError: the student is folded.
+        TypeError: the student is no network, or ``config`` no DistillConfig.
+        ValueError: the student is folded, holds no spiking node, or an option does not fit it.
+    """
+    return distill_together(
+        student, teacher, data, config, resume=resume, tensorboard=tensorboard, label=label
+    )[0]  # fmt: skip
+
+
+def distill_together(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
+    data: Data,
+    config: DistillConfig | None = None,
+    *,
+    resume: str | Path | None = None,
+    tensorboard: str | Path | None = None,
+    label: str = "student",
+) -> tuple[Any, nn.Module]:
+    r"""Like :func:`distill`; return the student and the teacher.
+
+    With ``config.mutual`` the teacher (one) is a trained copy: its loss is
+    :math:`\lambda_{CE}\,CE(z^{teacher}, y) + \lambda_{KD}\,\tau^2 KL(p_\tau(\bar z) \,\|\, p^{teacher}_\tau)`, with
+    the student's mean over time :math:`\bar z` a constant to its gradient, and the other way round. Without, it is
+    the one that was given.
+
+    Source:
+        Zhang et al., "Deep Mutual Learning", CVPR 2018.
     """
     config = config or DistillConfig()
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    _check(student, teachers, config)
+    recipe = child_recipe(student, "student", distill=asdict(config))
+    pair = _Pair(copy.deepcopy(student), copy.deepcopy(teachers[0]) if config.mutual else None, config)
+    others = [expert.eval() for expert in teachers] if not config.mutual else []
+    loss, limits = _Loss(config, others), _prepared_neurons_(pair.student, config)
+    pruned = start_pruning_(pair.student, config.sparsity) if config.sparsity else None
+
+    def after_step(step: int, steps: int) -> None:
+        for parameter, low in limits:
+            parameter.data.clamp_(min=low)
+        if pruned is not None:
+            pruned(step, steps)
+
+    fit(
+        pair, data, config.training(), loss=loss, after_step=after_step, resume=resume, tensorboard=tensorboard,
+        label=label,
+    )  # fmt: skip
+    finish_pruning_(pair.student)
+    trained = pair.student
+    recipe["convert"] = {**recipe.get("convert", {}), "timesteps": config.timesteps, "firing": "online"}
+    recipe["teacher"] = recipe_of(teachers[0]).get("sha256")
+    set_recipe(trained, recipe)
+    if pair.teacher is not None:
+        taught = {name: value for name, value in recipe_of(teachers[0]).items() if name != "sha256"}
+        set_recipe(pair.teacher, {**taught, "mutual": asdict(config)})
+    return trained, pair.teacher or teachers[0]
+
+
+def _check(student: nn.Module, teachers: list[nn.Module], config: DistillConfig) -> None:
     if not isinstance(config, DistillConfig):
         raise TypeError(f"expected a DistillConfig, got {type(config).__name__}")
-    if not isinstance(student, SNN):
-        raise TypeError(f"the student must be an SNN, got {type(student).__name__}; call convert(qann) first")
-    if student.folded:
+    if not isinstance(student, nn.Module) or not teachers or not all(isinstance(t, nn.Module) for t in teachers):
+        raise TypeError(f"expected distill(student, teacher, data) with networks, got {type(student).__name__}")
+    if getattr(student, "folded", False):
         raise ValueError("a folded network cannot be trained; distill the one it was folded from, then fold")
-    recipe = child_recipe(student, "student", distill=asdict(config))
-    student = copy.deepcopy(student)
-    student.timesteps, student.firing = config.timesteps, "online"
-    teacher = teacher.eval()
+    if config.mutual and len(teachers) != 1:
+        raise ValueError(f"mutual learning is between a student and one teacher, got {len(teachers)} teachers")
+    if not isinstance(student, SNN) and (config.train_threshold or config.train_initial or config.train_tau):
+        raise ValueError("train_threshold, train_initial and train_tau are for an SNN from convert")
+    if config.sparsity:
+        prunable(student)
 
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = teacher(images)
-        assert isinstance(model, SNN)
-        return distillation_loss(model.step_logits(images), target, labels, config)
 
-    fit(student, data, config.training(), loss=loss, resume=resume, label=label)
-    recipe["convert"] = {**recipe.get("convert", {}), "timesteps": config.timesteps, "firing": "online"}
-    recipe["teacher"] = recipe_of(teacher).get("sha256")
-    set_recipe(student, recipe)
-    return student
+class _Pair(nn.Module):
+    """The student, and the teacher where it learns too; called, it answers as the student."""
+
+    loop: Any
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
+        super().__init__()
+        self.student, self.teacher = student, teacher
+        loop: Any = student if isinstance(student, SNN) else TimeLoop(student, config.timesteps)
+        loop.timesteps, loop.firing = config.timesteps, "online"
+        self.__dict__["loop"] = loop  # not a second name for the student in the state
+
+    def forward(self, images: Tensor) -> Tensor:
+        answers: Tensor = self.loop(images)
+        return answers
+
+
+class _Loss:
+    """(pair, images, labels) -> the weighted terms."""
+
+    def __init__(self, config: DistillConfig, teachers: list[nn.Module]) -> None:
+        self.config, self.teachers = config, teachers
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        assert isinstance(model, _Pair)
+        config, matched = self.config, self._matched(model) if self.config.rate_weight else {}
+        expert = model.teacher or self.teachers[0]
+        names = {spec.partition(":")[2] or spec: probe for spec, probe in matched.items()}
+        with recorded({name: _found(expert, name) for name in names}) as activations, torch.no_grad():
+            targets = [teacher(images) for teacher in self.teachers]
+        if model.teacher is not None:
+            with recorded({name: _found(expert, name) for name in names}) as activations:
+                taught = model.teacher(images)
+            targets = [taught.detach()]
+        with recorded({name: probe for name, (probe, _) in names.items()}) as outputs:
+            z = model.loop.step_logits(images)
+        terms = distillation_loss(z, targets, labels, config)
+        if names:
+            rates, thetas = {}, {}
+            for name, (_, neuron) in names.items():
+                output = outputs[name]
+                steps = output if output.dim() == activations[name].dim() + 1 else output.unflatten(0, (len(z), -1))
+                theta = _theta(neuron, steps[0])
+                # a max pool behind the neuron already sees θ·spikes
+                rates[name] = steps.mean(0) * (theta if names[name][0] is neuron else 1.0)
+                thetas[name] = theta.detach()
+            held = {name: value.detach() for name, value in activations.items()}
+            terms["rate"] = config.rate_weight * rate_matching(rates, held, thetas)
+        if model.teacher is not None:
+            terms["teacher_ce"] = config.ce_weight * F.cross_entropy(taught, labels)
+            terms["teacher_kd"] = config.kd_weight * kl_divergence(taught, z.mean(0).detach(), config.kd_temperature)
+        return terms
+
+    def _matched(self, pair: _Pair) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """By "student name:teacher name": the module whose output is compared, and the neuron."""
+        if not getattr(pair.loop, "multi_step", True):
+            raise ValueError("rate matching of a SpikingJelly network needs step_mode 'm'")
+        neurons = dict(pair.loop.neurons())
+        probes = getattr(pair.loop, "probes", {})
+        found = {}
+        for spec in self.config.rate_layers or tuple(neurons):
+            name = spec.partition(":")[0]
+            if name not in neurons:
+                raise ValueError(f"rate_layers names {name!r}; the student's neurons are {', '.join(neurons)}")
+            probe = pair.loop.network.get_submodule(probes[name]) if name in probes else neurons[name]
+            found[spec] = (probe, neurons[name])
+        return found
+
+
+def _found(teacher: nn.Module, name: str) -> nn.Module:
+    try:
+        return teacher.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"the teacher has no layer {name!r} to match firing rates with; name pairs: "
+            f"rate_layers=('student name:teacher name', ...)"
+        ) from None
+
+
+def _theta(neuron: nn.Module, like: Tensor) -> Tensor:
+    theta = neuron.threshold if isinstance(neuron, IFNode) else torch.tensor(float(getattr(neuron, "v_threshold", 1.0)))
+    return per_channel(theta.to(like), like.dim())
+
+
+def _prepared_neurons_(student: nn.Module, config: DistillConfig) -> list[tuple[nn.Parameter, Tensor | float]]:
+    """Set the surrogate, and put into training what ``config`` names; return that with its least values."""
+    if not isinstance(student, SNN):
+        return []
+    for _, neuron in student.neurons():
+        if isinstance(neuron, IFNode):
+            neuron.surrogate = config.surrogate
+    return train_neurons_(student, config.train_threshold, config.train_initial, config.train_tau)

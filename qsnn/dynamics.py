@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import surrogate as surrogates
 from torch import Tensor
 
 RESETS = ("soft", "hard", "decay")
@@ -84,7 +86,32 @@ class _Fire(torch.autograd.Function):
         return direct, (-direct).sum_to_size(threshold.shape) if ctx.needs_input_grad[1] else None
 
 
-def simulate(x: Tensor, threshold: Tensor, v: Tensor, dynamics: Dynamics) -> tuple[Tensor, Tensor, int]:
+def firing_function(surrogate: str) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""Return [h >= θ] with a derivative: "box", or a surrogate of SpikingJelly by its name, of :math:`h/\theta - 1`.
+
+    Raises:
+        ValueError: SpikingJelly has no surrogate of this name.
+    """
+    if surrogate == "box":
+        return _Fire.apply
+    found = getattr(surrogates, surrogate, None)
+    if not isinstance(found, type) or not issubclass(found, surrogates.SurrogateFunctionBase):
+        raise ValueError(
+            f"expected surrogate 'box' or a class of spikingjelly.activation_based.surrogate such as 'ATan' or "
+            f"'Sigmoid', got {surrogate!r}"
+        )
+    smooth = found()
+    return lambda h, threshold: smooth(h / threshold - 1.0)
+
+
+def simulate(
+    x: Tensor,
+    threshold: Tensor,
+    v: Tensor,
+    dynamics: Dynamics,
+    tau: Tensor | None = None,
+    fire: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, int]:
     """Run the equation of ``dynamics`` over time.
 
     Args:
@@ -92,16 +119,21 @@ def simulate(x: Tensor, threshold: Tensor, v: Tensor, dynamics: Dynamics) -> tup
         threshold: θ, broadcast against x[0].
         v: potential before the first step.
         dynamics: the equation.
+        tau: takes the place of ``dynamics.tau`` [steps]; broadcast against x[0].
+        fire: see :func:`firing_function`; default "box".
     Shape:
         x: (T, *); v: (*); returned: spikes (T, *), the last potential (*), and how often ``state_bits`` overflowed.
     """
-    keep = 1.0 if dynamics.tau is None else math.exp(-1.0 / dynamics.tau)
+    fire = fire or _Fire.apply
+    if tau is None and dynamics.tau is not None:
+        tau = x.new_tensor(dynamics.tau, dtype=torch.float64)
+    keep = None if tau is None else torch.exp(-1.0 / tau).to(x.dtype)
     fall = 1.0 - math.exp(-1.0 / dynamics.reset_tau)
     overflows, spikes = 0, []
     fired = torch.zeros_like(v)
     for current in x:
-        h, lost = _stored(v * keep + current if keep != 1.0 else v + current, threshold, dynamics.state_bits)
-        s = _Fire.apply(h, threshold)
+        h, lost = _stored(v + current if keep is None else v * keep + current, threshold, dynamics.state_bits)
+        s = fire(h, threshold)
         if dynamics.signed:
             s = s - ((h < 0) & (fired > 0)).to(s.dtype)
             fired = fired + s.detach()

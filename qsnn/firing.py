@@ -49,13 +49,14 @@ class CurrentIF(Current):
 
     is_spiking = True
     threshold: Tensor
+    initial: Tensor
 
     def __init__(
-        self, factors: list[Tensor], divisors: list[int], bias: Tensor, threshold: Tensor, initial: float
+        self, factors: list[Tensor], divisors: list[int], bias: Tensor, threshold: Tensor, initial: Tensor | float
     ) -> None:
         super().__init__(factors, divisors, bias)
         self.register_buffer("threshold", threshold.double())
-        self.initial = initial
+        self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
     def theta(self, dims: int) -> Tensor:
         """θ, shaped to multiply a tensor of ``dims`` dimensions."""
@@ -71,9 +72,9 @@ class CurrentIF(Current):
             total = total + self.gain(index, dims) * x
         time = torch.arange(1, steps + 1, device=total.device).view(-1, *[1] * dims)
         total = total + time * per_channel(self.bias, dims)
-        theta, offset = self.theta(dims), 1.0 - self.initial
+        theta, offset = self.theta(dims), per_channel(1.0 - self.initial, dims)
         if self.firing == "deferred":
-            count = ((total[-1] / theta) + self.initial).floor().clamp_(0, steps)
+            count = ((total[-1] / theta) + (1.0 - offset)).floor().clamp_(0, steps)
             # the division may round across an integer: compare with the products, which is the definition
             count = count - (count > 0).double() * (total[-1] < (count - 1 + offset) * theta)
             count = count + (count < steps).double() * (total[-1] >= (count + offset) * theta)
@@ -99,25 +100,29 @@ class RealIF(Timed):
 
     is_spiking = True
     threshold: Tensor
+    initial: Tensor
 
-    def __init__(self, threshold: Tensor, initial: float, *, unit: bool = False, constant: bool = False) -> None:
+    def __init__(
+        self, threshold: Tensor, initial: Tensor | float, *, unit: bool = False, constant: bool = False
+    ) -> None:
         super().__init__()
         self.unit, self.constant = unit, constant
         self.register_buffer("threshold", threshold.double())
-        self.initial = initial
+        self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
         theta = x.new_ones(()) if self.unit else self.threshold.to(x.dtype)
         theta = per_channel(theta, x.dim())
         x = x.expand(self.steps, *x.shape) if self.constant else x.unflatten(0, (self.steps, -1))
-        if self.firing == "deferred":
-            return deferred(x, theta, self.initial * theta)[0].flatten(0, 1)
-        return integrated(x, theta, self.initial * theta)[0].flatten(0, 1)
+        start = per_channel(self.initial.to(x.dtype), x.dim() - 1) * theta
+        return (deferred if self.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
 
 
 class DynamicIF(CurrentIF):
     """A neuron with another reset, leak, signed spikes or a membrane of few bits: its equation in float64."""
+
+    tau: Tensor | None
 
     def __init__(
         self,
@@ -125,19 +130,23 @@ class DynamicIF(CurrentIF):
         divisors: list[int],
         bias: Tensor,
         threshold: Tensor,
-        initial: float,
+        initial: Tensor | float,
         dynamics: Dynamics,
+        tau: Tensor | None,
     ) -> None:
         super().__init__(factors, divisors, bias, threshold, initial)
         self.dynamics = dynamics
+        self.register_buffer("tau", tau)
         self.overflows = 0
         """How many potentials did not fit into ``dynamics.state_bits`` since the network was folded."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Spikes {0, 1}, or {-1, 0, 1} where signed, in float32, (T·B, C, *)."""
         current = Current.forward(self, *inputs).unflatten(0, (self.steps, -1))
-        theta = self.theta(current.dim() - 1)
-        spikes, _, overflows = simulate(current, theta, (self.initial * theta).expand_as(current[0]), self.dynamics)
+        dims = current.dim() - 1
+        theta, tau = self.theta(dims), None if self.tau is None else per_channel(self.tau, dims)
+        start = (per_channel(self.initial, dims) * theta).expand_as(current[0])
+        spikes, _, overflows = simulate(current, theta, start, self.dynamics, tau)
         self.overflows += overflows
         return spikes.float().flatten(0, 1)
 
@@ -156,7 +165,7 @@ class IntegerIF(Timed):
         divisor: window elements of the pooling that the input went through.
         bias: b, (C,) or (1,) float64.
         threshold: θ, scalar.
-        initial: v₀ / θ.
+        initial: v₀ / θ, scalar or (C,).
         input_bound: largest absolute input of a step.
     """
 
@@ -165,19 +174,26 @@ class IntegerIF(Timed):
     divisor: Tensor
     bias: Tensor
     threshold: Tensor
+    initial: Tensor
     input_bound: Tensor
 
     def __init__(
-        self, factors: Tensor, divisor: int, bias: Tensor, threshold: Tensor, initial: float, input_bound: float
+        self,
+        factors: Tensor,
+        divisor: int,
+        bias: Tensor,
+        threshold: Tensor,
+        initial: Tensor | float,
+        input_bound: float,
     ) -> None:
         super().__init__()
-        channels = max(factors.shape[1], bias.shape[0])
+        channels = max(factors.shape[1], bias.shape[0], torch.as_tensor(initial).numel())
         self.register_buffer("factors", factors.expand(-1, channels).clone())
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
         self.register_buffer("bias", bias.expand(channels).clone())
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
-        self.initial = initial
+        self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
         self._tables: dict[tuple[int, bool], Tensor] = {}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -198,7 +214,7 @@ class IntegerIF(Timed):
 
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
-        start = theta * Fraction(self.initial)
+        starts = [theta * Fraction(value) for value in self.initial.expand(self.factors.shape[1]).tolist()]
         rows = [timesteps] if last_only else range(1, timesteps + 1)
         table = torch.full((len(rows), timesteps, self.factors.shape[1]), float("inf"), dtype=torch.float64)
         for c, column in enumerate(self.factors.T.tolist()):
@@ -208,7 +224,7 @@ class IntegerIF(Timed):
             bias = Fraction(float(self.bias[c]))
             for row, t in enumerate(rows):
                 for k in range(t):
-                    need = (k + 1) * theta - start - t * bias
+                    need = (k + 1) * theta - starts[c] - t * bias
                     if gain == 0:
                         table[row, k, c] = -float("inf") if need <= 0 else float("inf")
                     else:

@@ -175,27 +175,27 @@ class _Folder:
         return self.graph.call_module(unique, inputs)
 
     def _neuron(self, name: str, neuron: IFNode, value: Value, *, alone: bool) -> Value:
-        threshold = neuron.threshold.detach()
+        threshold, initial = neuron.threshold.detach(), neuron.initial.detach()
         first = value.terms[0]
         raw = len(value.terms) == 1 and not first.integer and not first.factors and first.divisor == 1
         if raw and value.bias is None and neuron.dynamics.plain:
             if unit := alone and self._absorbs(first.node):  # the layer then counts in units of θ
                 layer: Any = self.root.get_submodule(str(first.node.target))
                 layer.absorb_(1.0 / threshold.reshape(-1), torch.zeros_like(threshold).reshape(-1), self.dtype)
-            module: nn.Module = RealIF(threshold, neuron.initial, unit=unit, constant=neuron.constant_input)
+            module: nn.Module = RealIF(threshold, initial, unit=unit, constant=neuron.constant_input)
             return Value((Term(self._call(name, module, first.node), spikes=True),))
         if neuron.constant_input:
             terms = tuple(replace(t, node=self._call(f"{name}_repeat", Repeat(), t.node)) for t in value.terms)
             value = replace(value, terms=terms)
         (first, *rest), bias = value.terms, self._bias(value)
         if neuron.dynamics.plain and first.integer and not rest and not threshold.dim():
-            module = IntegerIF(stacked(first.factors), first.divisor, bias, threshold, neuron.initial, first.bound)
+            module = IntegerIF(stacked(first.factors), first.divisor, bias, threshold, initial, first.bound)
         else:
             currents = [stacked(term.factors) for term in value.terms], [term.divisor for term in value.terms], bias
             if neuron.dynamics.plain:
-                module = CurrentIF(*currents, threshold, neuron.initial)
+                module = CurrentIF(*currents, threshold, initial)
             else:
-                module = DynamicIF(*currents, threshold, neuron.initial, neuron.dynamics)
+                module = DynamicIF(*currents, threshold, initial, neuron.dynamics, neuron.tau)
         return Value((Term(self._call(name, module, *(term.node for term in value.terms)), spikes=True),))
 
     def _absorbs(self, node: fx.Node) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -205,6 +206,25 @@ def call_nodes(network: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
         module = module_of(network, node)
         if module is not None:
             yield node, module
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect what these modules give out while the block runs."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def recipe_of(model: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.data import check_images
-from qsnn.dynamics import Dynamics, deferred, empty_steps, integrated, per_channel, simulate
+from qsnn.dynamics import Dynamics, deferred, empty_steps, firing_function, integrated, per_channel, simulate
 
 FIRINGS = ("online", "deferred")
 
@@ -34,7 +34,8 @@ class _IFFunction(torch.autograd.Function):
         for t in range(len(current)):
             h = torch.add(v, current[t], out=potentials[t])
             v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
-        ctx.save_for_backward(potentials, spikes)
+        # the spikes are for the gradient of θ alone; without it they need not live until the backward
+        ctx.save_for_backward(potentials, spikes if ctx.needs_input_grad[1] else None)
         return spikes, v
 
     @staticmethod
@@ -43,9 +44,9 @@ class _IFFunction(torch.autograd.Function):
         potentials, spikes = ctx.saved_tensors
         theta: float = ctx.theta
         if grad_spikes is None:
-            grad_spikes = torch.zeros_like(spikes)
-        grad_x = torch.zeros_like(potentials[0]) if ctx.constant else empty_steps(potentials)
-        grad_theta = potentials.new_zeros(())
+            grad_spikes = torch.zeros_like(potentials)
+        grad_x = None if ctx.constant else empty_steps(potentials)
+        grad_theta, total = potentials.new_zeros(()), None
         for t in reversed(range(len(potentials))):
             grad_s = grad_spikes[t] if grad_v is None else torch.sub(grad_spikes[t], grad_v, alpha=theta)
             # times θ·σ: hardtanh's backward is one pass that keeps what lies strictly inside an interval
@@ -54,12 +55,12 @@ class _IFFunction(torch.autograd.Function):
                 through_reset = 0.0 if grad_v is None else grad_v * spikes[t]
                 grad_theta = grad_theta - (direct / theta + through_reset).sum()
             grad_v = direct.div_(theta) if grad_v is None else grad_v.add(direct, alpha=1 / theta)
-            if ctx.constant:
-                grad_x += grad_v
-            else:
+            if grad_x is not None:
                 grad_x[t] = grad_v
+                continue
+            total = grad_v.clone() if total is None else total.add_(grad_v)
         wants_theta, wants_v = ctx.needs_input_grad[1:3]
-        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
+        return total if grad_x is None else grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
 
 
 class IFNode(BaseNode):
@@ -75,8 +76,9 @@ class IFNode(BaseNode):
     Args:
         threshold: θ > 0 [units of the current], a scalar or one a channel, (C,); a parameter of the module that is not
             trained unless you set ``requires_grad`` (a batch norm before the neuron can do the same).
-        initial: v₀ / θ [1].
+        initial: v₀ / θ [1], a scalar or one a channel.
         dynamics: another reset, leak, signed spikes or a membrane of few bits; by default none of them.
+        surrogate: what stands for the derivative of a spike: "box" (area 1, width θ), or one of SpikingJelly by name.
     Shape:
         step_mode "m": x and spikes (T, B, *); "s": (B, *). Inside an :class:`SNN` (``timesteps`` set): (T·B, *).
     Raises:
@@ -86,13 +88,17 @@ class IFNode(BaseNode):
     """
 
     threshold: nn.Parameter
+    initial: Tensor
+    tau: Tensor | None
+    """Time constant of the leak [steps], a scalar or one a channel; None: no leak."""
 
     def __init__(
         self,
         threshold: float | Tensor = 1.0,
         *,
-        initial: float = 0.5,
+        initial: float | Tensor = 0.5,
         dynamics: Dynamics | None = None,
+        surrogate: str = "box",
         step_mode: str = "m",
     ) -> None:
         # float64: θ = s·L of a float32 step is exact in it, and fold reads θ as a rational number
@@ -104,7 +110,10 @@ class IFNode(BaseNode):
         self.overflows = 0
         """How many potentials did not fit into ``dynamics.state_bits`` since the node was made."""
         self.threshold = nn.Parameter(value, requires_grad=False)
-        self.initial = initial
+        self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64).detach().clone())
+        leak = self.dynamics.tau
+        self.register_buffer("tau", None if leak is None else torch.tensor(leak, dtype=torch.float64))
+        self.surrogate = surrogate
         self.timesteps: int | None = None
         """T of the running forward of the SNN that holds this node; None outside of one."""
         self.firing = "online"
@@ -116,20 +125,27 @@ class IFNode(BaseNode):
         (v,) = states
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         if not torch.is_tensor(v) or v.shape != x.shape:
-            v = (self.initial * self._theta(x)).expand_as(x)
+            v = per_channel((self.initial * self.threshold).to(x.dtype), x.dim()).expand_as(x)
         return (v,)
 
     def _theta(self, x: Tensor) -> Tensor:
         """θ in the dtype of x (B, C, *), shaped to multiply it."""
         return per_channel(self.threshold.to(x.dtype), x.dim())
 
+    @property
+    def _fused(self) -> bool:
+        """Whether a step of training takes the one function that has its own backward."""
+        return self.dynamics.plain and not self.threshold.dim() and self.surrogate == "box"
+
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
         if self.dynamics.plain and not torch.is_grad_enabled():
             return integrated(x, self._theta(x[0]), v)
-        if self.dynamics.plain and not self.threshold.dim():
+        if self._fused:
             return _IFFunction.apply(x, self.threshold, v, 0)
-        spikes, v, overflows = simulate(x, self._theta(x[0]), v, self.dynamics)
+        tau = None if self.tau is None else per_channel(self.tau, v.dim())
+        fire = firing_function(self.surrogate)
+        spikes, v, overflows = simulate(x, self._theta(x[0]), v, self.dynamics, tau, fire)
         self.overflows += overflows
         return spikes, v
 
@@ -154,8 +170,7 @@ class IFNode(BaseNode):
         """Spikes {0, 1} of the shape of x."""
         if self.timesteps is None:
             return super().forward(x)
-        fused = self.dynamics.plain and not self.threshold.dim() and torch.is_grad_enabled()
-        if self.constant_input and self.firing == "online" and fused:
+        if self.constant_input and self.firing == "online" and self._fused and torch.is_grad_enabled():
             (v,) = self.materialize_states((x,), (self._memories["v"],), "s")
             spikes, v = _IFFunction.apply(x, self.threshold, v, self.timesteps)
             self._memories["v"] = v
@@ -169,7 +184,22 @@ class IFNode(BaseNode):
         theta = self.threshold.detach()
         shown = f"{float(theta.min()):.4g}" + (f"..{float(theta.max()):.4g}" if theta.dim() else "")
         special = "" if self.dynamics.plain else f", {self.dynamics}"
-        return f"threshold={shown}, initial={self.initial}, step_mode={self.step_mode}{special}"
+        started = self.initial.detach().mean()
+        return f"threshold={shown}, initial={float(started):.4g}, step_mode={self.step_mode}{special}"
+
+    def train_(self, what: str, channels: int | None = None) -> None:
+        """Put "threshold", "initial" or "tau" into training, in place; with ``channels`` one value for each.
+
+        Raises:
+            ValueError: "tau" of a neuron without leak.
+        """
+        value: Tensor | None = getattr(self, what).detach() if getattr(self, what) is not None else None
+        if value is None:
+            raise ValueError("a time constant is trained where there is one: convert with ConvertConfig(tau=(4.0,))")
+        if channels is not None and value.numel() == 1:
+            value = value.reshape(-1).expand(channels)
+        delattr(self, what)
+        setattr(self, what, nn.Parameter(value.clone()))
 
 
 def amplified(spikes: Tensor, threshold: Tensor) -> Tensor:
@@ -288,7 +318,10 @@ class SNN(nn.Module):
         """Return the answer after each step (online), or the final one (deferred)."""
         firing = self.firing if firing is None else firing
         z = self.step_logits(images, timesteps=timesteps, firing=firing)
-        if firing == "deferred":
-            return z.mean(0, keepdim=True)
-        counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype).view(-1, 1, 1)
-        return z.cumsum(0) / counts
+        return z.mean(0, keepdim=True) if firing == "deferred" else running_mean(z)
+
+
+def running_mean(z: Tensor) -> Tensor:
+    r"""The answer after each step, :math:`m_t = \tfrac1t\sum_{i\le t} z_i`; z and m: (T, B, K)."""
+    counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype).view(-1, 1, 1)
+    return z.cumsum(0) / counts

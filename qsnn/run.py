@@ -21,6 +21,7 @@ from qsnn.fold import fold
 from qsnn.graph import recipe_of, set_recipe
 from qsnn.models import create_model
 from qsnn.neurons import SNN
+from qsnn.parallel import start
 from qsnn.quantize import QuantizeConfig, quantize
 from qsnn.records import Record, append, environment, now
 from qsnn.report import draw_curve, write_report
@@ -60,6 +61,8 @@ class RunConfig:
     """Of weights, order and augmentation."""
     data_root: Path | None = None
     """Folder of the data sets; default $QSNN_DATA, else a cache folder."""
+    device: str | None = None
+    """"cpu", "cuda" or "cuda:1"; by default a GPU where there is one."""
     fresh: bool = False
     """Start over, even where a stage is done."""
 
@@ -100,7 +103,7 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
 
 class _Flow:
     def __init__(self, config: RunConfig, data: Data, say: Say) -> None:
-        self.config, self.data, self.say = config, data, say
+        self.config, self.data, self.say, self.device = config, data, say, start(config.device)
         self.out = Path(config.out)
         self.stages: list[tuple[str, float]] = []
         epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
@@ -158,7 +161,7 @@ class _Flow:
             recipe = read_recipe(path)
             if recipe.get("stage") == _plain(key):
                 self.say(f"{name}: done before, loaded {path}")
-                return load(path)
+                return load(path).to(self.device)
         started = time.perf_counter()
         model = make(state)
         set_recipe(model, {**recipe_of(model), "stage": key})
@@ -166,13 +169,14 @@ class _Flow:
         state.unlink(missing_ok=True)
         self.stages.append((name, time.perf_counter() - started))
         self.say(f"{name}: {self.stages[-1][1]:.1f} s, wrote {path}")
-        return load(path)
+        return load(path).to(self.device)
 
     def _teacher(self, state: Path) -> nn.Module:
         teacher = create_model(self.config.model, self.data, seed=self.config.seed)
         if self.config.weights is not None:
             load_weights(teacher, self.config.weights)
             return teacher.eval()
+        teacher.to(self.device)
         fit(teacher, self.data, self.teacher_config, resume=state, label="teacher")
         return teacher
 
@@ -198,11 +202,14 @@ class _Flow:
         curve, report, records = self.out / "curve.png", self.out / "report.html", self.out / "records.jsonl"
         weights = self.config.weights and self.config.weights.name  # a record holds no path of a machine
         config = _plain({
-            "run": {**asdict(self.config), "out": self.out.name, "weights": weights, "data_root": None, "fresh": False},
+            "run": {
+                **asdict(self.config), "out": self.out.name, "weights": weights, "data_root": None, "device": None,
+                "fresh": False,
+            },
             "teacher": asdict(self.teacher_config), "quantize": asdict(self.quantize_config),
             "train": asdict(self.qat_config), "distill": asdict(self.distill_config),
         })  # fmt: skip
-        world = environment("cpu")
+        world = environment(self.device.type)
         for result in results:
             metrics = _plain({**result.metrics(), "certificate": certificate.verdict})
             append(records, Record(
@@ -225,7 +232,7 @@ def _command(config: RunConfig) -> str:
     words = ["qsnn run"]
     for option in fields(config):
         value = getattr(config, option.name)
-        if option.name in ("data_root", "fresh") or (value == option.default and option.name != "data"):
+        if option.name in ("data_root", "device", "fresh") or (value == option.default and option.name != "data"):
             continue
         if isinstance(value, Path):
             value = value.name

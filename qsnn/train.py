@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import math
-import os
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from qsnn.data import Data, batches, num_batches
+from qsnn.board import Board
+from qsnn.data import Data, batch_sizes, batches
 from qsnn.graph import device_of, recipe_of, set_recipe
+from qsnn.layout import keep_freed_memory, laid_out, lay_out_
+from qsnn.losses import kl_divergence
 from qsnn.neurons import SNN
-from qsnn.records import write_atomic
+from qsnn.parallel import average_buffers_, is_main, rank_and_world, shared, summed, wait
+from qsnn.state import Epoch, read_state, save_state
+from qsnn.state import Progress as Done
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""glibc's names for the options of mallopt, from malloc.h."""
+CHECKPOINT_SECONDS = 300.0
+"""A run with a ``resume`` file writes its state after each epoch, and within one at the latest after so long [s]."""
+DIVERGED = 100.0
+"""A loss so many times that of the first epoch stops a run [1]."""
 
-Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | dict[str, Tensor]"]
+"""(model, images, labels) -> the loss, or its weighted terms by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,10 @@ class TrainConfig:
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: int | None = None
     """Use only the first so many training images."""
+    precision: str = "fp32"
+    """"fp32", or "bf16": layers compute in bfloat16 where that is safe (autocast); for GPUs."""
+    compile: bool = False
+    """Compile the step with torch.compile; takes a minute first, and needs a C++ compiler."""
     seed: int = 0
     """Of the order of the images, augmentation and dropout."""
 
@@ -71,20 +79,13 @@ class TrainConfig:
             raise ValueError(f"expected epochs >= 0 and batch_size >= 1, got {self.epochs} and {self.batch_size}")
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
         if not 0 <= self.label_smoothing < 1 or not 0 <= self.kd_weight <= 1 or not self.kd_temperature > 0:
             raise ValueError(
                 f"expected 0 <= label_smoothing < 1, 0 <= kd_weight <= 1, kd_temperature > 0, got "
                 f"{self.label_smoothing}, {self.kd_weight}, {self.kd_temperature}"
             )
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave: mean training loss, validation accuracy [%], peak learning rate of its last step."""
-
-    epoch: int
-    loss: float
-    val_accuracy: float
 
 
 def fit(
@@ -94,15 +95,20 @@ def fit(
     *,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
+    after_step: Callable[[int, int], None] | None = None,
     resume: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     label: str = "train",
 ) -> list[Epoch]:
     r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` an epoch.
 
     The loss is the cross entropy, or with a teacher
     :math:`(1-\lambda)\,CE + \lambda\,\tau^2\,KL(p_\tau^{teacher}\,\|\,p_\tau)`, or ``loss(model, images, labels)``.
-    The order of the images, augmentation and dropout follow from the seed and the epoch alone, so that a run that was
+    The order of the images, augmentation and dropout follow from the seed and the step alone, so that a run that was
     killed and continued from ``resume`` ends with the same weights as one that was not.
+
+    Started by torchrun, each process takes its share of every batch (DDP), so that ``batch_size`` stays the number of
+    images a step; all end with the same weights, and the first writes.
 
     Args:
         model: any torch module that maps (B, C, H, W) to (B, K), or an SNN.
@@ -110,11 +116,14 @@ def fit(
         config: epochs, learning rate and the like.
         teacher: a model that gives logits (B, K).
         loss: takes the place of the loss above.
-        resume: file for the state after each epoch; where it exists and belongs to the same config, training goes on
-            from it. It is left for the caller to delete.
+        after_step: called after each update, with the number of updates so far and that of the whole run.
+        resume: file for the state; where it exists and belongs to the same config, training goes on from it. It is
+            left for the caller to delete.
+        tensorboard: folder for TensorBoard: loss terms, accuracy, of an SNN also by T, and firing rates by layer.
         label: shown beside the progress bar.
     Raises:
-        FloatingPointError: the loss is NaN or infinite; says in which step and what to try.
+        FloatingPointError: the loss is NaN, infinite or far above where it began; says in which step, which state was
+            the last good one, and what to try.
         ValueError: ``resume`` belongs to another run.
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (the KL term).
@@ -122,61 +131,114 @@ def fit(
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
-    device = device_of(model)
+    device, (rank, world) = device_of(model), rank_and_world()
     train: Any = data.train
     if config.train_images is not None:
         train = train.head(config.train_images) if hasattr(train, "head") else Subset(train, range(config.train_images))
-    per_epoch = num_batches(train, config.batch_size)
-    if per_epoch is None:
+    if not hasattr(train, "__len__"):
         raise ValueError("data.train must be a Dataset with a length")
-    state = _read_state(resume, config)
+    sizes = batch_sizes(len(train), config.batch_size, world)
+    state = read_state(resume, asdict(config))
     if state is not None:
         model.load_state_dict(state.model)  # before the optimizer: Brevitas makes new parameters when it loads
-    optimizer, scheduler = _optimizer(model, config, per_epoch)
-    history = [] if state is None else state.restore_(optimizer, scheduler)
-    if config.epochs == len(history):
+    optimizer, scheduler = _optimizer(model, config, len(sizes))
+    done = Done() if state is None else state.restore_(optimizer, scheduler)
+    if config.epochs == len(done.history):
         model.eval()
-        return history
+        return done.history
     recipe = recipe_of(model)
     recipe.pop("sha256", None)  # the weights are no longer those of the file the model was loaded from
     set_recipe(model, recipe)
-    step_loss = loss or _default_loss(config, teacher)
+    step = _Step(model, loss or _default_loss(config, teacher), config.precision)
     if teacher is not None:
         teacher.eval()
     keep_freed_memory()
-    with _progress() as progress, torch.random.fork_rng():
-        bar = progress.add_task(label, total=config.epochs * per_epoch, completed=len(history) * per_epoch, note="")
-        for epoch in range(len(history), config.epochs):
-            torch.manual_seed(config.seed * 1_000_003 + epoch)
+    board = Board(tensorboard if is_main() else None)
+    saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved
+        if resume is not None and is_main():
+            save_state(resume, model, optimizer, scheduler, asdict(config), done)
+        saved = time.monotonic()
+
+    with _progress() as progress, torch.random.fork_rng(), board:
+        total = config.epochs * len(sizes)
+        bar = progress.add_task(label, total=total, completed=len(done.history) * len(sizes) + done.batch, note="")
+        for epoch in range(len(done.history), config.epochs):
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            augment = config.augment or data.augment
             lay_out_(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
-            total = torch.zeros((), device=device)
-            for images, labels in batches(
-                train, config.batch_size, generator=generator, augment=augment, device=device
-            ):
-                optimizer.zero_grad(set_to_none=True)
-                value = step_loss(model, laid_out(images, torch.channels_last), labels)
-                if not bool(value.detach().isfinite()):
-                    raise FloatingPointError(
-                        f"the loss is {float(value.detach())} in epoch {epoch + 1} of {label!r}; "
-                        f"try a lower lr than {config.lr}"
-                    )
-                value.backward()
-                optimizer.step()
-                scheduler.step()
-                total += value.detach()
-                progress.advance(bar)
+            parts = batches(
+                train, config.batch_size, generator=generator, augment=config.augment or data.augment, device=device,
+                share=(rank, world),
+            )  # fmt: skip
+            with shared(step) as shared_step:
+                run = torch.compile(shared_step) if config.compile else shared_step
+                for batch, (images, labels) in enumerate(parts):
+                    if batch < done.batch:  # done before the run was stopped
+                        continue
+                    torch.manual_seed(((config.seed * 1_000_003 + epoch) * len(sizes) + batch) * world + rank)
+                    optimizer.zero_grad(set_to_none=True)
+                    value, terms = run(laid_out(images, torch.channels_last), labels)
+                    number = float(value.detach())
+                    _refuse_divergence(number, done, epoch, batch, label, config, resume)
+                    # DDP takes the mean over processes, whose shares of the batch may differ by one image
+                    (value if world == 1 else value * (len(images) * world / sizes[batch])).backward()
+                    optimizer.step()
+                    scheduler.step()
+                    if after_step is not None:
+                        after_step(scheduler.last_epoch, total)
+                    done.batch, done.total = batch + 1, done.total + number
+                    board.step(scheduler.last_epoch, terms, scheduler.get_last_lr()[0])
+                    progress.advance(bar)
+                    if world == 1 and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                        save()
             lay_out_(model.eval(), torch.contiguous_format)
-            history.append(Epoch(epoch + 1, float(total) / per_epoch, accuracy(model, data.val)))
-            _save_state(resume, model, optimizer, scheduler, config, history)
-            progress.update(bar, note=f"loss {history[-1].loss:.3f}, validation {history[-1].val_accuracy:.2f} %")
+            average_buffers_(model)
+            right, seen = summed(torch.tensor(_count(model, data.val, 500, (rank, world)), device=device)).tolist()
+            mean_loss = float(summed(torch.tensor(done.total, device=device))) / world / len(sizes)
+            done.history.append(Epoch(epoch + 1, mean_loss, 100.0 * right / max(1, seen)))
+            done.batch, done.total = 0, 0.0
+            save()
+            wait()
+            board.epoch(scheduler.last_epoch, done.history[-1], model, data.val)
+            progress.update(bar, note=f"loss {mean_loss:.3f}, validation {done.history[-1].val_accuracy:.2f} %")
             if not progress.console.is_terminal:
                 progress.console.print(
                     f"{label}: epoch {epoch + 1}/{config.epochs}, {progress.tasks[bar].fields['note']}"
                 )
     model.eval()
-    return history
+    return done.history
+
+
+class _Step(nn.Module):
+    """The loss of one batch as a module, which DDP and torch.compile can wrap: the sum, and its terms by name."""
+
+    def __init__(self, model: nn.Module, loss: Loss, precision: str) -> None:
+        super().__init__()
+        self.model, self.loss, self.precision = model, loss, precision
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            found = self.loss(self.model, images, labels)
+        terms = found if isinstance(found, dict) else {"loss": found}
+        total = torch.stack(list(terms.values())).sum()
+        return total, {name: value.detach() for name, value in terms.items()}
+
+
+def _refuse_divergence(
+    loss: float, done: Done, epoch: int, batch: int, label: str, config: TrainConfig, resume: str | Path | None
+) -> None:
+    limit = DIVERGED * max(done.history[0].loss, 0.1) if done.history else math.inf
+    if math.isfinite(loss) and loss <= limit:
+        return
+    good = "there is no state yet to go back to"
+    if resume is not None and Path(resume).exists():
+        good = f"the last good state is {resume}, written after epoch {len(done.history)}"
+    raise FloatingPointError(
+        f"the loss is {loss:.6g} in step {batch + 1} of epoch {epoch + 1} of {label!r}; try a lower lr than "
+        f"{config.lr}, or a longer warmup than {config.warmup}; {good}"
+    )
 
 
 @torch.no_grad()
@@ -189,28 +251,22 @@ def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: An
         batch_size: images a call.
         options: passed to the model, e.g. ``timesteps=4``.
     """
-    training, device = model.training, device_of(model)
-    model.eval()
-    right = seen = 0
-    for images, labels in batches(source, batch_size, device=device):
-        logits = model(images, **options)
-        answer = (logits[-1] if logits.dim() == 3 else logits).argmax(1)
-        right += int((answer == labels).sum())
-        seen += len(labels)
+    training = model.training
+    right, seen = _count(model.eval(), source, batch_size, (0, 1), **options)
     model.train(training)
     return 100.0 * right / max(1, seen)
 
 
-def kl_divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    r""":math:`\tau^2\,KL(\mathrm{softmax}(t/\tau)\,\|\,\mathrm{softmax}(z/\tau))`, mean over the batch.
-
-    Shape:
-        logits z and target t: (B, K).
-    Source:
-        Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
-    """
-    log_p, log_q = F.log_softmax(logits / temperature, -1), F.log_softmax(target / temperature, -1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+@torch.no_grad()
+def _count(model: nn.Module, source: Any, batch_size: int, share: tuple[int, int], **options: Any) -> tuple[int, int]:
+    """Right answers, and all, of this process's share of the data."""
+    right = seen = 0
+    for images, labels in batches(source, batch_size, device=device_of(model), share=share):
+        logits = model(images, **options)
+        answer = (logits[-1] if logits.dim() == 3 else logits).argmax(1)
+        right += int((answer == labels).sum())
+        seen += len(labels)
+    return right, seen
 
 
 def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
@@ -227,38 +283,6 @@ def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
         return (1 - config.kd_weight) * value + config.kd_weight * kl
 
     return loss
-
-
-def laid_out(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Return a copy of a 4-d tensor with the strides of ``memory_format``; anything else as it is.
-
-    ``Tensor.to`` leaves the strides of a tensor with one channel as they come. A convolution chooses its algorithm by
-    them: it may be several times slower, and it may round differently, so that a continued run would not end with the
-    weights of one that was not stopped.
-    """
-    return torch.empty_like(x, memory_format=memory_format).copy_(x) if x.dim() == 4 else x
-
-
-def keep_freed_memory() -> None:
-    """Let the C library of Linux (glibc) keep what is freed, instead of giving it back to the system, from now on.
-
-    A training step frees tensors of megabytes and asks for the same again; by default each is mapped anew, and its
-    pages are cleared at first touch, which takes up to a third of a step on a CPU. A limit that you set yourself
-    (``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_``) stays, and elsewhere this does nothing.
-    """
-    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-@torch.no_grad()
-def lay_out_(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Put all 4-d parameters of a model into a memory format, in place."""
-    for parameter in model.parameters():
-        parameter.data = laid_out(parameter, memory_format)
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, per_epoch: int) -> tuple[Any, Any]:
@@ -283,59 +307,11 @@ def _optimizer(model: nn.Module, config: TrainConfig, per_epoch: int) -> tuple[A
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _progress() -> Progress:
-    return Progress(
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar, of the first process."""
+    with Progress(
         TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-
-
-def _save_state(
-    path: str | Path | None, model: nn.Module, optimizer: Any, scheduler: Any, config: TrainConfig, history: list[Epoch]
-) -> None:
-    """Write model, optimizer and history beside the file and rename, so that a kill leaves the last good one."""
-    if path is None:
-        return
-    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if value is not None:
-                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).contiguous()
-    meta = {"config": asdict(config), "history": [asdict(epoch) for epoch in history], "step": scheduler.last_epoch}
-    write_atomic(path, save_tensors(tensors, {"qsnn.fit": json.dumps(meta)}))
-
-
-@dataclass(frozen=True)
-class _State:
-    model: dict[str, Tensor]
-    optimizer: dict[int, dict[str, Tensor]]
-    step: int
-    history: list[Epoch]
-
-    def restore_(self, optimizer: Any, scheduler: Any) -> list[Epoch]:
-        optimizer.load_state_dict({"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]})
-        scheduler.last_epoch = self.step
-        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * factor(self.step)
-        return list(self.history)
-
-
-def _read_state(path: str | Path | None, config: TrainConfig) -> _State | None:
-    if path is None or not Path(path).exists():
-        return None
-    raw = Path(path).read_bytes()
-    try:
-        tensors = load_tensors(raw)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        meta = json.loads(header["__metadata__"]["qsnn.fit"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no state of a training run ({error}); delete it to start over") from error
-    if meta["config"] != asdict(config):
-        raise ValueError(f"{path} is the state of a run with other options; delete it to start over")
-    optimizer: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            optimizer.setdefault(int(index), {})[key] = value
-    model = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
-    return _State(model, optimizer, meta["step"], [Epoch(**epoch) for epoch in meta["history"]])
+        TextColumn("{task.fields[note]}"), console=None if is_main() else Console(quiet=True), disable=not is_main(),
+    ) as progress:  # fmt: skip
+        yield progress

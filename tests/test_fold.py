@@ -145,7 +145,7 @@ def broken_weight(snn: qsnn.SNN) -> qsnn.SNN:
 def broken_start(snn: qsnn.SNN) -> qsnn.SNN:
     for module in snn.modules():
         if isinstance(module, IFNode):
-            module.initial = 0.0
+            module.initial = torch.zeros_like(module.initial)
     return qsnn.fold(snn)
 
 

@@ -1,0 +1,94 @@
+"""TensorBoard scalars of a training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsnn.data import batches
+from qsnn.graph import device_of
+from qsnn.loop import TimeLoop
+from qsnn.neurons import SNN
+from qsnn.state import Epoch
+
+_EVERY = 20
+"""Steps between two points of a loss curve."""
+
+
+class Board:
+    """Writes scalars into a folder that TensorBoard reads; without a folder it does nothing.
+
+    Args:
+        folder: made where missing; None: write nothing.
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.writer: Any = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("expected TensorBoard to be installed: pip install 'qsnn[tensorboard]'") from error
+        self.writer = SummaryWriter(str(folder))
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def step(self, step: int, terms: dict[str, Tensor], lr: float) -> None:
+        """Write the loss terms of a step, and its learning rate."""
+        if self.writer is None or step % _EVERY:
+            return
+        for name, value in terms.items():
+            self.writer.add_scalar(f"loss/{name}", float(value), step)
+        self.writer.add_scalar("lr", lr, step)
+
+    def epoch(self, step: int, epoch: Epoch, model: nn.Module, val: Any) -> None:
+        """Write loss and validation accuracy of an epoch; of an SNN also accuracy by T and firing rate by layer."""
+        if self.writer is None:
+            return
+        self.writer.add_scalar("epoch/loss", epoch.loss, step)
+        self.writer.add_scalar("epoch/validation accuracy", epoch.val_accuracy, step)
+        loop = getattr(model, "loop", model)
+        if isinstance(loop, SNN | TimeLoop):
+            curve, rates = _measured(loop, val)
+            for t, value in enumerate(curve, 1):
+                self.writer.add_scalar(f"accuracy by T/{t}", value, step)
+            for name, rate in rates.items():
+                self.writer.add_scalar(f"firing rate/{name}", rate, step)
+        self.writer.flush()
+
+
+@torch.no_grad()
+def _measured(snn: SNN | TimeLoop, source: Any) -> tuple[list[float], dict[str, float]]:
+    """Accuracy after each step [%] and spikes per neuron and step by layer [1]."""
+    sums = dict.fromkeys((name for name, _ in snn.neurons()), 0.0)
+    sizes = dict.fromkeys(sums, 0)
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
+            sums[name] += float(spikes.abs().sum())
+            sizes[name] += spikes.numel()
+
+        return hook
+
+    handles = [neuron.register_forward_hook(count(name)) for name, neuron in snn.neurons()]
+    right, seen = torch.zeros(snn.timesteps, dtype=torch.int64), 0
+    for images, labels in batches(source, 250, device=device_of(snn)):
+        right += (snn(images).argmax(-1) == labels).sum(1).cpu()
+        seen += len(labels)
+    for handle in handles:
+        handle.remove()
+    return (100.0 * right / seen).tolist(), {name: sums[name] / max(1, sizes[name]) for name in sums}

@@ -1,0 +1,107 @@
+"""The terms of the distillation loss, each with its formula and its source. They see the logits of single steps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kl_divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tau^2\,KL(\mathrm{softmax}(t/\tau)\,\|\,\mathrm{softmax}(z/\tau))`, mean over the batch.
+
+    Shape:
+        logits z and target t: (B, K).
+    Source:
+        Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
+    """
+    log_p, log_q = F.log_softmax(logits / temperature, -1), F.log_softmax(target / temperature, -1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def smoothed_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    r""":math:`CE_\epsilon(\bar z, y)`, with the mean over time :math:`\bar z = \tfrac1T \sum_t z_t`.
+
+    Shape:
+        step_logits z: (T, B, K); labels: (B,).
+    Source:
+        Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016 (label smoothing).
+    """
+    return F.cross_entropy(step_logits.mean(0), labels, label_smoothing=smoothing)
+
+
+def step_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    r""":math:`\tfrac1T \sum_t CE_\epsilon(z_t, y)`: every step answers on its own (TET).
+
+    Shape:
+        step_logits z: (T, B, K); labels: (B,).
+    Source:
+        Deng et al., "Temporal Efficient Training of Spiking Neural Network via Gradient Re-weighting", ICLR 2022.
+    """
+    steps = len(step_logits)
+    return F.cross_entropy(step_logits.flatten(0, 1), labels.repeat(steps), label_smoothing=smoothing)
+
+
+def step_regulariser(step_logits: Tensor, target: float = 1.0) -> Tensor:
+    r""":math:`\tfrac1T \sum_t \mathrm{mean}\,(z_t - \phi)^2`: keeps outliers of single steps small (TET).
+
+    Shape:
+        step_logits z: (T, B, K); target φ: a number.
+    Source:
+        Deng et al., ICLR 2022 (φ is the threshold there, weight λ = 0.05 beside 1 - λ of the cross entropy).
+    """
+    return (step_logits - target).square().mean()
+
+
+def step_divergence(step_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tfrac1T \sum_t \tau^2 KL(p^{teacher}_\tau \,\|\, p_\tau(z_t))`: every step is taught on its own.
+
+    Shape:
+        step_logits z: (T, B, K); target: (B, K).
+    Source:
+        Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks ...", CVPR 2025.
+    """
+    flat = step_logits.flatten(0, 1)
+    return kl_divergence(flat, target.repeat(len(step_logits), 1), temperature)
+
+
+def ensemble_divergence(step_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tfrac1T \sum_t \tau^2 KL(p_\tau(\bar z) \,\|\, p_\tau(z_t))`: every step follows the mean over time.
+
+    The mean :math:`\bar z` is a constant to the gradient.
+
+    Shape:
+        step_logits z: (T, B, K).
+    Source:
+        Yu et al., CVPR 2025 (the student's own ensemble over time as a second teacher).
+    """
+    return step_divergence(step_logits, step_logits.mean(0).detach(), temperature)
+
+
+def answer_divergence(step_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tfrac1T \sum_t \tau^2 KL(p^{teacher}_\tau \,\|\, p_\tau(m_t))`, with the answers
+    :math:`m_t = \tfrac1t \sum_{i \le t} z_i`: what a user gets after t steps, for every t up to T.
+
+    Shape:
+        step_logits z: (T, B, K); target: (B, K).
+    Source:
+        Hinton et al. 2015, at every T at once.
+    """
+    counts = torch.arange(1, len(step_logits) + 1, device=step_logits.device).view(-1, 1, 1)
+    return step_divergence(step_logits.cumsum(0) / counts, target, temperature)
+
+
+def rate_matching(rates: dict[str, Tensor], activations: dict[str, Tensor], scales: dict[str, Tensor]) -> Tensor:
+    r""":math:`\mathrm{mean}_l\,\mathrm{mean}\,((r_l - y_l) / \theta_l)^2`, over layers l.
+
+    Args:
+        rates: r = θ·(spikes a step), the student's mean output of each layer.
+        activations: y, the teacher's activation of the same layer.
+        scales: θ of each layer.
+    Shape:
+        r and y: (B, *); θ: broadcast against them.
+    Source:
+        Hong et al., "LaSNN: Layer-wise ANN-to-SNN Distillation ...", 2023; Romero et al., "FitNets", ICLR 2015.
+    """
+    errors = [((rate - activations[name]) / scales[name]).square().mean() for name, rate in rates.items()]
+    return torch.stack(errors).mean()
