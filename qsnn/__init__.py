@@ -3,7 +3,7 @@
 from qsnn.benchmark import Benchmark, benchmark
 from qsnn.certify import Certificate, certify
 from qsnn.checkpoint import load, load_weights, read_recipe, save
-from qsnn.convert import ConvertConfig, convert
+from qsnn.convert import ConvertConfig, as_qann, convert
 from qsnn.data import Data, batches
 from qsnn.datasets import load_data
 from qsnn.distill import DistillConfig, distill, distill_together
@@ -31,6 +31,7 @@ __all__ = [
     "Summary",
     "TrainConfig",
     "accuracy",
+    "as_qann",
     "batches",
     "benchmark",
     "certify",

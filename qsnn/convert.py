@@ -13,6 +13,8 @@ from qsnn.calibrate import calibration_images
 from qsnn.correct import CORRECTIONS, THRESHOLDS, correct_
 from qsnn.dynamics import Dynamics
 from qsnn.graph import (
+    BATCH_NORMS,
+    LAYERS,
     RELUS,
     add_module,
     call_nodes,
@@ -147,6 +149,34 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
         set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
     snn.train(model.training)
     return snn
+
+
+@torch.no_grad()
+def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
+    """Return a copy of a quantized network with the weights, batch norms and thresholds of a student made from it.
+
+    Fired deferred at T = L the student equals this network, which :func:`qsnn.certify` proves.
+
+    Args:
+        student: from :func:`qsnn.distill`.
+        qann: the network that :func:`convert` was given.
+    Raises:
+        ValueError: the student has no such twin: another neuron than the IF of one θ and v₀ = θ/2, or other layers.
+    """
+    twin = copy.deepcopy(qann)
+    for name, module in student.network.named_modules():
+        if isinstance(module, IFNode):
+            quant = level_quant(twin.get_submodule(name))
+            if not module.dynamics.plain or module.threshold.dim() or bool((module.initial != 0.5).any()):
+                raise ValueError(f"{name} is no IF neuron of one threshold and half of it at the start")
+            if quant is not None and float(quant.step.double() * quant.levels) != float(module.threshold):
+                quant.scaling_impl.value.fill_(float(module.threshold))
+        elif isinstance(module, (*LAYERS, *BATCH_NORMS)) or level_quant(module) is not None:
+            try:
+                twin.get_submodule(name).load_state_dict(module.state_dict())
+            except (AttributeError, RuntimeError) as error:
+                raise ValueError(f"the two networks have different layers; look at {name}") from error
+    return twin
 
 
 def spiking_structure(model: nn.Module, config: ConvertConfig) -> SNN:

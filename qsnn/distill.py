@@ -221,6 +221,8 @@ def distill_together(
     )  # fmt: skip
     finish_pruning_(pair.student)
     trained = pair.student
+    for parameter, _ in limits:
+        parameter.requires_grad_(False)
     recipe["convert"] = {**recipe.get("convert", {}), "timesteps": config.timesteps, "firing": "online"}
     recipe["teacher"] = recipe_of(teachers[0]).get("sha256")
     set_recipe(trained, recipe)

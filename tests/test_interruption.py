@@ -58,7 +58,8 @@ def test_killed_at_random_moments(flow: Path) -> None:
     for _ in range(20 * KILLS):
         student.unlink(missing_ok=True)
         process = subprocess.Popen(command(flow), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(flow.glob(STATES)):  # imports take seconds; they are no moment of interest
+        # imports take seconds; they are no moment of interest
+        while process.poll() is None and not list(flow.glob(STATES)):
             time.sleep(0.01)
         time.sleep(draw.random() * 1.5)
         process.send_signal(signal.SIGKILL)
