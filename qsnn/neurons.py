@@ -60,7 +60,8 @@ class _IFFunction(torch.autograd.Function):
                 continue
             total = grad_v.clone() if total is None else total.add_(grad_v)
         wants_theta, wants_v = ctx.needs_input_grad[1:3]
-        return total if grad_x is None else grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
+        grad_x = total if grad_x is None else grad_x
+        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
 
 
 class IFNode(BaseNode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def config(**options: object) -> qsnn.DistillConfig:
 @pytest.fixture(scope="module")
 def nets(digits: qsnn.Data) -> tuple[nn.Module, nn.Module, qsnn.SNN]:
     teacher = qsnn.create_model("study", digits)
-    qsnn.fit(teacher, digits, qsnn.TrainConfig(epochs=1, train_images=512))
+    qsnn.fit(teacher, digits, qsnn.TrainConfig(epochs=3, batch_size=32))
     qann = qsnn.quantize(teacher, digits)
     return teacher, qann, qsnn.convert(qann)
 
@@ -71,12 +72,16 @@ def test_all_terms_at_once_from_two_teachers(nets: tuple, digits: qsnn.Data) -> 
     options = dict.fromkeys(
         ("answer_weight", "step_ce_weight", "step_weight", "ensemble_weight", "regulariser_weight", "rate_weight"), 0.1
     )
-    student = qsnn.distill(snn, [teacher, qann], digits, config(epochs=4, **options))
+    student = qsnn.distill(snn, [teacher, qann], digits, config(epochs=4, batch_size=16, **options))
     assert qsnn.accuracy(student, digits.val) > 30
 
 
 def test_rate_matching_pulls_rates_to_the_activations(nets: tuple, digits: qsnn.Data) -> None:
     _, qann, snn = nets
+    snn = copy.deepcopy(snn)
+    for parameter in snn.parameters():  # rates that match no more
+        if parameter.dim() > 1:
+            parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.2)
     images = next(batches(digits.train, 256))[0]
 
     def distance(student: qsnn.SNN) -> float:
@@ -91,9 +96,9 @@ def test_rate_matching_pulls_rates_to_the_activations(nets: tuple, digits: qsnn.
         rates = {name: spikes[name].unflatten(0, (2, -1)).mean(0) * theta for name, theta in thetas.items()}
         return float(losses.rate_matching(rates, activations, thetas))
 
-    options = {"epochs": 4, "ce_weight": 0.0, "kd_weight": 0.0, "rate_weight": 1.0, "lr": 0.05}
+    options = {"epochs": 4, "batch_size": 16, "ce_weight": 0.0, "kd_weight": 0.0, "rate_weight": 1.0, "lr": 0.01}
     student = qsnn.distill(snn, qann, digits, config(**options))
-    assert distance(student) < 0.9 * distance(snn)
+    assert distance(student) < 0.8 * distance(snn)
 
 
 def test_layers_to_match_are_named(nets: tuple, digits: qsnn.Data) -> None:
