@@ -11,15 +11,16 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import qsnn
 from qsnn.records import Record, append, environment, now, read
@@ -41,6 +42,10 @@ class Setting:
     def training(self, lr: float, **options: Any) -> qsnn.TrainConfig:
         """The options of one stage."""
         return qsnn.TrainConfig(epochs=self.epochs, lr=lr, train_images=self.train_images, seed=self.seed, **options)
+
+    def low_bits(self) -> qsnn.TrainConfig:
+        """Training of low-precision weights: AdamW, small batches, cross entropy; of 1 bit far better than SGD."""
+        return self.training(0.01, optimizer="adamw", weight_decay=0.0, batch_size=64, kd_weight=0.0)
 
 
 def cached(name: str, config: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
@@ -86,8 +91,8 @@ def precision(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str
 
     32/32 is the float teacher trained on for the same epochs: the fair comparison.
     """
+    training = setting.low_bits()
     for label, options in PRECISIONS.items():
-        training = setting.training(0.1, batch_size=64, kd_weight=0.0)  # better than lr 0.04, batch 128 at every one
         measure = partial(_precision_row, setting, data, label, options, training)
         yield label, {"quantize": options, "train": asdict(training)}, measure
 
@@ -166,17 +171,155 @@ def _online_row(setting: Setting, data: qsnn.Data, scale: float, training: qsnn.
     return found
 
 
-STUDIES = {"precision": precision, "certificates": certificates, "online": online}
+# --- distill: students of two steps beside their quantized teacher, trained on for as long ---------------------------
+
+STUDENTS: dict[str, dict[str, int]] = {
+    "W4": {"weight_bits": 4, "levels": 2},
+    "W1": {"weight_bits": 1, "levels": 2},
+    "fp16": {"weight_bits": 16, "levels": 2},
+}
 
 
-def run(name: str, data_name: str, seeds: list[int], full: bool, data_root: Path | None) -> list[Record]:
+def qann_of(setting: Setting, data: qsnn.Data, options: dict[str, Any]) -> nn.Module:
+    """The quantized network of a setting, trained once."""
+    training = setting.low_bits()
+
+    def make() -> nn.Module:
+        qann = qsnn.quantize(teacher_of(setting, data), data, qsnn.QuantizeConfig(**options))
+        qsnn.fit(qann, data, training, label="QANN")
+        return qann
+
+    return cached("qann", {"setting": asdict(setting), "quantize": options, "train": asdict(training)}, make)
+
+
+def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
+    """How the students of the studies learn."""
+    chosen: dict[str, Any] = {
+        "epochs": setting.epochs, "lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0, "batch_size": 64,
+        "label_smoothing": 0.0, "ce_weight": 1.0, "kd_weight": 0.0,
+        "train_images": setting.train_images, "seed": setting.seed,
+    }  # fmt: skip
+    return qsnn.DistillConfig(**{**chosen, **options})
+
+
+def distill(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Online students from the quantized network of each precision; one for every T; and what they have to beat."""
+    two = student_config(setting, timesteps=2)
+    every = student_config(setting, timesteps=4, ce_weight=0.5, answer_weight=0.5)
+    scratch = student_config(setting, timesteps=2, epochs=3 * setting.epochs)
+    for label, options in STUDENTS.items():
+        config = {"quantize": options, "train": asdict(setting.low_bits())}
+        yield f"{label}, T = 2", {**config, "distill": asdict(two)}, partial(_student_row, setting, data, options, two)
+    options = STUDENTS["W4"]
+    config = {"quantize": options, "train": asdict(setting.low_bits())}
+    yield (
+        "W4, every T", {**config, "distill": asdict(every)}, partial(_student_row, setting, data, options, every)
+    )  # fmt: skip
+    yield (
+        "W4, T = 2, from scratch", {"quantize": options, "distill": asdict(scratch)},
+        partial(_scratch_row, setting, data, options, scratch),
+    )  # fmt: skip
+    yield "SpikingJelly, best recipe at T = 2", {"recipes": "peers.py"}, partial(_peer_row, setting, data)
+
+
+def _curve(snn: qsnn.SNN, data: qsnn.Data) -> dict[str, float]:
+    curve = qsnn.benchmark(snn, data.test, timesteps=4, firing="online").accuracy
+    return {f"T={t}": curve[t - 1] for t in (1, 2, 4)}
+
+
+def _student_row(
+    setting: Setting, data: qsnn.Data, options: dict[str, Any], config: qsnn.DistillConfig
+) -> dict[str, Any]:
+    qann = qann_of(setting, data, options)
+    found = {"qann": qsnn.accuracy(qann, data.test)}
+    student = qsnn.distill(qsnn.convert(qann), qann, data, config)
+    if config.timesteps == 2:
+        longer = qann_of(setting, data, options)
+        qsnn.fit(longer, data, setting.low_bits(), label="QANN on")
+        found["qann on"] = qsnn.accuracy(longer, data.test)
+    return {**found, **_curve(student, data)}
+
+
+def _scratch_row(
+    setting: Setting, data: qsnn.Data, options: dict[str, Any], config: qsnn.DistillConfig
+) -> dict[str, Any]:
+    fresh = qsnn.create_model(setting.model, data, seed=setting.seed)
+    start = qsnn.convert(qsnn.quantize(fresh, data, qsnn.QuantizeConfig(**options)))
+    return _curve(qsnn.distill(start, fresh, data, config), data)  # no term of the loss asks the teacher
+
+
+def _peer_row(setting: Setting, data: qsnn.Data) -> dict[str, Any]:
+    import peers
+
+    return peers.best_of_spikingjelly(teacher_of(setting, data), data, 2)
+
+
+# --- smoothing: does label smoothing help, on the student, on the teacher? ------------------------------------------
+
+SMOOTHINGS = (0.0, 0.05, 0.1, 0.2)
+
+
+def smoothing(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Label smoothing of the student alone, and of its quantized teacher alone; W4/L2, T = 2, half KL."""
+    for where in ("student", "teacher"):
+        for amount in SMOOTHINGS:
+            if where == "teacher" and amount == 0:
+                continue  # that is the student's first row
+            on_student, on_teacher = (amount, 0.0) if where == "student" else (0.0, amount)
+            config = student_config(setting, ce_weight=0.5, kd_weight=0.5, label_smoothing=on_student)
+            yield (
+                f"{where} {amount:g}", {"distill": asdict(config), "teacher_smoothing": on_teacher},
+                partial(_smoothing_row, setting, data, config, on_teacher),
+            )  # fmt: skip
+
+
+def _smoothing_row(
+    setting: Setting, data: qsnn.Data, config: qsnn.DistillConfig, on_teacher: float
+) -> dict[str, Any]:
+    if on_teacher:
+        training = replace(setting.low_bits(), label_smoothing=on_teacher)
+        qann = qsnn.quantize(teacher_of(setting, data), data, qsnn.QuantizeConfig(**STUDENTS["W4"]))
+        qsnn.fit(qann, data, training, label="QANN")
+    else:
+        qann = qann_of(setting, data, STUDENTS["W4"])
+    student = qsnn.distill(qsnn.convert(qann), qann, data, config)
+    measured = qsnn.benchmark(student, data.test, timesteps=2, firing="online")
+    logits = [(student(images)[-1], labels) for images, labels in qsnn.batches(data.test, 250)]
+    error = calibration_error(torch.cat([z for z, _ in logits]), torch.cat([labels for _, labels in logits]))
+    return {
+        "qann": qsnn.accuracy(qann, data.test), "T=2": measured.accuracy[1], "ece": error,
+        "spike rate": measured.spike_rate, "synops": measured.synops,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    r"""Expected calibration error [%]: :math:`\sum_b \tfrac{n_b}{n} |acc_b - conf_b|`, bins of equal width.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    confidence, answer = logits.softmax(-1).max(-1)
+    right = (answer == labels).float()
+    place = (confidence * bins).ceil().clamp(1, bins)
+    gaps = [(right[place == b].sum() - confidence[place == b].sum()).abs() for b in range(1, bins + 1)]
+    return 100.0 * float(sum(gaps)) / len(labels)
+
+
+STUDIES = {
+    "precision": precision, "certificates": certificates, "online": online, "distill": distill, "smoothing": smoothing
+}  # fmt: skip
+
+
+def run(
+    name: str, data_name: str, seeds: list[int], full: bool, data_root: Path | None, model: str = "study"
+) -> list[Record]:
     """Run the rows of a study that have no record yet; return all of them."""
     path = HERE / "records" / f"study-{name}.jsonl"
     console, data = Console(), qsnn.load_data(data_name, root=data_root)
     images, epochs = (None, 12) if full else (20_000, 4)
     wanted: list[tuple[str, int, dict[str, Any]]] = []
     for seed in seeds:
-        setting = Setting(data_name, "study", epochs, images, seed)
+        setting = Setting(data_name, model, epochs, images, seed)
         for label, options, measure in STUDIES[name](setting, data):
             config = json.loads(json.dumps({"setting": asdict(setting), **options}))
             record_name = f"study-{name}/{label}"
@@ -198,7 +341,7 @@ def run(name: str, data_name: str, seeds: list[int], full: bool, data_root: Path
 def print_table(name: str, records: list[Record]) -> None:
     """Mean ± standard deviation over the seeds of every metric, a row a label."""
     labels = list(dict.fromkeys(r.name.partition("/")[2] for r in records))
-    keys = list(records[0].metrics)
+    keys = list(dict.fromkeys(key for r in records for key in r.metrics))
     table = Table(title=f"{name} on {records[0].data}")
     table.add_column("setting")
     for key in keys:
@@ -207,7 +350,10 @@ def print_table(name: str, records: list[Record]) -> None:
         rows = [r for r in records if r.name.partition("/")[2] == label]
         cells = []
         for key in keys:
-            values = [float(r.metrics[key]) for r in rows]
+            values = [float(r.metrics[key]) for r in rows if key in r.metrics]
+            if not values:
+                cells.append("")
+                continue
             cells.append(f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
         table.add_row(label, *cells)
     Console().print(table)
@@ -220,9 +366,10 @@ def main() -> None:
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--full", action="store_true", help="all training images, 12 epochs a stage")
+    parser.add_argument("--model", default="study")
     parser.add_argument("--data-root", type=Path, default=None)
     args = parser.parse_args()
-    print_table(args.name, run(args.name, args.data, args.seeds, args.full, args.data_root))
+    print_table(args.name, run(args.name, args.data, args.seeds, args.full, args.data_root, args.model))
 
 
 if __name__ == "__main__":
