@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,46 @@ def test_a_model_of_ones_own_with_its_weights(
 # ---- what is shown
 
 
+def test_distill_prunes_and_teaches_both(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ("--epochs", 1, "--train-images", 256, "--device", "cpu")
+    out = tmp_path / "a.safetensors"
+    qsnn_command(
+        "distill", chain / "snn", "--teacher", chain / "qann", "--out", out, "--sparsity", 0.6, "--mutual",
+        "--tensorboard", tmp_path / "board", *short,
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert re.search(r"weights that are zero: [67]\d\.\d %", said)
+    assert qsnn.read_recipe(tmp_path / "a-teacher.safetensors")["kind"] == "qann"
+    assert list((tmp_path / "board").iterdir())
+    both = ("--teacher", chain / "qann", chain / "teacher")
+    qsnn_command("distill", chain / "snn", *both, "--out", tmp_path / "b", *short)
+    assert qsnn.read_recipe(tmp_path / "b")["kind"] == "student"
+
+
+@pytest.mark.slow
+def test_torchrun_writes_once_and_goes_on(chain: Path, tmp_path: Path) -> None:
+    """Two processes, stopped after their first epoch, give the file of two that were not."""
+    wide = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qsnn"]
+    command = ["distill", str(chain / "snn"), "--teacher", str(chain / "qann"), "--epochs", "8", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = subprocess.run([*wide, *command, "--out", str(whole)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    process = subprocess.Popen([*wide, *command, "--out", str(parts)], env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".parts*.resume")):
+        time.sleep(0.01)
+    process.terminate()
+    process.wait()
+    assert not parts.exists()
+    subprocess.run([*wide, *command, "--out", str(parts)], env=environment, check=True, capture_output=True)
+    assert weights(whole) == weights(parts)
+
+
+def weights(path: Path) -> dict[str, list[float]]:
+    return {name: value.flatten().tolist() for name, value in qsnn.load(path).state_dict().items()}
+
+
 def test_convert_certifies(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     qsnn_command("convert", chain / "qann", "--certify", "--firing", "deferred", "--out", tmp_path / "snn")
     shown = capsys.readouterr().out
@@ -407,6 +448,13 @@ def test_numbers_out_of_range(chain: Path, tmp_path: Path, refused: Callable[...
     assert "firing must be 'online'" in refused("benchmark", chain / "snn", "--firing", "later")
     assert "at least one checkpoint" in refused("benchmark")
     assert not list(tmp_path.iterdir())
+
+
+def test_devices_that_are_not_there(tmp_path: Path, refused: Callable[..., str]) -> None:
+    options = ("train", "--data", "digits", "--out", tmp_path / "a", "--device")
+    assert "expected a device like 'cpu', 'cuda' or 'cuda:1', got 'tpus'" in refused(*options, "tpus")
+    if not torch.cuda.is_available():
+        assert "has no CUDA GPU" in refused(*options, "cuda")
 
 
 def test_names_that_are_not_known(
