@@ -1,23 +1,41 @@
-"""benchmark(): accuracy against T, and what it costs in spikes and operations."""
+"""benchmark(): accuracy against T, and what it costs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
+from qsnn.counting import Counter, LiveMemory
 from qsnn.data import batches
+from qsnn.energy import Estimate, LayerCost, estimates
 from qsnn.fold import fold
 from qsnn.graph import device_of
-from qsnn.integer import FloatLayer, IntegerLayer
+from qsnn.loop import TimeLoop
 from qsnn.neurons import SNN
-from qsnn.summary import LayerSummary, summary
+from qsnn.records import interval
+from qsnn.summary import LayerSummary, Summary, summary
+
+_STATE_BITS = {"int8": 8, "int16": 16, "fp16": 16}
+MARGINS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Leads at which early exit is drawn [1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit:
+    """Early exit: an image stops once the class in front leads by ``margin``."""
+
+    margin: float
+    """Difference of the two largest probabilities of the running answer [0, 1]."""
+    timesteps: float
+    """Mean over the images."""
+    accuracy: float
+    """[%]"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +51,39 @@ class Benchmark:
     """Right answers [%], one a T; one number for an ANN."""
     firing: str | None
     """"online" or "deferred"; None for an ANN."""
+    made_for: int
+    """The T that the numbers below without a T of their own are for; 0 for an ANN."""
     spike_rates: dict[str, float]
-    """Spikes per neuron and step [1] by layer, over the T steps the model is made for."""
+    """Spikes per neuron and step [1] by layer."""
     spike_rate: float | None
     """The same over all neurons."""
+    spike_rate_by_t: tuple[float, ...]
+    """The same, one a T."""
     synops: float | None
-    """Spike-driven accumulates per image, over the T steps the model is made for."""
+    """Spike-driven accumulates per image."""
+    synops_by_t: tuple[float, ...]
+    """The same, one a T."""
+    layers: tuple[LayerCost, ...]
+    """What each layer with weights does for one image."""
     macs: float
     """Multiply-accumulates per image; of a spiking network those of layers that do not see spikes: before its first
     neuron, and at every step behind a linear bottleneck."""
     weight_bytes: int
     """Weights at their precision, all else at 32 bit [byte]."""
+    weight_bytes_by_bits: dict[str, int]
+    """The same, by the bits of the weights; biases, batch norm and thresholds as "other"."""
+    state_bytes: int
+    """Membranes of one image [byte]."""
+    peak_bytes: int
+    """Most memory of tensors at one time, while one image is answered, without the parameters [byte]."""
+    latency_ms: float
+    """Median time to answer one image [ms]."""
+    throughput: float
+    """Images a second, in batches."""
+    energy: tuple[Estimate, ...]
+    """Three estimates, which belong together."""
+    exits: tuple[Exit, ...]
+    """Early exit at several margins, the asked one first; () where it was not asked for."""
     confusion: list[list[int]] | None
     """Rows: label; columns: answer; at the T the model is made for."""
     agreement: tuple[float, ...] | None
@@ -52,6 +92,11 @@ class Benchmark:
     """Potentials that did not fit into the membrane's bits, over all steps run; None where it is float."""
     seconds: float
     """Time of the whole measurement [s]."""
+
+    @property
+    def intervals(self) -> tuple[tuple[float, float], ...]:
+        """Both ends of the 95 % interval of each accuracy [%] (Wilson)."""
+        return tuple((100 * low, 100 * high) for low, high in (interval(a / 100, self.n) for a in self.accuracy))
 
     def metrics(self) -> dict[str, Any]:
         """Return the numbers as plain types, for a record."""
@@ -67,73 +112,141 @@ def benchmark(
     firing: str | None = None,
     name: str | None = None,
     reference: nn.Module | None = None,
+    exit_margin: float | None = None,
     batch_size: int = 250,
 ) -> Benchmark:
-    r"""Measure accuracy for every T and count spikes and operations, in one pass over the data.
+    r"""Measure accuracy for every T and what it costs, in one pass over the data.
 
     A spiking network is measured in its integer form (folded here if it is not). Online, one pass of ``timesteps``
     steps gives every T. Deferred firing takes a pass for each T, here the powers of two and the T the model is made
-    for. An operation is counted for every spike that arrives at every synapse it reaches: border pixels reach fewer,
-    and the spikes that an average pool adds up count one by one.
+    for. How operations are counted: :class:`qsnn.counting.Counter`; energy: :mod:`qsnn.energy`.
 
     Args:
-        model: a float network, a QANN or an SNN.
+        model: a float network, a QANN, an SNN, or a network of SpikingJelly modules.
         loader: a Dataset or an iterable of (images, labels).
         timesteps: largest T.
         firing: "online" or "deferred"; default what the SNN is made for.
         name: shown in tables; default its kind.
         reference: a model whose answers are compared (the QANN, usually).
+        exit_margin: also answer early: an image stops after the first step at which the two largest probabilities of
+            the running answer differ by at least so much [0, 1]; accuracy and mean T at a range of margins.
         batch_size: images a call.
     Raises:
-        ValueError: T < 1, or no images.
+        ValueError: T < 1, no images, or a margin outside [0, 1] or of a network that has no steps.
     """
     if not isinstance(timesteps, int) or timesteps < 1:
         raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
     started = time.perf_counter()
     kind = getattr(model, "qsnn_recipe", {}).get("kind", type(model).__name__)
-    weigh = summary(model, _shape(model, loader))
-    spiking = isinstance(model, SNN)
-    if isinstance(model, SNN):
-        model = model if model.folded else fold(model)
-        firing = firing or model.firing
-        powers = [2**i for i in range(timesteps.bit_length()) if 2**i <= timesteps]
-        own = min(model.timesteps, timesteps)
-        steps = list(range(1, timesteps + 1)) if firing == "online" else sorted({*powers, own})
+    bits = _level_bits(model)
+    runner: Any = _runner(model, timesteps)
+    spiking = isinstance(runner, SNN | TimeLoop)
+    steps: list[int] = []
+    own = min(runner.timesteps, timesteps) if spiking else 0
+    if isinstance(runner, SNN):
+        firing = firing or runner.firing
+    elif spiking:
+        firing = "online"
     else:
-        model, firing, steps, own = model.eval(), None, [], 0
-    counter = _Counter(model, own) if isinstance(model, SNN) else None
-    device = device_of(model)
+        firing = None
+    if spiking:
+        powers = [2**i for i in range(timesteps.bit_length()) if 2**i <= timesteps]
+        steps = list(range(1, timesteps + 1)) if firing == "online" else sorted({*powers, own})
+    if exit_margin is not None and (not 0 <= exit_margin <= 1 or firing != "online"):
+        raise ValueError(f"early exit needs a margin from 0 to 1 and online firing, got {exit_margin} and {firing}")
+    counter = Counter(runner) if spiking else None
+    margins = () if exit_margin is None else (exit_margin, *MARGINS)
     right = torch.zeros(max(1, len(steps)), dtype=torch.int64)
     agree = torch.zeros_like(right)
+    left = torch.zeros(len(margins), 2, dtype=torch.float64)
     confusion: Tensor | None = None
+    batch: Tensor | None = None
     seen = 0
-    for images, labels in batches(loader, batch_size, device=device):
-        answers = _answers(model, images, steps, firing, counter)
-        right += (answers == labels).sum(1).cpu()
+    for images, labels in batches(loader, batch_size, device=device_of(model)):
+        answers = _answers(runner, images, steps, firing, counter)
+        classes = answers.argmax(-1)
+        right += (classes == labels).sum(1).cpu()
         if reference is not None:
-            agree += (answers == reference.eval()(images).argmax(1)).sum(1).cpu()
-        at = answers[steps.index(own)] if steps else answers[0]
-        classes = max(int(labels.max()), int(at.max())) + 1
-        confusion = _add_confusion(confusion, labels, at, classes)
+            agree += (classes == reference.eval()(images).argmax(1)).sum(1).cpu()
+        left += _exits(answers, classes, labels, margins)
+        at = classes[steps.index(own)] if steps else classes[0]
+        confusion = _add_confusion(confusion, labels, at, max(int(labels.max()), int(at.max())) + 1)
+        batch = images if batch is None else batch
         seen += len(labels)
-    if not seen:
+    if batch is None:
         raise ValueError("the data is empty: expected at least one batch of (images, labels)")
+    first = batch[:1]
+    weigh = summary(runner, tuple(first.shape[1:]))
+    passed = {t: steps[-1] if firing == "online" else t for t in steps}
+    layers = _costs(weigh, counter, passed.get(own, 0), own, seen)
+    state = sum(counter.neurons.values()) if counter else 0
+    held = {_STATE_BITS.get(getattr(getattr(m, "dynamics", None), "state_bits", None) or "") for m in runner.modules()}
+    state_bits = max((bit for bit in held if bit), default=None)
+    rate = counter.rate(passed[own], own, seen) if counter else None
     return Benchmark(
         name=name or str(kind),
         n=seen,
         timesteps=tuple(steps),
         accuracy=tuple(round(100.0 * int(r) / seen, 4) for r in right),
         firing=firing,
-        spike_rates=counter.rates(seen) if counter else {},
-        spike_rate=counter.rate(seen) if counter else None,
-        synops=counter.synops / seen if counter else None,
-        macs=sum(layer.macs * _runs(layer, own, spiking) for layer in weigh.layers),
+        made_for=own,
+        spike_rates=counter.rates(passed[own], own, seen) if counter else {},
+        spike_rate=rate,
+        spike_rate_by_t=tuple(counter.rate(passed[t], t, seen) for t in steps) if counter else (),
+        synops=sum(layer.synops for layer in layers) if counter else None,
+        synops_by_t=tuple(sum(counter.layer_synops(passed[t], t, seen).values()) for t in steps) if counter else (),
+        layers=layers,
+        macs=sum(layer.macs for layer in layers),
         weight_bytes=weigh.weight_bytes,
+        weight_bytes_by_bits=weigh.weight_bytes_by_bits,
+        state_bytes=state * (state_bits or 32) // 8,
+        peak_bytes=_peak(runner, first, own),
+        latency_ms=1e3 * _time(runner, first, own, repeats=5),
+        throughput=len(batch) / _time(runner, batch, own, repeats=2),
+        energy=estimates(
+            layers, spike_rate=rate, neuron_updates=state * own, state_bits=state_bits, level_bits=bits or 2
+        ),
+        exits=tuple(
+            Exit(margin=m, timesteps=float(t) / seen, accuracy=100.0 * float(a) / seen)
+            for m, (t, a) in zip(margins, left.tolist(), strict=True)
+        ),
         confusion=None if confusion is None else confusion.tolist(),
         agreement=None if reference is None else tuple(round(100.0 * int(a) / seen, 4) for a in agree),
-        overflows=_overflows(model),
+        overflows=_overflows(runner),
         seconds=time.perf_counter() - started,
     )
+
+
+def _runner(model: nn.Module, timesteps: int) -> nn.Module:
+    """What is measured: the integer form of an SNN, a SpikingJelly network in its time loop, an ANN as it is."""
+    if isinstance(model, SNN):
+        return model if model.folded else fold(model)
+    if isinstance(model, TimeLoop) or not any(isinstance(m, base.MemoryModule) for m in model.modules()):
+        return model.eval()
+    return TimeLoop(model, timesteps).eval()
+
+
+def _level_bits(model: nn.Module) -> int | None:
+    """Bits of the activations of the quantized network that a spiking one was made from."""
+    config = getattr(model, "qsnn_recipe", {}).get("quantize")
+    if not config:
+        return None
+    return int(config["levels"]).bit_length() if config.get("levels") else config.get("act_bits")
+
+
+def _costs(
+    weigh: Summary, counter: Counter | None, passed: int, steps: int, images: int
+) -> tuple[LayerCost, ...]:
+    synops = counter.layer_synops(passed, steps, images) if counter else {}
+    return tuple(
+        LayerCost(
+            name=layer.name, weight_bits=layer.weight_bits,
+            input_bits=1 if layer.name in synops else layer.input_bits,
+            macs=0 if layer.name in synops else layer.macs * _runs(layer, steps, counter),
+            synops=synops.get(layer.name, 0.0), dense_macs=layer.macs,
+        )
+        for layer in weigh.layers
+    )  # fmt: skip
 
 
 def _overflows(model: nn.Module) -> int | None:
@@ -141,36 +254,65 @@ def _overflows(model: nn.Module) -> int | None:
     return sum(neuron.overflows for neuron in neurons) if neurons else None
 
 
-def _runs(layer: LayerSummary, steps: int, spiking: bool) -> int:
-    """How often the MACs of a layer are done for one image: a spiking layer has accumulates instead."""
-    if not spiking or layer.static:
+def _runs(layer: LayerSummary, steps: int, counter: Counter | None) -> int:
+    """How often the MACs of a layer that spikes do not drive are done for one image."""
+    if counter is None or (layer.static and not isinstance(counter.model, TimeLoop)):
         return 1
     return 0 if layer.input_bits == 1 else steps
 
 
-def _shape(model: nn.Module, loader: Any) -> tuple[int, ...] | None:
-    if getattr(model, "qsnn_recipe", {}).get("input_shape") or not hasattr(loader, "__getitem__"):
-        return None
-    return tuple(loader[0][0].shape)
+def _call(model: nn.Module, images: Tensor, steps: int, firing: str | None = None) -> Tensor:
+    options: dict[str, Any] = {"timesteps": steps} if steps else {}
+    if firing is not None and isinstance(model, SNN):
+        options["firing"] = firing
+    answers: Tensor = model(images, **options)
+    return answers
 
 
-def _answers(
-    model: nn.Module, images: Tensor, steps: list[int], firing: str | None, counter: _Counter | None
-) -> Tensor:
-    """(len(steps) or 1, B): the class after each T."""
+def _time(model: nn.Module, images: Tensor, steps: int, repeats: int) -> float:
+    """Median seconds of a call, after one that does not count."""
+    seconds = []
+    for _ in range(repeats + 1):
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        _call(model, images, steps).cpu()
+        seconds.append(time.perf_counter() - begun)
+    return median(seconds[1:])
+
+
+def _peak(model: nn.Module, image: Tensor, steps: int) -> int:
+    with LiveMemory() as memory:
+        _call(model, image, steps)
+    return memory.peak
+
+
+def _answers(model: nn.Module, images: Tensor, steps: list[int], firing: str | None, counter: Counter | None) -> Tensor:
+    """(len(steps) or 1, B, K): the answer after each T."""
     if counter is None:
-        return model(images).argmax(-1).reshape(1, -1)
-    if firing == "online":
-        with counter.counting(steps[-1]):
-            return model(images, timesteps=steps[-1], firing=firing).argmax(-1)
+        return _call(model, images, 0).unsqueeze(0)
+    passes = [steps[-1]] if firing == "online" else steps
     found = []
-    for t in steps:
-        if t == counter.own:
-            with counter.counting(t):
-                found.append(model(images, timesteps=t, firing=firing).argmax(-1))
-        else:
-            found.append(model(images, timesteps=t, firing=firing).argmax(-1))
-    return torch.cat(found)
+    for t in passes:
+        with counter.counting(t):
+            found.append(_call(model, images, t, firing))
+    return found[0] if firing == "online" else torch.cat(found)
+
+
+def _exits(answers: Tensor, classes: Tensor, labels: Tensor, margins: tuple[float, ...]) -> Tensor:
+    """For each margin the steps taken, and the right answers, over all images: (margins, 2)."""
+    if not margins:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    first, second = answers.softmax(-1).topk(2, -1).values.unbind(-1)
+    last = len(answers) - 1
+    rows = []
+    for margin in margins:
+        enough = (first - second) >= margin
+        enough[last] = True
+        stop = enough.int().argmax(0)
+        picked = classes.gather(0, stop.unsqueeze(0))[0]
+        rows.append([float((stop + 1).sum()), float((picked == labels).sum())])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _add_confusion(total: Tensor | None, labels: Tensor, answers: Tensor, classes: int) -> Tensor:
@@ -179,67 +321,3 @@ def _add_confusion(total: Tensor | None, labels: Tensor, answers: Tensor, classe
     if total is not None:
         counts[: len(total), : len(total)] += total
     return counts
-
-
-class _Counter:
-    """Counts spikes out of every neuron and synaptic operations into every integer layer, for the first T steps."""
-
-    def __init__(self, model: SNN, own: int) -> None:
-        self.model, self.own = model, own
-        self.synops = 0.0
-        self.spikes: dict[str, float] = {}
-        self.neurons: dict[str, int] = {}
-        self._fanout: dict[nn.Module, Tensor] = {}
-        self._steps = 1
-        self._static: set[nn.Module] = set()
-
-    def rates(self, images: int) -> dict[str, float]:
-        return {name: count / (self.neurons[name] * self.own * images) for name, count in self.spikes.items()}
-
-    def rate(self, images: int) -> float:
-        return sum(self.spikes.values()) / (sum(self.neurons.values()) * self.own * images)
-
-    @contextmanager
-    def counting(self, steps: int) -> Iterator[None]:
-        """Count what runs inside the block, which simulates ``steps`` steps."""
-        self._steps = steps
-        started = False
-
-        def spikes(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-                nonlocal started
-                started = True
-                own = output.unflatten(0, (steps, -1))[: self.own]
-                self.spikes[name] = self.spikes.get(name, 0.0) + float(own.abs().sum(dtype=torch.float64))
-                self.neurons[name] = own[0, 0].numel()
-
-            return hook
-
-        def operations(module: nn.Module, args: Any, output: Tensor) -> None:
-            if not started:
-                return  # before the first neuron: its MACs are counted as MACs
-            own = args[0].unflatten(0, (steps, -1))[: self.own].sum((0, 1), dtype=torch.float64)
-            self.synops += float((own.abs() * self._reach(module, own.shape)).sum())
-
-        handles = [module.register_forward_hook(spikes(name)) for name, module in self.model.neurons()]
-        layers = [m for m in self.model.modules() if isinstance(m, IntegerLayer) or getattr(m, "spikes", False) is True]
-        handles += [layer.register_forward_hook(operations) for layer in layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _reach(self, layer: nn.Module, shape: torch.Size) -> Tensor:
-        """Nonzero-or-not synapses that each input element reaches; the gradient of the sum of ones."""
-        assert isinstance(layer, IntegerLayer | FloatLayer)
-        if layer not in self._fanout:
-            with torch.enable_grad():
-                x = torch.zeros(1, *shape, dtype=torch.float64, device=layer.weight.device, requires_grad=True)
-                ones = torch.ones_like(layer.weight, dtype=torch.float64)
-                if layer.options:
-                    y = (F.conv1d if ones.dim() == 3 else F.conv2d)(x, ones, None, **layer.options)
-                else:
-                    y = F.linear(x, ones)
-                (self._fanout[layer],) = torch.autograd.grad(y.sum(), x)
-        return self._fanout[layer][0]

@@ -69,8 +69,10 @@ class _LevelFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         q, y, step = ctx.saved_tensors
         low, high = ctx.low, ctx.high
-        # hardtanh's backward is one pass that keeps the gradient strictly inside an interval
-        grad_x = torch.ops.aten.hardtanh_backward(grad, q, low - 0.5 * (low < 0), high + 0.5)
+        # hardtanh's backward is one pass that keeps the gradient strictly inside an interval: as Esser et al. between
+        # the outermost levels, 0 < x < θ, which lies symmetric around the points where an activation jumps
+        edge = 0.5 * (low < 0)
+        grad_x = torch.ops.aten.hardtanh_backward(grad, q, low - edge, high + edge)
         grad_step = None
         if ctx.needs_input_grad[1]:
             gain = 1.0 / math.sqrt(q.numel() / q.shape[0] * high)  # Esser et al. 2020, per sample

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.firing import Current, IntegerIF
 from qsnn.graph import device_of, input_shape_of, module_of
 from qsnn.integer import FloatLayer, IntegerInput, IntegerLayer
+from qsnn.loop import TimeLoop
 from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.weights import weight_bits
 
@@ -54,6 +56,13 @@ class Summary:
     def weight_bytes(self) -> int:
         """Memory of all parameters, weights at their precision and the others at 32 bit [byte]."""
         return round(sum(layer.bytes for layer in self.layers) + 4 * self.other_parameters)
+
+    @property
+    def weight_bytes_by_bits(self) -> dict[str, int]:
+        """Memory by the bits of the weights; all other parameters as "other" [byte]."""
+        bits = sorted({layer.weight_bits for layer in self.layers})
+        found = {str(b): round(sum(layer.bytes for layer in self.layers if layer.weight_bits == b)) for b in bits}
+        return {**found, "other": 4 * self.other_parameters}
 
     @property
     def float_bytes(self) -> int:
@@ -101,7 +110,8 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     """Return memory and operations of every layer with weights.
 
     Args:
-        model: a float network, a QANN, an SNN or its folded form. It is run once on a black image.
+        model: a float network, a QANN, an SNN or its folded form, or a :class:`~qsnn.loop.TimeLoop`. It is run once
+            on a black image.
         shape: (C, H, W) of one image; by default the one the model was made for.
     Raises:
         ValueError: no shape is given and none is recorded.
@@ -110,7 +120,7 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     if shape is None:
         raise ValueError("summary needs the image shape: summary(model, (C, H, W))")
     network = getattr(model, "network", model)
-    spiking = network is not model
+    spiking, loop = network is not model, isinstance(model, TimeLoop)
     inputs = _input_bits(network)
     training = network.training
     network.eval()
@@ -120,10 +130,12 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     def hook(name: str) -> Any:
         def record(module: Any, args: Any, output: Tensor) -> None:
             nonlocal started
-            started = started or hasattr(module, "threshold")
-            if not isinstance(module, _WEIGHTED):
-                return
+            started = started or hasattr(module, "threshold") or isinstance(module, BaseNode)
+            if not isinstance(module, _WEIGHTED) or (loop and any(row.name == name for row in rows)):
+                return  # single steps call a layer at every step
             weight = module.weight
+            if loop and output.dim() > weight.dim():
+                output = output[0]  # of one step
             kind = "linear" if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
             rows.append(
                 LayerSummary(
@@ -141,11 +153,15 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
         return record
 
     handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name]
-    timed: list[Any] = [module for module in network.modules() if hasattr(module, "timesteps")]
+    timed: list[Any] = [module for module in network.modules() if hasattr(module, "timesteps") and not loop]
     try:
         for module in timed:
             module.timesteps = 1
-        network(torch.zeros(1, *shape, device=device_of(model)))
+        image = torch.zeros(1, *shape, device=device_of(model))
+        if isinstance(model, TimeLoop):
+            model(image, timesteps=1)
+        else:
+            network(image)
     finally:
         for handle in handles:
             handle.remove()

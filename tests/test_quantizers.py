@@ -52,21 +52,23 @@ def test_trap_just_below_half() -> None:
     assert torch.equal(relu(2, threshold=2.0)(torch.tensor([0.49999997])), torch.zeros(1))
 
 
-def test_gradient_is_that_of_brevitas_chain_inside_and_outside() -> None:
+def test_gradient_is_that_of_learned_step_size_quantization() -> None:
+    """Esser et al. 2020: to x it passes where 0 < x < θ; to s it is n - x/s there, L above, times 1/sqrt(N L)."""
     x = torch.linspace(0, 5, 141)[:-1] + 0.01  # away from the edges
     weight = torch.randn(140)
-    grads = []
-    for fused in (True, False):
-        module, inputs = relu(2, threshold=1.5), x.clone().requires_grad_()
-        level_quant(module).fused = fused
-        (module(inputs) * weight).sum().backward()
-        grads.append((inputs.grad, level_quant(module).scaling_impl.value.grad))
-    (fast_x, fast_s), (slow_x, slow_s) = grads
-    inside = x < 1.5 + 0.375
-    assert torch.equal(fast_x, torch.where(inside, weight, torch.zeros(())))
-    assert torch.allclose(slow_x, fast_x)
-    # the gradient to the step is the chain's, scaled by 1 / sqrt(elements of a sample * L)
-    assert torch.allclose(fast_s * (1 * 2) ** 0.5, slow_s, rtol=1e-4)
+    module, inputs = relu(2, threshold=1.5), x.clone().requires_grad_()
+    (module(inputs) * weight).sum().backward()
+    inside, step = x < 1.5, 1.5 / 2
+    assert torch.equal(inputs.grad, torch.where(inside, weight, torch.zeros(())))
+    n = (x / step + 0.5).floor().clamp(0, 2)
+    to_step = (weight * torch.where(inside, n - x / step, torch.full((), 2.0))).sum()
+    # the parameter is θ = 2·s; its gradient is scaled by 1 / sqrt(elements of a sample * L)
+    expected = to_step / 2 / (1 * 2) ** 0.5
+    assert torch.allclose(level_quant(module).scaling_impl.value.grad, expected, rtol=1e-4)
+    chain, again = relu(2, threshold=1.5), x.clone().requires_grad_()
+    level_quant(chain).fused = False
+    (chain(again) * weight).sum().backward()
+    assert torch.allclose(again.grad[inside], inputs.grad[inside]), "inside as Brevitas' chain of operations"
     below = torch.tensor([-0.1, -5.0], requires_grad=True)
     relu(2, threshold=1.5)(below).sum().backward()
     assert torch.equal(below.grad, torch.zeros(2)), "as ReLU: nothing passes below 0"

@@ -1,0 +1,198 @@
+"""Counting spikes and what they cause, step by step, while a spiking network runs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qsnn.integer import FloatLayer, IntegerLayer
+from qsnn.loop import TimeLoop
+from qsnn.neurons import SNN
+
+_FINEST = 4096
+"""Spikes of more levels than this are no spikes: the layer multiplies [1]."""
+
+
+class Counter:
+    r"""Counts spikes out of every neuron and accumulates in every layer behind one, for each time step.
+
+    A spike counts once for every synapse it reaches: at the border of an image these are fewer. In the integer form
+    the inputs of a layer are spikes, or sums of spikes behind an average pool, which count one by one. In a network of
+    SpikingJelly modules inputs may be scaled, graded, ternary or averaged; there every input is divided by the smallest
+    that is not zero, :math:`\sum |x| / \min_{x \ne 0} |x|`. Where the quotients are no whole numbers the layer sees a
+    current, and its multiply-accumulates are counted instead: nothing is silently zero.
+
+    Args:
+        model: a folded SNN, or a :class:`~qsnn.loop.TimeLoop`.
+    """
+
+    def __init__(self, model: SNN | TimeLoop) -> None:
+        self.model = model
+        self.spikes: dict[int, dict[str, Tensor]] = {}
+        """By T of the pass: by neuron, spikes of each step over all images, (T,)."""
+        self.synops: dict[int, dict[str, Tensor]] = {}
+        """Likewise by layer, in units of ``unit``."""
+        self.neurons: dict[str, int] = {}
+        self.unit: dict[str, float] = {}
+        self.currents: set[str] = set()
+        """Layers that see a current, not spikes."""
+        self._reach: dict[str, Tensor] = {}
+
+    def rates(self, passed: int, steps: int, images: int) -> dict[str, float]:
+        """Spikes a neuron and step by layer [1], over the first ``steps`` steps of the pass of T = ``passed``."""
+        found = self.spikes.get(passed, {})
+        return {name: float(n[:steps].sum()) / (self.neurons[name] * steps * images) for name, n in found.items()}
+
+    def rate(self, passed: int, steps: int, images: int) -> float:
+        """The same over all neurons."""
+        total = sum(float(count[:steps].sum()) for count in self.spikes.get(passed, {}).values())
+        return total / max(1, sum(self.neurons.values()) * steps * images)
+
+    def layer_synops(self, passed: int, steps: int, images: int) -> dict[str, float]:
+        """Synaptic operations of an image by layer, over the first ``steps`` steps."""
+        found = self.synops.get(passed, {})
+        return {
+            name: float(n[:steps].sum()) / self.unit[name] / images
+            for name, n in found.items() if name not in self.currents
+        }  # fmt: skip
+
+    @contextmanager
+    def counting(self, steps: int) -> Iterator[None]:
+        """Count what runs inside the block, a call of ``steps`` steps."""
+        spikes, synops = self.spikes.setdefault(steps, {}), self.synops.setdefault(steps, {})
+        single = isinstance(self.model, TimeLoop) and not self.model.multi_step
+        calls: dict[str, int] = {}
+        started = False
+        front: set[str] = set()
+
+        def in_time(name: str, x: Tensor, dims: int) -> tuple[Tensor, slice]:
+            """x as (steps, B, *), and which steps they are."""
+            if not single:
+                return (x if x.dim() == dims + 1 else x.unflatten(0, (steps, -1))), slice(0, steps)
+            at = calls[name] = calls.get(name, -1) + 1
+            return x.unsqueeze(0), slice(at, at + 1)
+
+        def fired(name: str, folded: bool) -> Any:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                nonlocal started
+                started = True
+                # a multi-step node of SpikingJelly gives (T, B, *), one of ours (T·B, *)
+                x, at = in_time(name, output, output.dim() - (not folded and not single))
+                count = x.abs().flatten(1).sum(1, dtype=torch.float64).cpu()
+                spikes.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
+                self.neurons[name] = x[0, 0].numel()
+
+            return hook
+
+        def arrived(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+                if not started or name in front:
+                    front.add(name)
+                    return  # before the first neuron: its MACs are counted as MACs
+                x, at = in_time(name, args[0], module.weight.dim())  # type: ignore[operator]
+                self._look_at(name, x, whole=isinstance(module, IntegerLayer | FloatLayer))
+                total = x.abs().sum(1, dtype=torch.float64)
+                count = (total * self._reached(name, module, total.shape[1:])).flatten(1).sum(1).cpu()
+                synops.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(fired(name, isinstance(self.model, SNN)))
+            for name, module in self.model.neurons()
+        ]
+        handles += [layer.register_forward_hook(arrived(name)) for name, layer in self._layers()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, module in self.model.network.named_modules():
+            if isinstance(self.model, TimeLoop):
+                if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+                    yield name, module
+            elif isinstance(module, IntegerLayer) or getattr(module, "spikes", False) is True:
+                yield name, module
+
+    def _look_at(self, name: str, x: Tensor, *, whole: bool) -> None:
+        """Note the unit of a layer's input, and whether it is made of units at all."""
+        if whole:  # the integer form: spikes are 1
+            self.unit[name] = 1.0
+            return
+        magnitudes = x.abs()
+        nonzero = magnitudes[magnitudes > 0]
+        if not nonzero.numel():
+            self.unit.setdefault(name, 1.0)
+            return
+        unit = min(float(nonzero.min()), self.unit.get(name, float("inf")))
+        self.unit[name] = unit
+        levels = nonzero / unit
+        if float(levels.max()) > _FINEST or float((levels - levels.round()).abs().max()) > 1e-3:
+            self.currents.add(name)
+
+    def _reached(self, name: str, layer: Any, shape: torch.Size) -> Tensor:
+        """Synapses that each input element reaches; the gradient of the sum of ones."""
+        if name not in self._reach:
+            options = getattr(layer, "options", None)
+            if options is None and not isinstance(layer, nn.Linear):
+                options = {
+                    "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation,
+                    "groups": layer.groups,
+                }  # fmt: skip
+            with torch.enable_grad():
+                x = torch.zeros(1, *shape, dtype=torch.float64, device=layer.weight.device, requires_grad=True)
+                ones = torch.ones_like(layer.weight, dtype=torch.float64, requires_grad=False)
+                if options:
+                    y = (F.conv1d if ones.dim() == 3 else F.conv2d)(x, ones, None, **options)
+                else:
+                    y = F.linear(x, ones)
+                (self._reach[name],) = torch.autograd.grad(y.sum(), x)
+        return self._reach[name][0]
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows the memory of the tensors that are made while it is on; ``peak`` is the most at one time [byte].
+
+    It counts storages, not what the allocator rounds them up to, so that the number is the same on every machine.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._holders: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(leaf) for leaf in tree_leaves((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf) not in given:
+                self._hold(leaf)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._holders.get(key)
+        if known is None and tensor._is_view():
+            return  # of something that was there before
+        self._holders[key] = (known or 0) + 1
+        if known is None:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self.now -= size
