@@ -1,4 +1,4 @@
-"""What a person looks at: the table in the terminal, the accuracy curve, and one HTML page that needs no other file."""
+"""What a person looks at: the accuracy curve, and one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsnn.records import interval, write_atomic
+from qsnn.tables import NONE, accuracy_at, number, shown_steps, si
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
     from qsnn.benchmark import Benchmark
 
@@ -34,32 +34,12 @@ _RC: Any = {
     "ytick.color": _MUTED, "ytick.labelcolor": _INK, "legend.frameon": False, "legend.labelcolor": _INK,
 }  # fmt: skip
 Spread = Mapping[str, Sequence[float]]
-_NONE = "\u2013"  # what a table shows where there is no number
 _DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
 pipelined hardware the answer takes depth \u00d7 T steps."""
 _LEGEND = """± half the 95 % Wilson interval. Spike rate: spikes per neuron and step. Synops (spike-driven accumulates)
 and MACs (multiply-accumulates; of a spiking model: those before its first neuron) per image."""
-
-
-def _at(result: Benchmark, t: int) -> float | None:
-    """Accuracy after ``t`` steps [%]; an ANN has one for every t; None where it was not measured."""
-    return dict(zip(result.timesteps or (t,), result.accuracy, strict=True)).get(t)
-
-
-def _steps(results: Sequence[Benchmark]) -> list[int]:
-    """The T's shown: the powers of two among the measured ones, and the last; [0] where nothing spikes."""
-    measured = sorted({t for result in results for t in result.timesteps}) or [0]
-    return [t for t in measured if t & (t - 1) == 0 or t == measured[-1]]
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return _NONE if value is None else f"{value:.{digits}f}"
-
-
-def _si(value: float | None, gap: str = "\u00a0") -> str:
-    """A count in three digits: 1234 -> "1.23 k"."""
-    size, unit = next((s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if (value or 0) >= 0.9995 * s[0]), (1.0, ""))
-    return _NONE if value is None else f"{value / size:.3g}{gap if unit else ''}{unit}"
+_COSTS = """Membranes and peak for one image; the peak is what tensors take at one time, without the parameters.
+Latency: one image, median. Of spiking models at the T they are made for."""
 
 
 def _headline_model(results: Sequence[Benchmark]) -> Benchmark:
@@ -71,31 +51,13 @@ def _headline_model(results: Sequence[Benchmark]) -> Benchmark:
 def headline(results: Sequence[Benchmark], config: dict[str, Any]) -> str:
     """Say the result in one sentence: the student at T = 2 (else at its last T), and the models it came from."""
     model = _headline_model(results)
-    t = 2 if 2 in model.timesteps else _steps([model])[-1]
+    t = 2 if 2 in model.timesteps else shown_steps([model])[-1]
     when = {0: "", 1: " in one step", 2: " in two steps"}.get(t, f" in {t} steps")
     bits = next((value for key, value in _flat(config) if key.split(".")[-1] == "weight_bits"), None)
     words = {"QANN": f"the {f'{bits}-bit ' if bits else ''}QANN it was made from", "teacher": "the float teacher"}
     others = [f", {words[r.name]} {r.accuracy[0]:.1f} %" for k in words for r in results if r.name == k and r != model]
-    text = f"{model.name[:1].upper()}{model.name[1:]}: {_number(_at(model, t), 1)} %{when}{''.join(others)}."
+    text = f"{model.name[:1].upper()}{model.name[1:]}: {number(accuracy_at(model, t), 1)} %{when}{''.join(others)}."
     return text.replace(" %", "\u00a0%")
-
-
-def table(results: Sequence[Benchmark]) -> Table:
-    """Return the results as a table for the terminal, 80 columns wide; an ANN's accuracy stands dimmed at every T."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    steps = _steps(results)
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    accuracy = (f"T={t}\n[%]" if t else "[%]" for t in steps)
-    for i, head in enumerate(("model", "firing", "weights\n[KiB]", *accuracy, "spike\nrate", "synops")):
-        out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
-    for r in results:
-        cells = [Text(_number(_at(r, t))[:5], style="" if r.timesteps else "dim") for t in steps]  # 100.0, else 99.99
-        cells += [Text(_number(r.spike_rate, 3)), Text(_si(r.synops, gap=""))]
-        out.add_row(Text(r.name), r.firing or "ANN", f"{r.weight_bytes / 1024:.1f}", *cells)
-    return out
 
 
 def _curve(
@@ -105,7 +67,7 @@ def _curve(
     from matplotlib.figure import Figure  # pyplot would keep every figure, and ask for a display
 
     spiking, anns = [r for r in results if r.timesteps], [r for r in results if not r.timesteps]
-    steps = _steps(spiking)
+    steps = shown_steps(spiking)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot(facecolor="none")
     for r, dashes in zip(anns, ["--", ":", "-."] * len(anns), strict=False):
@@ -119,6 +81,10 @@ def _curve(
             r.timesteps, r.accuracy, color=colour, marker="osD^v"[i % 5], label=r.name, zorder=3 + i,
             markersize=max(3.5, 7 - i), linewidth=max(1.0, 2.4 - 0.4 * i), markerfacecolor=_PAPER if i else colour,
         )  # fmt: skip
+        if r.exits:
+            ends = sorted((e.timesteps, e.accuracy) for e in r.exits)
+            label = f"{r.name}, early exit"
+            axes.plot(*zip(*ends, strict=True), color=colour, linestyle=":", lw=1.4, label=label, zorder=9)
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_xticks(steps, [str(t) for t in steps])
@@ -205,15 +171,15 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _results(results: Sequence[Benchmark]) -> str:
-    steps, rows = _steps(results), []
+    steps, rows = shown_steps(results), []
     for r in results:
         cells = [escape(r.name), r.firing or "ANN", f"{r.weight_bytes / 1024:.1f}"]
         for t in steps if r.timesteps else [0]:
-            a = _at(r, t)
+            a = accuracy_at(r, t)
             low, high = interval((a or 0) / 100, r.n)
-            text = _NONE if a is None else f"{a:.2f} <small>±{50 * (high - low):.2f}</small>"
+            text = NONE if a is None else f"{a:.2f} <small>±{50 * (high - low):.2f}</small>"
             cells.append(text if r.timesteps else f'<td class="ann" colspan="{len(steps)}">{text}</td>')
-        rows.append([*cells, _number(r.spike_rate, 3), _si(r.synops), _si(r.macs)])
+        rows.append([*cells, number(r.spike_rate, 3), si(r.synops), si(r.macs)])
     accuracy = [f"T&nbsp;=&nbsp;{t}<br>[%]" if t else "accuracy<br>[%]" for t in steps]
     return _html(rows, ["model", "firing", "weights<br>[KiB]", *accuracy, "spike<br>rate", "synops", "MACs"], "results")
 
@@ -227,6 +193,47 @@ def _rates(results: Sequence[Benchmark]) -> str:
     rates = [(layer, [r.spike_rates[layer] for r in shown]) for layer in layers]
     rows = [[escape(layer), *(bar.format(65 * rate / full, rate) for rate in row)] for layer, row in rates]
     return _html(rows, ["layer", *(escape(r.name) for r in shown)], "rates")
+
+
+def _energy(results: Sequence[Benchmark]) -> str:
+    """Three estimates a model, side by side; below them what each assumes, and where it comes from."""
+    names = [estimate.name for estimate in results[0].energy]
+    if not names:
+        return ""
+    rows = []
+    for r in results:
+        cells = []
+        for estimate in r.energy:
+            shown = [] if estimate.microjoules is None else [f"{estimate.microjoules:.3g}\u00a0µJ"]
+            shown += [] if estimate.ratio is None else [f"{estimate.ratio:.2f}\u00a0×\u00a0QANN"]
+            shown += [] if estimate.break_even is None else [f"<small>even at rate {estimate.break_even:.3f}</small>"]
+            cells.append("<br>".join(shown) or NONE)
+        rows.append([escape(r.name), *cells])
+    text = "".join(f"<li>{escape(e.name)}: {escape(e.assumes)} ({escape(e.source)}).</li>" for e in results[-1].energy)
+    return f'{_html(rows, ["model", *map(escape, names)])}<ul class="muted">{text}</ul>'
+
+
+def _costs(results: Sequence[Benchmark]) -> str:
+    """Memory and time of each model."""
+    rows = [
+        [
+            escape(r.name),
+            ", ".join(f"{bits if bits == 'other' else f'{bits} bit'}: {n / 1024:.1f}"
+                      for bits, n in r.weight_bytes_by_bits.items()),
+            f"{r.state_bytes / 1024:.1f}", f"{r.peak_bytes / 1024:.0f}", f"{r.latency_ms:.2f}", f"{r.throughput:.0f}",
+        ]
+        for r in results
+    ]  # fmt: skip
+    head = ["model", "weights [KiB]", "membranes<br>[KiB]", "peak<br>[KiB]", "latency<br>[ms]", "images<br>a second"]
+    return f'{_html(rows, head)}<p class="muted">{_COSTS}</p>'
+
+
+def _early(results: Sequence[Benchmark]) -> str:
+    rows = [
+        [f"{e.margin:g}", f"{e.timesteps:.2f}", f"{e.accuracy:.2f} %"]
+        for r in results for e in sorted(r.exits, key=lambda e: e.margin)
+    ]  # fmt: skip
+    return _html(rows, ["lead", "mean T", "accuracy"]) if rows else ""
 
 
 def _confusion(matrix: list[list[int]]) -> str:
@@ -299,9 +306,12 @@ def write_report(
     sections = [
         ("Results", f'{_results(results)}<p class="muted">{_LEGEND}</p>'),
         ("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""),
-        ("Accuracy against time steps", _inline_curve(results) if _steps(results) != [0] else ""),
+        ("Accuracy against time steps", _inline_curve(results) if shown_steps(results) != [0] else ""),
         ("Same answer as the QANN", _html(agreeing)),
+        ("Early exit: an image stops once the class in front leads by so much", _early(results)),
         ("Spike rate by layer", _rates(results)),
+        ("Energy of an image, three estimates", _energy(results)),
+        ("Memory and time", _costs(results)),
         (f"Confusion (row: label, column: answer): {escape(confused.name)}", _confusion(confused.confusion or [])),
         ("Certificate", f"<pre>{escape(certificate)}</pre>" if certificate else ""),
         ("Time", _html([[escape(name), f"{seconds:.1f} s"] for name, seconds in stages or []])),

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qsnn import report
-from qsnn.report import draw_curve, headline, table, write_report
+from qsnn.benchmark import Exit
+from qsnn.energy import LayerCost, estimates
+from qsnn.report import draw_curve, headline, write_report
+from qsnn.tables import energy_table, table
 
+COST = LayerCost(name="0", weight_bits=4, input_bits=8, macs=1e6, synops=0.0, dense_macs=1e6)
 LAYERS = {"features.0": 0.21, "features.3": 0.12}
 VOID = {"meta", "br", "link", "img"}
 
@@ -22,7 +26,8 @@ def ann(name, accuracy, **fields):
     default = {
         "name": name, "n": 1000, "timesteps": (), "accuracy": (accuracy,), "firing": None, "spike_rates": {},
         "spike_rate": None, "synops": None, "macs": 4.6e6, "weight_bytes": 2048, "confusion": None, "agreement": None,
-        "seconds": 1.0,
+        "seconds": 1.0, "exits": (), "state_bytes": 1024, "peak_bytes": 9000, "latency_ms": 0.5, "throughput": 2000.0,
+        "weight_bytes_by_bits": {"4": 1024, "other": 1024}, "energy": estimates([COST], spike_rate=fields.get("rate")),
     }  # fmt: skip
     return SimpleNamespace(**{**default, **fields})
 
@@ -221,3 +226,22 @@ def test_draw_curve_refuses(tmp_path, results, name, message):
 def test_write_report_refuses_nothing(tmp_path):
     with pytest.raises(ValueError, match="at least one result, came none"):
         page(tmp_path / "r.html", results=[])
+
+
+def test_energy_stands_with_its_assumptions(tmp_path):
+    text = Outline(page(tmp_path / "a.html")).text
+    for words in ("4.6 pJ a MAC", "Horowitz", "Dampfhoffer", "ratio to the QANN", "membrane of 16 bit"):
+        assert words in text
+    console = Console(width=200, file=io.StringIO())
+    console.print(energy_table(flow()))
+    printed = console.file.getvalue()
+    assert "4.6 pJ a MAC" in printed and "Horowitz" in printed and printed.count("student") == 2
+
+
+def test_early_exit_is_drawn_and_listed(tmp_path):
+    exits = (Exit(margin=0.5, timesteps=1.5, accuracy=98.0), Exit(margin=0.9, timesteps=3.0, accuracy=99.1))
+    results = [snn("student", (97.0, 99.1, 99.2, 99.2), exits=exits)]
+    text = page(tmp_path / "a.html", results=results)
+    assert "student, early exit" in text and "98.00 %" in Outline(text).text
+    lines = report._curve(results, 5, 3).axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in lines if line.get_label().endswith("early exit")] == [[1.5, 3.0]]

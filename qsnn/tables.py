@@ -1,0 +1,74 @@
+"""What a person looks at in the terminal: the results, and the energy estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qsnn.benchmark import Benchmark
+
+NONE = "\u2013"  # what a table shows where there is no number
+
+
+def accuracy_at(result: Benchmark, t: int) -> float | None:
+    """Accuracy after ``t`` steps [%]; an ANN has one for every t; None where it was not measured."""
+    return dict(zip(result.timesteps or (t,), result.accuracy, strict=True)).get(t)
+
+
+def shown_steps(results: Sequence[Benchmark]) -> list[int]:
+    """The T's shown: the powers of two among the measured ones, and the last; [0] where nothing spikes."""
+    measured = sorted({t for result in results for t in result.timesteps}) or [0]
+    return [t for t in measured if t & (t - 1) == 0 or t == measured[-1]]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def si(value: float | None, gap: str = "\u00a0") -> str:
+    """A count in three digits: 1234 -> "1.23 k"."""
+    size, unit = next((s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if (value or 0) >= 0.9995 * s[0]), (1.0, ""))
+    return NONE if value is None else f"{value / size:.3g}{gap if unit else ''}{unit}"
+
+
+def table(results: Sequence[Benchmark]) -> Table:
+    """Return the results as a table for the terminal, 80 columns wide; an ANN's accuracy stands dimmed at every T."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    steps = shown_steps(results)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    accuracy = (f"T={t}\n[%]" if t else "[%]" for t in steps)
+    for i, head in enumerate(("model", "firing", "weights\n[KiB]", *accuracy, "spike\nrate", "synops")):
+        out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
+    for r in results:
+        dim = "" if r.timesteps else "dim"
+        cells = [Text(number(accuracy_at(r, t))[:5], style=dim) for t in steps]  # 100.0, else 99.99
+        cells += [Text(number(r.spike_rate, 3)), Text(si(r.synops, gap=""))]
+        out.add_row(Text(r.name), r.firing or "ANN", f"{r.weight_bytes / 1024:.1f}", *cells)
+    return out
+
+
+def energy_table(results: Sequence[Benchmark]) -> Table:
+    """Return the energy estimates as a table for the terminal; the assumptions stand below it."""
+    from rich import box
+    from rich.table import Table
+
+    assumes = [f"{e.name}: {e.assumes} ({e.source})" for e in results[-1].energy]
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    out.caption, out.caption_justify = "\n".join(assumes), "left"
+    ratios = ("of the\nANN", "precision,\nmemory [µJ]", "of the\nQANN", "even at\nspike rate")
+    columns = ("model", "convention\n[µJ]", *ratios)
+    for i, head in enumerate(columns):
+        out.add_column(head, justify="right" if i else "left", vertical="bottom")
+    for r in results:
+        convention, precise, ratio = r.energy
+        out.add_row(
+            r.name, f"{convention.microjoules:.3g}", number(convention.ratio), f"{precise.microjoules:.3g}",
+            number(ratio.ratio), number(ratio.break_even, 3),
+        )  # fmt: skip
+    return out
