@@ -64,6 +64,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         at = indices if isinstance(indices, slice) else torch.as_tensor(indices, dtype=torch.int64)
         return ImageSet(self.images[at], self.labels[at], self.mean, self.std)
 
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same images on a device, where batches are then made."""
+        return ImageSet(self.images.to(device), self.labels.to(device), self.mean, self.std)
+
     def head(self, n: int) -> ImageSet:
         """The first n images, or all of them if there are fewer."""
         return self.subset(slice(n))

@@ -63,7 +63,7 @@ class _ResidualBlock(nn.Module):
 
 
 class ResNetSmall(nn.Sequential):
-    """A stem and one residual block a stage, for images of 8 to 64 pixels.
+    """A stem and one or more residual blocks a stage, for images of 8 to 64 pixels.
 
     Shape:
         images: (B, C, H, W); logits: (B, K).
@@ -71,14 +71,15 @@ class ResNetSmall(nn.Sequential):
         He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, widths: list[int]) -> None:
+    def __init__(self, in_channels: int, num_classes: int, widths: list[int], blocks: int = 1) -> None:
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
         ]  # fmt: skip
         channels = widths[0]
         for index, width in enumerate(widths):
-            layers.append(_ResidualBlock(channels, width, 2 if index else 1))
-            channels = width
+            for block in range(blocks):
+                layers.append(_ResidualBlock(channels, width, 2 if index and not block else 1))
+                channels = width
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
@@ -96,10 +97,21 @@ def _resnet_small(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return ResNetSmall(shape[0], num_classes, [16, 32, 64] if shape[-1] > 12 else [16, 32])
 
 
+def _resnet18(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    return ResNetSmall(shape[0], num_classes, [64, 128, 256, 512], blocks=2)
+
+
+def _vgg16(shape: tuple[int, ...], num_classes: int, pooling: str = _AVERAGE) -> nn.Module:
+    stages = [[64, 64], [128, 128], [256, 256, 256], [512, 512, 512], [512, 512, 512]]
+    return VggSmall(shape[0], num_classes, stages, pooling)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg-small": _vgg_small,
     "study": _study,
     "resnet-small": _resnet_small,
+    "resnet18": _resnet18,
+    "vgg16": _vgg16,
 }
 
 
@@ -108,8 +120,9 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
 
     Args:
         name: "vgg-small" (0.03 to 0.2 M parameters by image size), "study" (16-16-32-32-64 channels), "resnet-small",
-            or a function of your own as ``package.module:function``; it is called with ``num_classes=K`` where it
-            takes that, and may return any model that torch.fx can follow.
+            "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images), or a function of your
+            own as ``package.module:function``; it is called with ``num_classes=K`` where it takes that, and may return
+            any model that torch.fx can follow.
         data: where the image shape and the number of classes come from. Our own models need it.
         seed: of the weights; the global random state is left as it was.
         options: passed on to the function, e.g. ``pooling="max"``.

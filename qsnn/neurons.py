@@ -169,6 +169,9 @@ class IFNode(BaseNode):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes {0, 1} of the shape of x."""
+        if x.dtype in (torch.bfloat16, torch.float16):  # under autocast: currents may be short, sums of them not
+            spikes: Tensor = self(x.float())
+            return spikes.to(x.dtype)
         if self.timesteps is None:
             return super().forward(x)
         if self.constant_input and self.firing == "online" and self._fused and torch.is_grad_enabled():

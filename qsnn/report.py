@@ -198,6 +198,7 @@ def _rates(results: Sequence[Benchmark]) -> str:
 def _energy(results: Sequence[Benchmark]) -> str:
     """Three estimates a model, side by side; below them what each assumes, and where it comes from."""
     names = [estimate.name for estimate in results[0].energy]
+    of = {name: "QANN" if name == names[-1] else "ANN" for name in names}
     if not names:
         return ""
     rows = []
@@ -205,7 +206,8 @@ def _energy(results: Sequence[Benchmark]) -> str:
         cells = []
         for estimate in r.energy:
             shown = [] if estimate.microjoules is None else [f"{estimate.microjoules:.3g}\u00a0µJ"]
-            shown += [] if estimate.ratio is None else [f"{estimate.ratio:.2f}\u00a0×\u00a0QANN"]
+            whose = f"of\u00a0the\u00a0{of[estimate.name]}"
+            shown += [] if estimate.ratio is None else [f"{estimate.ratio:.2f}\u00a0{whose}"]
             shown += [] if estimate.break_even is None else [f"<small>even at rate {estimate.break_even:.3f}</small>"]
             cells.append("<br>".join(shown) or NONE)
         rows.append([escape(r.name), *cells])
@@ -229,11 +231,14 @@ def _costs(results: Sequence[Benchmark]) -> str:
 
 
 def _early(results: Sequence[Benchmark]) -> str:
+    """A row a margin; for each model the mean T and the accuracy."""
+    leaving = [{e.margin: e for e in r.exits} for r in results if r.exits]
+    margins = sorted({margin for exits in leaving for margin in exits})
     rows = [
-        [f"{e.margin:g}", f"{e.timesteps:.2f}", f"{e.accuracy:.2f} %"]
-        for r in results for e in sorted(r.exits, key=lambda e: e.margin)
+        [f"{m:g}", *(f"{e[m].accuracy:.2f}\u00a0% <small>T\u00a0=\u00a0{e[m].timesteps:.2f}</small>" for e in leaving)]
+        for m in margins
     ]  # fmt: skip
-    return _html(rows, ["lead", "mean T", "accuracy"]) if rows else ""
+    return _html(rows, ["lead", *(escape(r.name) for r in results if r.exits)])
 
 
 def _confusion(matrix: list[list[int]]) -> str:
@@ -308,7 +313,7 @@ def write_report(
         ("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""),
         ("Accuracy against time steps", _inline_curve(results) if shown_steps(results) != [0] else ""),
         ("Same answer as the QANN", _html(agreeing)),
-        ("Early exit: an image stops once the class in front leads by so much", _early(results)),
+        ("Early exit: accuracy and mean T where an image stops once a class leads", _early(results)),
         ("Spike rate by layer", _rates(results)),
         ("Energy of an image, three estimates", _energy(results)),
         ("Memory and time", _costs(results)),
