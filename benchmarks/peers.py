@@ -1,4 +1,4 @@
-"""Conversion without training, beside SpikingJelly's recipes: ``python benchmarks/peers.py``.
+"""Conversion without training, beside SpikingJelly's recipes, snnTorch and Norse: ``python benchmarks/peers.py``.
 
 The same float networks, the same calibration images, the same test images, in one run. Each recipe of SpikingJelly is
 run through its own single-step loop; a cell of the table is compared with the best of them for that cell, network
@@ -8,15 +8,18 @@ and data set. qsnn is calibrated for each T. Rows that have a record are not run
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +70,64 @@ def recipes() -> dict[str, Callable[[DataLoader], Any]]:
     }
 
 
+class _Swapped(nn.Module):
+    """A ReLU as snnTorch and Norse have it: an integrate-and-fire neuron of one θ, from half of it, worth θ a spike."""
+
+    def __init__(self, library: str, threshold: float) -> None:
+        super().__init__()
+        self.threshold, self.v = threshold, None
+        if library == "snnTorch":
+            import snntorch
+
+            self.node = snntorch.Leaky(beta=1.0, threshold=threshold, reset_mechanism="subtract", reset_delay=False)
+        else:
+            from norse.torch import IAFCell, IAFFeedForwardState, IAFParameters
+
+            self.state = IAFFeedForwardState
+            self.node = IAFCell(IAFParameters(v_th=torch.tensor(threshold)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = torch.full_like(x, self.threshold / 2) if self.v is None else self.v
+        if hasattr(self, "state"):
+            spikes, state = self.node(x, self.state(v=v))
+            self.v = state.v
+        else:
+            spikes, self.v = self.node(x, v)
+        return spikes * self.threshold
+
+    def reset(self) -> None:
+        self.v = None
+
+
+@torch.no_grad()
+def swapped(library: str, percent: float, teacher: nn.Module, loader: DataLoader) -> nn.Module:
+    """The float network with neurons of another library in the place of its ReLUs: they have no converter.
+
+    θ is a percentile of each layer's activations on the calibration images, as SpikingJelly's RateCoding takes it.
+    """
+    model, seen = copy.deepcopy(teacher).eval(), {}
+    relus = {name: module for name, module in model.named_modules() if isinstance(module, nn.ReLU)}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda module, args, output: seen.setdefault(name, []).append(output.flatten().numpy())
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in relus.items()]
+    for images, _ in loader:
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    for name in relus:
+        parent, _, child = name.rpartition(".")
+        threshold = float(np.percentile(np.concatenate(seen[name]), percent))
+        setattr(model.get_submodule(parent), child, _Swapped(library, threshold))
+    return model
+
+
+OTHERS: dict[str, tuple[str, float]] = {
+    f"{library} {percent:g} % half": (library, percent) for library in ("snnTorch", "Norse") for percent in (99.0, 99.9)
+}
+
+
 def teacher_of(data: qsnn.Data, net: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     """The float network of one cell, trained once, and how."""
     name, options = NETS[net]
@@ -89,6 +150,9 @@ def spikingjelly_curve(model: nn.Module, test: Any) -> dict[int, float]:
     right, seen = dict.fromkeys(TIMESTEPS, 0), 0
     for images, labels in qsnn.batches(test, 500):
         functional.reset_net(model)
+        for module in model.modules():
+            if isinstance(module, _Swapped):
+                module.reset()
         total: Tensor | float = 0.0
         for t in range(1, max(TIMESTEPS) + 1):
             total = total + model(images)
@@ -100,7 +164,7 @@ def spikingjelly_curve(model: nn.Module, test: Any) -> dict[int, float]:
 
 def measure(method: str, teacher: nn.Module, data: qsnn.Data) -> dict[str, float]:
     """Accuracy [%] of one method at every T, and of the float network."""
-    test = data.test.head(IMAGES)  # type: ignore[attr-defined]
+    test, started = data.test.head(IMAGES), time.perf_counter()  # type: ignore[attr-defined]
     if method == OURS:
         curve = {}
         for t in TIMESTEPS:
@@ -108,9 +172,13 @@ def measure(method: str, teacher: nn.Module, data: qsnn.Data) -> dict[str, float
             curve[t] = qsnn.accuracy(qsnn.convert(teacher, data, config), test)
     else:
         loader = DataLoader(data.train.head(CALIBRATION), batch_size=64)  # type: ignore[attr-defined]
-        converter = ann2snn.Converter(recipe=recipes()[method](loader))
-        curve = spikingjelly_curve(converter.convert(teacher), test)
-    return {"ann": qsnn.accuracy(teacher, test), **{f"T={t}": value for t, value in curve.items()}}
+        if method in OTHERS:
+            model = swapped(*OTHERS[method], teacher, loader)
+        else:
+            model = ann2snn.Converter(recipe=recipes()[method](loader)).convert(teacher)
+        curve = spikingjelly_curve(model, test)
+    found = {"ann": qsnn.accuracy(teacher, test), **{f"T={t}": value for t, value in curve.items()}}
+    return {**found, "seconds": time.perf_counter() - started}
 
 
 def best_of_spikingjelly(teacher: nn.Module, data: qsnn.Data, timesteps: int) -> dict[str, float]:
@@ -130,7 +198,7 @@ def run(names: list[str], seeds: list[int], path: Path, data_root: Path | None) 
             data = qsnn.load_data(data_name, root=data_root)
             for net in NETS:
                 teacher: nn.Module | None = None
-                for method in (OURS, *recipes()):
+                for method in (OURS, *recipes(), *OTHERS):
                     if teacher is None:
                         teacher, config = teacher_of(data, net, seed)
                     config = json.loads(json.dumps({**config, "calibration_images": CALIBRATION}))
@@ -159,7 +227,7 @@ def print_table(records: list[Record]) -> None:
             table.add_column(column, justify="left" if column in ("network", "method") else "right")
         for net in NETS:
             rows = [r for r in records if r.data == data_name and r.name.split("/")[1] == net]
-            for method in (OURS, *recipes()):
+            for method in (OURS, *recipes(), *OTHERS):
                 cells = []
                 for t in TIMESTEPS:
                     values = [float(r.metrics[f"T={t}"]) for r in rows if r.name.split("/")[2] == method]

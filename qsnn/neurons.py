@@ -136,14 +136,22 @@ class IFNode(BaseNode):
     @property
     def _fused(self) -> bool:
         """Whether a step of training takes the one function that has its own backward."""
-        return self.dynamics.plain and not self.threshold.dim() and self.surrogate == "box"
+        return self.dynamics.plain and self.surrogate == "box"
+
+    def _trained(self, x: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
+        """The fused step; with one θ a channel in units of θ, so that its gradient comes with the division."""
+        if not self.threshold.dim():
+            return _IFFunction.apply(x, self.threshold, v, repeats)
+        theta = self._theta(v)
+        spikes, v = _IFFunction.apply(x / theta, x.new_ones(()), v / theta, repeats)
+        return spikes, v * theta
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
         if self.dynamics.plain and not torch.is_grad_enabled():
             return integrated(x, self._theta(x[0]), v)
         if self._fused:
-            return _IFFunction.apply(x, self.threshold, v, 0)
+            return self._trained(x, v, 0)
         tau = None if self.tau is None else per_channel(self.tau, v.dim())
         fire = firing_function(self.surrogate)
         spikes, v, overflows = simulate(x, self._theta(x[0]), v, self.dynamics, tau, fire)
@@ -176,7 +184,7 @@ class IFNode(BaseNode):
             return super().forward(x)
         if self.constant_input and self.firing == "online" and self._fused and torch.is_grad_enabled():
             (v,) = self.materialize_states((x,), (self._memories["v"],), "s")
-            spikes, v = _IFFunction.apply(x, self.threshold, v, self.timesteps)
+            spikes, v = self._trained(x, v, self.timesteps)
             self._memories["v"] = v
             return spikes.flatten(0, 1)
         if self.constant_input:

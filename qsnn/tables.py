@@ -25,6 +25,7 @@ def shown_steps(results: Sequence[Benchmark]) -> list[int]:
 
 
 def number(value: float | None, digits: int = 2) -> str:
+    """A number with so many digits behind the point, or a dash for None."""
     return NONE if value is None else f"{value:.{digits}f}"
 
 
