@@ -138,6 +138,7 @@ class IFNode(BaseNode):
         """Whether a step of training takes the one function that has its own backward."""
         return self.dynamics.plain and self.surrogate == "box"
 
+    @torch.compiler.disable  # a function with its own backward: a compiler gains nothing, and warns
     def _trained(self, x: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
         """The fused step; with one θ a channel in units of θ, so that its gradient comes with the division."""
         if not self.threshold.dim():

@@ -10,6 +10,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import qsnn
 from qsnn.counting import LiveMemory
@@ -119,18 +120,35 @@ def test_equal_to_spikingjelly_where_it_can_count() -> None:
 
 
 @pytest.mark.skipif(find_spec("neurobench") is None, reason="neurobench is not installed")
+@pytest.mark.filterwarnings("ignore")
 def test_equal_to_neurobench_where_it_can_count() -> None:
     try:
+        from neurobench.benchmarks import Benchmark
         from neurobench.metrics.workload import SynapticOperations
         from neurobench.models import TorchModel
     except (ImportError, OSError) as error:
         pytest.skip(f"neurobench cannot be imported: {error}")
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 12), neuron.IFNode(), nn.Linear(12, 8), neuron.IFNode(), nn.Linear(8, 3)).eval()
-    image = torch.rand(1, 16) * 4
-    ours = sum(layer.synops for layer in qsnn.benchmark(model, [(image.view(1, 1, 16), LABEL)], timesteps=1).layers)
-    assert ours > 0
-    assert SynapticOperations is not None and TorchModel is not None
+    layers = nn.Linear(16, 12), neuron.IFNode(), nn.Linear(12, 8), neuron.IFNode(), nn.Linear(8, 3)
+    model = nn.Sequential(nn.Flatten(), *layers).eval()
+    with torch.no_grad():
+        for module in layers[2::2]:
+            module.weight.add_(0.3)  # so that the second neurons fire too
+    images, labels = torch.rand(4, 1, 1, 16) * 4, torch.zeros(4, dtype=torch.int64)
+
+    class Fresh(TorchModel):
+        def __call__(self, batch: Tensor) -> Tensor:
+            functional.reset_net(model)
+            return super().__call__(batch)
+
+    theirs = Fresh(model)
+    theirs.add_activation_module(neuron.IFNode)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=1)
+    found = Benchmark(theirs, loader, [], [], [[], [SynapticOperations]]).run(verbose=False)["SynapticOperations"]
+    functional.reset_net(model)
+    ours = qsnn.benchmark(model, [(images, labels)], timesteps=1)
+    assert ours.layers[2].synops > 0
+    assert found["Effective_ACs"] == ours.synops
 
 
 def test_every_neuron_model_of_one_pass_is_that_of_its_own(snn: qsnn.SNN, digits: qsnn.Data) -> None:
