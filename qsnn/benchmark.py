@@ -17,7 +17,7 @@ from qsnn.energy import Estimate, LayerCost, estimates
 from qsnn.fold import fold
 from qsnn.graph import device_of
 from qsnn.loop import TimeLoop
-from qsnn.neurons import SNN
+from qsnn.neurons import SNN, summed
 from qsnn.records import interval
 from qsnn.summary import LayerSummary, Summary, summary
 
@@ -167,7 +167,7 @@ def benchmark(
         classes = answers.argmax(-1)
         right += (classes == labels).sum(1).cpu()
         if reference is not None:
-            agree += (classes == reference.eval()(images).argmax(1)).sum(1).cpu()
+            agree += (classes == reference.eval()(summed(images)).argmax(1)).sum(1).cpu()
         left += _exits(answers, classes, labels, margins)
         at = classes[steps.index(own)] if steps else classes[0]
         confusion = _add_confusion(confusion, labels, at, max(int(labels.max()), int(at.max())) + 1)
@@ -176,7 +176,7 @@ def benchmark(
     if batch is None:
         raise ValueError("the data is empty: expected at least one batch of (images, labels)")
     first = batch[:1]
-    weigh = summary(runner, tuple(first.shape[1:]))
+    weigh = summary(runner, tuple(first.shape[-3:] if first.dim() > 3 else first.shape[1:]))
     passed = {t: steps[-1] if firing == "online" else t for t in steps}
     layers = _costs(weigh, counter, passed.get(own, 0), own, seen)
     state = sum(counter.neurons.values()) if counter else 0
@@ -265,7 +265,7 @@ def _call(model: nn.Module, images: Tensor, steps: int, firing: str | None = Non
     options: dict[str, Any] = {"timesteps": steps} if steps else {}
     if firing is not None and isinstance(model, SNN):
         options["firing"] = firing
-    answers: Tensor = model(images, **options)
+    answers: Tensor = model(images if steps else summed(images), **options)
     return answers
 
 

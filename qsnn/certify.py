@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qsnn.data import batches
 from qsnn.fold import fold
 from qsnn.graph import device_of, recorded
-from qsnn.neurons import SNN
+from qsnn.neurons import SNN, summed
 from qsnn.quantizers import is_sign, level_quant
 from qsnn.weights import integer_weights
 
@@ -99,7 +99,7 @@ def certify(
     Args:
         snn: from :func:`qsnn.convert` or :func:`qsnn.fold`.
         qann: the quantized network it was made from.
-        loader: a Dataset or an iterable of (images, labels).
+        loader: a Dataset or an iterable of (images, labels); of frames in time both see the sum.
         timesteps: T; default L, where deferred firing is the quantizer.
         firing: "deferred", or "online" (equal only at L = T = 1).
         images: at most so many images.
@@ -124,6 +124,7 @@ def certify(
     digest = hashlib.sha256()
     seen = same = 0
     for batch, _ in batches(loader, batch_size, device=device_of(folded)):
+        batch = summed(batch)
         if images is not None:
             batch = batch[: images - seen]
             if not len(batch):

@@ -56,6 +56,7 @@ def train(
     out: Path,
     model: str = "vgg-small",
     weights: Path | None = None,
+    frames: int | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     tensorboard: Path | None = None,
@@ -64,16 +65,17 @@ def train(
     """Train a float network, the teacher.
 
     Args:
-        data: Data set: digits, mnist, fashion-mnist, cifar10, or a folder of images.
+        data: Data set: digits, mnist, fashion-mnist, cifar10, nmnist, dvsgesture, or a folder of images.
         out: File to write.
         model: Name of the network, or your own as package.module:function.
+        frames: Frames of a recording of an event set, one for each time step; default 2.
         weights: Trained float weights to start from; with --epochs 0 they are only wrapped into a checkpoint.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         tensorboard: Folder for TensorBoard.
         config: Training options.
     """
-    place, found = start(device), load_data(data, root=data_root)
+    place, found = start(device), load_data(data, root=data_root, timesteps=frames)
     teacher = create_model(model, found, seed=config.seed)
     if weights is not None:
         load_weights(teacher, weights)
@@ -308,7 +310,7 @@ def _data(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
     name = recipe.get("data", {}).get("name")
     if name is None:
         raise ValueError(f"{file} does not say which data set it was made for; use the Python interface")
-    return load_data(name, root=root)
+    return load_data(name, root=root, timesteps=recipe["data"].get("frames"))
 
 
 def _certify(snn: SNN, qann: nn.Module, file: Path, root: Path | None) -> None:

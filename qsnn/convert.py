@@ -25,7 +25,7 @@ from qsnn.graph import (
     replace_module,
     set_recipe,
 )
-from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat, amplified
+from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat, amplified, summed
 from qsnn.prepare import is_activation, prepared, reroute
 from qsnn.quantizers import level_quant
 
@@ -139,7 +139,7 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
     snn = _spiking(copy.deepcopy(network), moved, config)
     set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
     if data is not None:
-        images = calibration_images(getattr(data, "train", data), config.calibration_images)
+        images = summed(calibration_images(getattr(data, "train", data), config.calibration_images))
         snn.eval()
         correct_(
             snn, network.eval(), images, threshold=config.threshold, percentile=config.percentile,

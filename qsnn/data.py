@@ -62,11 +62,14 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def subset(self, indices: Tensor | Sequence[int] | np.ndarray | slice) -> ImageSet:
         """The images at these places, in this order; a slice shares memory, anything else copies."""
         at = indices if isinstance(indices, slice) else torch.as_tensor(indices, dtype=torch.int64)
-        return ImageSet(self.images[at], self.labels[at], self.mean, self.std)
+        return self._like(self.images[at], self.labels[at])
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The same images on a device, where batches are then made."""
-        return ImageSet(self.images.to(device), self.labels.to(device), self.mean, self.std)
+        return self._like(self.images.to(device), self.labels.to(device))
+
+    def _like(self, images: Tensor, labels: Tensor) -> ImageSet:
+        return ImageSet(images, labels, self.mean, self.std)
 
     def head(self, n: int) -> ImageSet:
         """The first n images, or all of them if there are fewer."""
@@ -96,8 +99,14 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of one image."""
-        return tuple(self.train[0][0].shape)
+        """(C, H, W) of one image, or of one frame."""
+        return tuple(self.train[0][0].shape[-3:])
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of a recording, one for each time step; None for images."""
+        item = self.train[0][0]
+        return item.shape[0] if item.dim() == 4 else None
 
     @property
     def num_classes(self) -> int:
@@ -107,7 +116,15 @@ class Data:
     def __repr__(self) -> str:
         """Name, number of images, shape and classes, in one line."""
         sizes = ", ".join(f"{len(getattr(self, part)):,} {part}" for part in ("train", "val", "test"))
-        return f"Data({self.name}: {sizes} images of {'x'.join(map(str, self.shape))}, {self.num_classes} classes)"
+        what = "images of" if self.frames is None else f"recordings of {self.frames} frames of"
+        return f"Data({self.name}: {sizes} {what} {'x'.join(map(str, self.shape))}, {self.num_classes} classes)"
+
+
+def hold_out(n: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of n items in two parts, the second of ``count``, chosen by the seed."""
+    order = np.random.RandomState(seed).permutation(n)  # RandomState is frozen: a split survives numpy's next version
+    count = min(max(count, 1), n - 1)
+    return order[: n - count], order[n - count :]
 
 
 def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
@@ -125,7 +142,7 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"expected a float tensor of normalised images, got {kind}; call ImageSet.normalise(images)")
     want, got = ("B", *(shape or ("C", "H", "W"))), tuple(images.shape)
-    if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (3, 4)):
+    if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (3, 4, 5)):
         hint = "add the batch: images.unsqueeze(0)" if len(got) == 3 else "resize them, or build the model for them"
         raise ValueError(f"expected images of shape ({', '.join(map(str, want))}), got {got}; {hint}")
     if torch.isfinite(images.sum()):  # one NaN or inf spoils the sum; a sum that merely overflows passes below
@@ -140,6 +157,8 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
 
 def _augment(images: Tensor, augment: str, generator: torch.Generator, black: Tensor | float) -> Tensor:
     """Flip left-right with probability 1/2, then shift by up to p pixels each way; black fills the border."""
+    if images.dim() == 5:  # all frames of a recording move together
+        return _augment(images.flatten(1, 2), augment, generator, black).unflatten(1, images.shape[1:3])
     b, c, h, w = images.shape
     if "flip" in augment:
         flip = torch.rand(b, generator=generator, device=generator.device) < 0.5

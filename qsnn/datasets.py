@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qsnn.data import Data, ImageSet, normalise
+from qsnn.data import Data, ImageSet, hold_out, normalise
+from qsnn.events import EVENTS, load_events
 
 # name: torchvision's class, mean and standard deviation of the training pixels on [0, 1], augmentation in training
 _TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] = {
@@ -22,7 +23,7 @@ _TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] =
     "fashion-mnist": ("FashionMNIST", (0.2860,), (0.3530,), "flip+shift"),
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "flip+shift"),
 }
-NAMES = ("digits", *_TORCHVISION)
+NAMES = ("digits", *_TORCHVISION, *EVENTS)
 
 # md5 of the unpacked files: torchvision checks only the .gz it downloads, so a file damaged later would go unnoticed.
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -79,6 +80,7 @@ def load_data(
     root: str | os.PathLike[str] | None = None,
     val_fraction: float | None = None,
     image_size: int | None = None,
+    timesteps: int | None = None,
     seed: int = 0,
 ) -> Data:
     """Load a data set by its name, or a folder of images by its path.
@@ -87,11 +89,13 @@ def load_data(
     ``val/`` is the test set. A folder of ``CLASS/*`` alone is split 80/10/10.
 
     Args:
-        name: "digits" (comes with scikit-learn), "mnist", "fashion-mnist", "cifar10", or the path of a folder.
+        name: "digits" (comes with scikit-learn), "mnist", "fashion-mnist", "cifar10", the event sets "nmnist" and
+            "dvsgesture" (see :mod:`qsnn.events`), or the path of a folder.
         root: where the files lie, or go when downloaded; by default $QSNN_DATA, else ~/.cache/qsnn.
         val_fraction: part of the training images held out for `val`, (0, 1), no unit; by default 5,000 images of a
             torchvision set, a tenth of digits, and of a folder its ``val/`` or a tenth.
         image_size: height and width of a folder's images [pixel]; by default those of the first one.
+        timesteps: frames of a recording of an event set, one for each time step; by default 2.
         seed: chooses the images held out; never the test images. Keep it the same from teacher to student: with
             another one, `val` holds images that the teacher was trained on.
     Raises:
@@ -103,6 +107,11 @@ def load_data(
         raise ValueError(f"expected 0 < val_fraction < 1, got {val_fraction}; 0.1 holds out a tenth")
     if image_size is not None and (image_size < 1 or name in NAMES):
         raise ValueError(f"expected image_size >= 1 pixel with a folder only, got {image_size} for {name}; omit it")
+    if name in EVENTS:
+        root = Path(root or os.environ.get("QSNN_DATA") or "~/.cache/qsnn").expanduser()
+        return load_events(str(name), root, 2 if timesteps is None else timesteps, val_fraction, seed)
+    if timesteps is not None:
+        raise ValueError(f"expected timesteps with an event set only ({', '.join(EVENTS)}), got it for {name}; omit it")
     if name == "digits":
         return _load_digits(val_fraction or 0.1, seed)
     if name in _TORCHVISION:
@@ -115,12 +124,6 @@ def load_data(
             f"or the path of a folder with train/CLASS/*.png and test/CLASS/*.png"
         )
     return _load_folder(folder, image_size, val_fraction, seed)
-
-
-def _hold_out(n: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    order = np.random.RandomState(seed).permutation(n)  # RandomState is frozen: a split survives numpy's next version
-    count = min(max(count, 1), n - 1)
-    return order[: n - count], order[n - count :]
 
 
 def _load_digits(val_fraction: float, seed: int) -> Data:
@@ -160,7 +163,7 @@ def _load_torchvision(name: str, root: Path, val_fraction: float | None, seed: i
         images.append(ImageSet(pixels, torch.as_tensor(source.targets), mean, std))
         classes = tuple(label.partition(" - ")[0] for label in source.classes)  # MNIST's are "0 - zero"
     n = len(images[0])
-    train, val = _hold_out(n, 5000 if val_fraction is None else round(n * val_fraction), seed)
+    train, val = hold_out(n, 5000 if val_fraction is None else round(n * val_fraction), seed)
     return Data(
         name=name, train=images[0].subset(train), val=images[0].subset(val), test=images[1],
         mean=mean, std=std, classes=classes, augment=augment,
@@ -230,14 +233,14 @@ def _load_folder(folder: Path, image_size: int | None, val_fraction: float | Non
         raise ValueError(f"expected the same class folders in every part of {folder}, got {classes}; make them agree")
     if not names:
         n = len(samples["."])
-        keep, out = _hold_out(n, round(n / 10), 0)
+        keep, out = hold_out(n, round(n / 10), 0)
         samples = {"train": [samples["."][i] for i in keep], "test": [samples["."][i] for i in out]}
         val_fraction = val_fraction or 1 / 9  # of the nine tenths that are left
     train, test = samples["train"], samples.get("test") or samples["val"]
     if "test" in samples and "val" in samples and val_fraction is None:
         val = samples["val"]
     else:
-        keep, out = _hold_out(len(train), round(len(train) * (val_fraction or 0.1)), seed)
+        keep, out = hold_out(len(train), round(len(train) * (val_fraction or 0.1)), seed)
         train, val = [train[i] for i in keep], [train[i] for i in out]
     size = (image_size, image_size) if image_size else _open_rgb(min(train)[0]).size[::-1]
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as pretrained torchvision models want them

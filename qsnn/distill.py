@@ -26,7 +26,7 @@ from qsnn.losses import (
     step_divergence,
     step_regulariser,
 )
-from qsnn.neurons import SNN, IFNode
+from qsnn.neurons import SNN, IFNode, summed
 from qsnn.prune import finish_pruning_, prunable, start_pruning_
 from qsnn.train import TrainConfig, fit
 from qsnn.tune import train_neurons_
@@ -276,13 +276,13 @@ class _Loss:
         expert = model.teacher or self.teachers[0]
         names = {spec.partition(":")[2] or spec: probe for spec, probe in matched.items()}
         with recorded({name: _found(expert, name) for name in names}) as activations, torch.no_grad():
-            targets = [teacher(images) for teacher in self.teachers]
+            targets = [teacher(summed(images)) for teacher in self.teachers]
         if model.teacher is not None:
             with recorded({name: _found(expert, name) for name in names}) as activations:
-                taught = model.teacher(images)
+                taught = model.teacher(summed(images))
             targets = [taught.detach()]
         with recorded({name: probe for name, (probe, _) in names.items()}) as outputs:
-            z = model.loop.step_logits(images)
+            z = model.loop.step_logits(images, timesteps=config.timesteps)
         terms = distillation_loss(z, targets, labels, config)
         if names:
             rates, thetas = {}, {}

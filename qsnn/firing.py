@@ -114,7 +114,7 @@ class RealIF(Timed):
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
         theta = x.new_ones(()) if self.unit else self.threshold.to(x.dtype)
         theta = per_channel(theta, x.dim())
-        x = x.expand(self.steps, *x.shape) if self.constant else x.unflatten(0, (self.steps, -1))
+        x = x.expand(self.steps, *x.shape) if self.constant and not self.in_time else x.unflatten(0, (self.steps, -1))
         start = per_channel(self.initial.to(x.dtype), x.dim() - 1) * theta
         return (deferred if self.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
 

@@ -257,7 +257,9 @@ def data_recipe(data: Any) -> dict[str, Any]:
     """Return what a checkpoint records of a data set: name, normalisation, classes; {} for a bare loader."""
     if not hasattr(data, "classes"):
         return {}
-    return {"name": data.name, "mean": list(data.mean), "std": list(data.std), "classes": list(data.classes)}
+    found = {"name": data.name, "mean": list(data.mean), "std": list(data.std), "classes": list(data.classes)}
+    frames = getattr(data, "frames", None)
+    return found if frames is None else {**found, "frames": frames}
 
 
 def child_recipe(model: nn.Module, kind: str, **configs: Any) -> dict[str, Any]:

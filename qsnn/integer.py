@@ -19,6 +19,7 @@ class Timed(nn.Module):
 
     timesteps: int | None = None
     firing: str = "online"
+    in_time = False
 
     @property
     def steps(self) -> int:

@@ -9,7 +9,7 @@ from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
-from qsnn.neurons import running_mean
+from qsnn.neurons import in_order, running_mean
 
 
 class TimeLoop(nn.Module):
@@ -20,7 +20,8 @@ class TimeLoop(nn.Module):
             maps (B, C, H, W) to (B, K), and is called T times). It is reset before and after every call.
         timesteps: T of a call that names none.
     Shape:
-        images: (B, C, H, W), the same at every step; returned: the answer after each step, (T, B, K).
+        images: (B, C, H, W), the same at every step, or frames (B, T, C, H, W); returned: the answer after each
+        step, (T, B, K).
     Raises:
         ValueError: the network holds no module with a state.
     """
@@ -39,12 +40,13 @@ class TimeLoop(nn.Module):
 
     def step_logits(self, images: Tensor, *, timesteps: int | None = None) -> Tensor:
         """Return the logits of every step, (T, B, K)."""
-        steps = timesteps or self.timesteps
-        functional.reset_net(self.network)
-        if self.multi_step:
-            z = self.network(images.expand(steps, *images.shape))
+        steps = timesteps or (images.shape[1] if images.dim() == 5 else self.timesteps)
+        if images.dim() == 5:
+            images = in_order(images, steps).unflatten(0, (steps, -1))
         else:
-            z = torch.stack([self.network(images) for _ in range(steps)])
+            images = images.expand(steps, *images.shape)
+        functional.reset_net(self.network)
+        z = self.network(images) if self.multi_step else torch.stack([self.network(image) for image in images])
         functional.reset_net(self.network)
         return z
 

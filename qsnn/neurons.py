@@ -120,6 +120,8 @@ class IFNode(BaseNode):
         self.firing = "online"
         self.constant_input = False
         """True: inside an SNN the input is one step, (B, *), that stands for all T; set where it is static."""
+        self.in_time = False
+        """True while the SNN that holds this node runs on frames, an image for every step."""
 
     def materialize_states(self, inputs: tuple[Any, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
         """Give a potential that has not started yet (SpikingJelly's placeholder 0.0) the value v₀."""
@@ -183,12 +185,13 @@ class IFNode(BaseNode):
             return spikes.to(x.dtype)
         if self.timesteps is None:
             return super().forward(x)
-        if self.constant_input and self.firing == "online" and self._fused and torch.is_grad_enabled():
+        constant = self.constant_input and not self.in_time
+        if constant and self.firing == "online" and self._fused and torch.is_grad_enabled():
             (v,) = self.materialize_states((x,), (self._memories["v"],), "s")
             spikes, v = self._trained(x, v, self.timesteps)
             self._memories["v"] = v
             return spikes.flatten(0, 1)
-        if self.constant_input:
+        if constant:
             return super().forward(x.expand(self.timesteps, *x.shape)).flatten(0, 1)
         return super().forward(x.unflatten(0, (self.timesteps, -1))).flatten(0, 1)
 
@@ -228,10 +231,11 @@ class Repeat(nn.Module):
     """
 
     timesteps: int | None = None
+    in_time = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Repeat x ``timesteps`` times along a new first dimension that is folded into the batch."""
-        if self.timesteps is None or self.timesteps == 1:
+        if self.timesteps is None or self.timesteps == 1 or self.in_time:
             return x
         return x.expand(self.timesteps, *x.shape).flatten(0, 1)
 
@@ -257,7 +261,8 @@ class SNN(nn.Module):
         folded: whether ``network`` is the integer form that :func:`qsnn.fold` makes.
         probes: for a neuron that a max pool was moved behind, the pool: its output is what the activation gave.
     Shape:
-        images: (B, C, H, W); step logits z: (T, B, K); returned: the running means
+        images: (B, C, H, W), the same at every step, or frames in time (B, T, C, H, W); step logits z: (T, B, K);
+        returned: the running means
         :math:`m_t = \tfrac1t\sum_{i\le t} z_i`, (T, B, K), online; their last one, (1, B, K), deferred.
     """
 
@@ -303,27 +308,29 @@ class SNN(nn.Module):
         Raises:
             ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
         """
-        steps, firing = self._checked(
-            self.timesteps if timesteps is None else timesteps, self.firing if firing is None else firing
-        )
+        frames = images.dim() == 5
+        if timesteps is None:
+            timesteps = images.shape[1] if frames else self.timesteps
+        steps, firing = self._checked(timesteps, self.firing if firing is None else firing)
         shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
+        images = in_order(images, steps) if frames else images
         check_images(images, None if shape is None else tuple(shape))
-        with self.running(steps, firing):
+        with self.running(steps, firing, in_time=frames):
             return self.network(images).unflatten(0, (steps, -1))
 
     @contextmanager
-    def running(self, timesteps: int, firing: str) -> Iterator[None]:
+    def running(self, timesteps: int, firing: str, in_time: bool = False) -> Iterator[None]:
         """Tell every module T and the way of firing while the block runs; all start from rest, and end so."""
         stateful: list[Any] = [module for module in self.network.modules() if hasattr(module, "timesteps")]
         try:
             for module in stateful:
-                module.timesteps, module.firing = timesteps, firing
+                module.timesteps, module.firing, module.in_time = timesteps, firing, in_time
                 if isinstance(module, BaseNode):
                     module.reset()
             yield
         finally:
             for module in stateful:
-                module.timesteps = None
+                module.timesteps, module.in_time = None, False
                 if isinstance(module, BaseNode):
                     module.reset()
 
@@ -332,6 +339,25 @@ class SNN(nn.Module):
         firing = self.firing if firing is None else firing
         z = self.step_logits(images, timesteps=timesteps, firing=firing)
         return z.mean(0, keepdim=True) if firing == "deferred" else running_mean(z)
+
+
+def in_order(frames: Tensor, timesteps: int) -> Tensor:
+    """The first T frames, (B, T, C, H, W), time first and folded into the batch: (T·B, C, H, W).
+
+    Raises:
+        ValueError: fewer frames than T.
+    """
+    if timesteps > frames.shape[1]:
+        raise ValueError(
+            f"expected at least {timesteps} frames, one for each time step, got {frames.shape[1]}; load the data with "
+            f"timesteps={timesteps}"
+        )
+    return frames[:, :timesteps].transpose(0, 1).flatten(0, 1)
+
+
+def summed(images: Tensor) -> Tensor:
+    """What a network without time sees of frames (B, T, C, H, W): their mean over time; images stay as they are."""
+    return images.mean(1) if images.dim() == 5 else images
 
 
 def running_mean(z: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def wait() -> None:
         dist.barrier()
 
 
-def summed(value: Tensor) -> Tensor:
+def total_of(value: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
     if rank_and_world()[1] > 1:
         dist.all_reduce(value)
@@ -76,7 +76,7 @@ def average_buffers_(model: nn.Module) -> None:
         return
     for buffer in model.buffers():
         if buffer.is_floating_point():
-            buffer.copy_(summed(buffer.clone()) / world)
+            buffer.copy_(total_of(buffer.clone()) / world)
         else:
             dist.broadcast(buffer, 0)
 

@@ -36,6 +36,7 @@ from qsnn.graph import (
     trace,
     unshare,
 )
+from qsnn.neurons import summed
 from qsnn.quantizers import (
     HalfActQuant,
     LevelActQuant,
@@ -138,13 +139,19 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
         raise TypeError(f"expected a QuantizeConfig, got {type(config).__name__}; call quantize(model, data, config)")
     if data is None:
         raise ValueError("quantize needs data to calibrate on: quantize(model, data, config)")
-    images = calibration_images(getattr(data, "train", data), config.calibration_images)
+    frames = calibration_images(getattr(data, "train", data), config.calibration_images)
+    images = summed(frames)
     qann = quantized_structure(model, config)
     recipe = {**recipe_of(qann), "input_shape": list(images.shape[1:])}
     if data_recipe(data):
         recipe["data"] = data_recipe(data)
     set_recipe(qann, recipe)
     calibrate_(qann, images, model)
+    if frames.dim() == 5:  # the spiking network will see single frames, which reach further than their mean
+        for module in qann.modules():
+            quant = level_quant(module)
+            if quant is not None and quant.signed:
+                quant.calibrate_(frames)
     return qann
 
 

@@ -17,6 +17,7 @@ from qsnn.convert import ConvertConfig, convert
 from qsnn.data import Data
 from qsnn.datasets import load_data
 from qsnn.distill import DistillConfig, distill
+from qsnn.events import EVENTS
 from qsnn.fold import fold
 from qsnn.graph import recipe_of, set_recipe
 from qsnn.models import create_model
@@ -38,7 +39,7 @@ class RunConfig:
     """What the whole flow trains, and where it writes."""
 
     data: str = "digits"
-    """"digits", "mnist", "fashion-mnist", "cifar10", or a folder of images."""
+    """"digits", "mnist", "fashion-mnist", "cifar10", the event set "nmnist" or "dvsgesture", or a folder of images."""
     out: Path = Path("runs/digits")
     """Folder for checkpoints, records, figure and report."""
     model: str = "vgg-small"
@@ -96,7 +97,8 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
         config: what to run.
         say: takes one line for each stage.
     """
-    data = load_data(config.data, root=config.data_root)
+    frames = config.timesteps if config.data in EVENTS else None  # of a recording, one a step
+    data = load_data(config.data, root=config.data_root, timesteps=frames)
     flow = _Flow(config, data, say)
     return flow.run()
 
@@ -188,6 +190,8 @@ class _Flow:
     def _benchmark(self, teacher: nn.Module, qann: nn.Module, snn: SNN, student: SNN) -> tuple[Benchmark, ...]:
         started = time.perf_counter()
         test, steps = self.data.test, self.config.max_timesteps
+        if self.data.frames is not None:
+            steps = min(steps, self.data.frames)
         results = (
             benchmark(teacher, test, name="teacher", reference=qann),
             benchmark(qann, test, name="QANN", reference=qann),

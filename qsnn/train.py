@@ -21,9 +21,10 @@ from qsnn.board import Board
 from qsnn.data import Data, batch_sizes, batches
 from qsnn.graph import device_of, recipe_of, set_recipe
 from qsnn.layout import keep_freed_memory, laid_out, lay_out_
+from qsnn.loop import TimeLoop
 from qsnn.losses import kl_divergence
-from qsnn.neurons import SNN
-from qsnn.parallel import average_buffers_, is_main, rank_and_world, shared, summed, wait
+from qsnn.neurons import SNN, summed
+from qsnn.parallel import average_buffers_, is_main, rank_and_world, shared, total_of, wait
 from qsnn.state import Epoch, read_state, save_state
 from qsnn.state import Progress as Done
 
@@ -195,8 +196,8 @@ def fit(
                         save()
             lay_out_(model.eval(), torch.contiguous_format)
             average_buffers_(model)
-            right, seen = summed(torch.tensor(_count(model, data.val, 500, (rank, world)), device=device)).tolist()
-            mean_loss = float(summed(torch.tensor(done.total, device=device))) / world / len(sizes)
+            right, seen = total_of(torch.tensor(_count(model, data.val, 500, (rank, world)), device=device)).tolist()
+            mean_loss = float(total_of(torch.tensor(done.total, device=device))) / world / len(sizes)
             done.history.append(Epoch(epoch + 1, mean_loss, 100.0 * right / max(1, seen)))
             done.batch, done.total = 0, 0.0
             save()
@@ -257,28 +258,31 @@ def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: An
     return 100.0 * right / max(1, seen)
 
 
+def answer(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
+    """The logits (B, K) of any network; a spiking one answers after its last step, and alone sees frames in time."""
+    timed = isinstance(model, SNN) or hasattr(model, "loop") or isinstance(model, TimeLoop)
+    logits: Tensor = model(images if timed else summed(images), **options)
+    return logits[-1] if logits.dim() == 3 else logits
+
+
 @torch.no_grad()
 def _count(model: nn.Module, source: Any, batch_size: int, share: tuple[int, int], **options: Any) -> tuple[int, int]:
     """Right answers, and all, of this process's share of the data."""
     right = seen = 0
     for images, labels in batches(source, batch_size, device=device_of(model), share=share):
-        logits = model(images, **options)
-        answer = (logits[-1] if logits.dim() == 3 else logits).argmax(1)
-        right += int((answer == labels).sum())
+        right += int((answer(model, images, **options).argmax(1) == labels).sum())
         seen += len(labels)
     return right, seen
 
 
 def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        logits = model(images)
-        if isinstance(model, SNN):
-            logits = logits[-1]
+        logits = answer(model, images)
         value = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         if teacher is None or config.kd_weight == 0:
             return value
         with torch.no_grad():
-            target = teacher(images)
+            target = answer(teacher, images)
         kl = kl_divergence(logits, target, config.kd_temperature)
         return (1 - config.kd_weight) * value + config.kd_weight * kl
 
