@@ -196,7 +196,7 @@ def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
     """How the students of the studies learn."""
     chosen: dict[str, Any] = {
         "epochs": setting.epochs, "lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0, "batch_size": 64,
-        "label_smoothing": 0.0, "ce_weight": 1.0, "kd_weight": 0.0,
+        "label_smoothing": 0.0, "ce_weight": 1.0, "kd_weight": 0.0, "surrogate": "rate",
         "train_images": setting.train_images, "seed": setting.seed,
     }  # fmt: skip
     return qsnn.DistillConfig(**{**chosen, **options})
@@ -205,7 +205,11 @@ def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
 def distill(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
     """Online students from the quantized network of each precision; one for every T; and what they have to beat."""
     two = student_config(setting, timesteps=2)
-    every = student_config(setting, timesteps=4, ce_weight=0.5, answer_weight=0.5)
+    # the gradient of single steps, and a loss on each of them: the first one has to answer too
+    every = student_config(
+        setting, timesteps=2, surrogate="box", ce_weight=0.5, step_ce_weight=0.5, train_threshold="channel",
+        train_initial="channel",
+    )  # fmt: skip
     scratch = student_config(setting, timesteps=2, epochs=3 * setting.epochs)
     for label, options in STUDENTS.items():
         config = {"quantize": options, "train": asdict(setting.low_bits())}
@@ -233,7 +237,7 @@ def _student_row(
     qann = qann_of(setting, data, options)
     found = {"qann": qsnn.accuracy(qann, data.test)}
     student = qsnn.distill(qsnn.convert(qann), qann, data, config)
-    if config.timesteps == 2:
+    if not config.step_ce_weight:
         longer = qann_of(setting, data, options)
         qsnn.fit(longer, data, setting.low_bits(), label="QANN on")
         found["qann on"] = qsnn.accuracy(longer, data.test)

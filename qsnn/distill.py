@@ -79,7 +79,7 @@ class DistillConfig:
     train_tau: str = ""
     """Train the time constants of the leak, likewise."""
     surrogate: str = "box"
-    """Derivative of a spike: "box", or a surrogate of SpikingJelly by name, such as "ATan"."""
+    """Derivative of a spike: "box", "rate" (see :class:`qsnn.IFNode`), or one of SpikingJelly by name ("ATan")."""
     mutual: bool = False
     """Train the teacher too, which learns from the student; see :func:`distill_together`."""
     sparsity: float = 0.0

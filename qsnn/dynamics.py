@@ -92,12 +92,12 @@ def firing_function(surrogate: str) -> Callable[[Tensor, Tensor], Tensor]:
     Raises:
         ValueError: SpikingJelly has no surrogate of this name.
     """
-    if surrogate == "box":
+    if surrogate in ("box", "rate"):  # where there is no rate to go through, in other dynamics, the box
         return _Fire.apply
     found = getattr(surrogates, surrogate, None)
     if not isinstance(found, type) or not issubclass(found, surrogates.SurrogateFunctionBase):
         raise ValueError(
-            f"expected surrogate 'box' or a class of spikingjelly.activation_based.surrogate such as 'ATan' or "
+            f"expected surrogate 'box', 'rate' or a class of spikingjelly.activation_based.surrogate such as 'ATan' or "
             f"'Sigmoid', got {surrogate!r}"
         )
     smooth = found()

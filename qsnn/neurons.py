@@ -11,57 +11,10 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.data import check_images
-from qsnn.dynamics import Dynamics, deferred, empty_steps, firing_function, integrated, per_channel, simulate
+from qsnn.dynamics import Dynamics, deferred, firing_function, integrated, per_channel, simulate
+from qsnn.gradients import IFFunction, RateFunction
 
 FIRINGS = ("online", "deferred")
-
-
-class _IFFunction(torch.autograd.Function):
-    r"""T steps of the soft-reset IF neuron with their own backward.
-
-    Forward, :math:`h_t = v_{t-1} + x_t`, :math:`s_t = [h_t \ge \theta]`, :math:`v_t = h_t - \theta s_t`. Backward, with
-    :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of
-    area 1 and width θ (Bengio et al. 2013).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.constant = repeats > 0  # x is one step, (B, *), that stands for so many
-        theta = ctx.theta = float(threshold)
-        current = x.expand(repeats, *x.shape) if ctx.constant else x
-        spikes, potentials = empty_steps(current), empty_steps(current)
-        for t in range(len(current)):
-            h = torch.add(v, current[t], out=potentials[t])
-            v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
-        # the spikes are for the gradient of θ alone; without it they need not live until the backward
-        ctx.save_for_backward(potentials, spikes if ctx.needs_input_grad[1] else None)
-        return spikes, v
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_spikes, grad_v = grads
-        potentials, spikes = ctx.saved_tensors
-        theta: float = ctx.theta
-        if grad_spikes is None:
-            grad_spikes = torch.zeros_like(potentials)
-        grad_x = None if ctx.constant else empty_steps(potentials)
-        grad_theta, total = potentials.new_zeros(()), None
-        for t in reversed(range(len(potentials))):
-            grad_s = grad_spikes[t] if grad_v is None else torch.sub(grad_spikes[t], grad_v, alpha=theta)
-            # times θ·σ: hardtanh's backward is one pass that keeps what lies strictly inside an interval
-            direct = torch.ops.aten.hardtanh_backward(grad_s, potentials[t], 0.5 * theta, 1.5 * theta)
-            if ctx.needs_input_grad[1]:
-                through_reset = 0.0 if grad_v is None else grad_v * spikes[t]
-                grad_theta = grad_theta - (direct / theta + through_reset).sum()
-            grad_v = direct.div_(theta) if grad_v is None else grad_v.add(direct, alpha=1 / theta)
-            if grad_x is not None:
-                grad_x[t] = grad_v
-                continue
-            total = grad_v.clone() if total is None else total.add_(grad_v)
-        wants_theta, wants_v = ctx.needs_input_grad[1:3]
-        grad_x = total if grad_x is None else grad_x
-        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
 
 
 class IFNode(BaseNode):
@@ -79,13 +32,15 @@ class IFNode(BaseNode):
             trained unless you set ``requires_grad`` (a batch norm before the neuron can do the same).
         initial: v₀ / θ [1], a scalar or one a channel.
         dynamics: another reset, leak, signed spikes or a membrane of few bits; by default none of them.
-        surrogate: what stands for the derivative of a spike: "box" (area 1, width θ), or one of SpikingJelly by name.
+        surrogate: what stands for the derivative of a spike: "box" (area 1, width θ), "rate" (the gradient of the
+            clipped ReLU that the rate follows, at every step alike), or one of SpikingJelly by name.
     Shape:
         step_mode "m": x and spikes (T, B, *); "s": (B, *). Inside an :class:`SNN` (``timesteps`` set): (T·B, *).
     Raises:
         ValueError: θ is not positive and finite, or no scalar and no vector.
     Source:
-        Bu et al., "Optimal ANN-SNN Conversion ...", ICLR 2022 (v₀); Rueckauer et al. 2017 (soft reset).
+        Bu et al., "Optimal ANN-SNN Conversion ...", ICLR 2022 (v₀); Rueckauer et al. 2017 (soft reset); Yu et al.,
+        "Advancing Training Efficiency of Deep SNNs through Rate-based Backpropagation", NeurIPS 2024 ("rate").
     """
 
     threshold: nn.Parameter
@@ -138,15 +93,16 @@ class IFNode(BaseNode):
     @property
     def _fused(self) -> bool:
         """Whether a step of training takes the one function that has its own backward."""
-        return self.dynamics.plain and self.surrogate == "box"
+        return self.dynamics.plain and self.surrogate in ("box", "rate")
 
     @torch.compiler.disable  # a function with its own backward: a compiler gains nothing, and warns
     def _trained(self, x: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
         """The fused step; with one θ a channel in units of θ, so that its gradient comes with the division."""
+        function = RateFunction if self.surrogate == "rate" else IFFunction
         if not self.threshold.dim():
-            return _IFFunction.apply(x, self.threshold, v, repeats)
+            return function.apply(x, self.threshold, v, repeats)
         theta = self._theta(v)
-        spikes, v = _IFFunction.apply(x / theta, x.new_ones(()), v / theta, repeats)
+        spikes, v = function.apply(x / theta, x.new_ones(()), v / theta, repeats)
         return spikes, v * theta
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

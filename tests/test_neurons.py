@@ -154,3 +154,23 @@ def test_bad_images_are_refused(snn: qsnn.SNN, bad: Tensor, match: str) -> None:
 def test_impossible_runs_are_refused(snn: qsnn.SNN, images: Tensor, options: dict) -> None:
     with pytest.raises(ValueError, match=r"at least 1|online"):
         snn(images, **options)
+
+
+def test_the_rate_gradient_is_that_of_the_activation() -> None:
+    """r = clip(mean current / θ, 0, 1): its gradient to every step, to θ and to v₀; the forward is the same."""
+    theta = 0.8
+    x = (torch.rand(4, 5, 3, 2) * 1.6 - 0.4).requires_grad_()
+    node, box = IFNode(theta, surrogate="rate"), IFNode(theta)
+    for neuron in (node, box):
+        neuron.train_("threshold")
+        neuron.train_("initial")
+    spikes = node(x)
+    assert torch.equal(spikes, box(x))
+    weight = torch.randn(5, 3, 2)
+    (spikes.mean(0) * weight).sum().backward()
+    mean = x.detach().mean(0)
+    inside = (mean > 0) & (mean < theta)
+    expected = torch.where(inside, weight, torch.zeros(())) / theta / 4
+    assert torch.allclose(x.grad, expected.expand_as(x), atol=1e-6)
+    assert torch.allclose(node.threshold.grad.float(), -(weight * mean / theta**2)[inside].sum() + expected.sum() * 0.5)
+    assert torch.allclose(node.initial.grad.float(), expected.sum() * theta, atol=1e-5)

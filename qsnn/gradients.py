@@ -1,0 +1,94 @@
+"""T steps of the IF neuron with a backward of their own, of few passes over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsnn.dynamics import empty_steps, integrated
+
+
+class IFFunction(torch.autograd.Function):
+    r"""T steps of the soft-reset IF neuron with their own backward.
+
+    Forward, :math:`h_t = v_{t-1} + x_t`, :math:`s_t = [h_t \ge \theta]`, :math:`v_t = h_t - \theta s_t`. Backward, with
+    :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of
+    area 1 and width θ (Bengio et al. 2013).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
+        """Spikes (T, B, *) and the last potential; ``repeats`` > 0: x is one step, (B, *), that stands for so many."""
+        ctx.set_materialize_grads(False)
+        ctx.constant = repeats > 0  # x is one step, (B, *), that stands for so many
+        theta = ctx.theta = float(threshold)
+        current = x.expand(repeats, *x.shape) if ctx.constant else x
+        spikes, potentials = empty_steps(current), empty_steps(current)
+        for t in range(len(current)):
+            h = torch.add(v, current[t], out=potentials[t])
+            v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
+        # the spikes are for the gradient of θ alone; without it they need not live until the backward
+        ctx.save_for_backward(potentials, spikes if ctx.needs_input_grad[1] else None)
+        return spikes, v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients to x, θ and the first potential."""
+        grad_spikes, grad_v = grads
+        potentials, spikes = ctx.saved_tensors
+        theta: float = ctx.theta
+        if grad_spikes is None:
+            grad_spikes = torch.zeros_like(potentials)
+        grad_x = None if ctx.constant else empty_steps(potentials)
+        grad_theta, total = potentials.new_zeros(()), None
+        for t in reversed(range(len(potentials))):
+            grad_s = grad_spikes[t] if grad_v is None else torch.sub(grad_spikes[t], grad_v, alpha=theta)
+            # times θ·σ: hardtanh's backward is one pass that keeps what lies strictly inside an interval
+            direct = torch.ops.aten.hardtanh_backward(grad_s, potentials[t], 0.5 * theta, 1.5 * theta)
+            if ctx.needs_input_grad[1]:
+                through_reset = 0.0 if grad_v is None else grad_v * spikes[t]
+                grad_theta = grad_theta - (direct / theta + through_reset).sum()
+            grad_v = direct.div_(theta) if grad_v is None else grad_v.add(direct, alpha=1 / theta)
+            if grad_x is not None:
+                grad_x[t] = grad_v
+                continue
+            total = grad_v.clone() if total is None else total.add_(grad_v)
+        wants_theta, wants_v = ctx.needs_input_grad[1:3]
+        grad_x = total if grad_x is None else grad_x
+        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
+
+
+class RateFunction(torch.autograd.Function):
+    r"""The same forward; the backward goes through the rate, as if :math:`r = \mathrm{clip}(\bar x/\theta, 0, 1)`.
+
+    With the mean current :math:`\bar x` every step gets
+    :math:`\partial r/\partial x_t = [0 < \bar x < \theta]/(T\theta)`, the gradient of the activation that the neuron
+    stands for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
+        """Spikes (T, B, *) and the last potential; ``repeats`` > 0: x is one step, (B, *), that stands for so many."""
+        ctx.set_materialize_grads(False)
+        ctx.constant, ctx.theta = repeats > 0, float(threshold)
+        current = x.expand(repeats, *x.shape) if ctx.constant else x
+        ctx.save_for_backward(x if ctx.constant else current.mean(0))
+        return integrated(current, threshold.to(x.dtype), v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients to x, θ and the first potential."""
+        (grad_spikes, _), (mean,) = grads, ctx.saved_tensors
+        if grad_spikes is None:
+            return None, None, None, None
+        steps = len(grad_spikes)
+        grad = torch.ops.aten.hardtanh_backward(grad_spikes.sum(0), mean, 0.0, ctx.theta).div_(ctx.theta)
+        grad_theta = -(grad * mean).sum() / ctx.theta if ctx.needs_input_grad[1] else None
+        if ctx.constant:
+            return grad, grad_theta, grad / steps, None
+        grad.div_(steps)
+        grad_x = empty_steps(grad_spikes)
+        grad_x[:] = grad
+        return grad_x, grad_theta, grad, None
