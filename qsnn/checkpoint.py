@@ -17,6 +17,7 @@ from torch import nn
 from qsnn.convert import ConvertConfig, spiking_structure
 from qsnn.fold import fold
 from qsnn.graph import recipe_of, set_recipe
+from qsnn.loop import TimeLoop
 from qsnn.models import build_model
 from qsnn.neurons import IFNode
 from qsnn.quantize import QuantizeConfig, quantized_structure
@@ -146,7 +147,9 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
     classes = recipe.get("num_classes") or len(recipe.get("data", {}).get("classes", ())) or None
     model = build_model(spec["name"], None if shape is None else tuple(shape), classes, **spec.get("options", {}))
     set_recipe(model, {**recipe, "kind": "teacher"})
-    if recipe["kind"] == "teacher":
+    if recipe["kind"] == "teacher" or recipe.get("spiking"):
+        if isinstance(model, TimeLoop):
+            model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)
         return model
     if "quantize" in recipe:
         model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]))

@@ -255,7 +255,7 @@ class _Pair(nn.Module):
     def __init__(self, student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
         super().__init__()
         self.student, self.teacher = student, teacher
-        loop: Any = student if isinstance(student, SNN) else TimeLoop(student, config.timesteps)
+        loop: Any = student if isinstance(student, SNN | TimeLoop) else TimeLoop(student, config.timesteps)
         loop.timesteps, loop.firing = config.timesteps, "online"
         self.__dict__["loop"] = loop  # not a second name for the student in the state
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from qsnn.data import Data
 from qsnn.graph import data_recipe, recipe_of, set_recipe
+from qsnn.loop import TimeLoop
+from qsnn.spiking import SPIKING, build_spiking
 
 _AVERAGE, _MAX = "avg", "max"
 
@@ -120,9 +122,10 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
 
     Args:
         name: "vgg-small" (0.03 to 0.2 M parameters by image size), "study" (16-16-32-32-64 channels), "resnet-small",
-            "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images), or a function of your
-            own as ``package.module:function``; it is called with ``num_classes=K`` where it takes that, and may return
-            any model that torch.fx can follow.
+            "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images); a spiking network from
+            scratch (:func:`qsnn.spiking.build_spiking`): "spiking-resnet", "sew-resnet", "ms-resnet", "qkformer",
+            "spiking-convnext"; or a function of your own as ``package.module:function``; it is called with
+            ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
         data: where the image shape and the number of classes come from. Our own models need it.
         seed: of the weights; the global random state is left as it was.
         options: passed on to the function, e.g. ``pooling="max"``.
@@ -147,9 +150,14 @@ def build_model(
             if shape is None or num_classes is None:
                 raise ValueError(f"create_model({name!r}) needs data: create_model({name!r}, load_data('digits'))")
             model = MODELS[name](shape, num_classes, **options)
+        elif name in SPIKING:
+            if shape is None or num_classes is None:
+                raise ValueError(f"create_model({name!r}) needs data: create_model({name!r}, load_data('digits'))")
+            model = build_spiking(name, shape, num_classes, **options)
         else:
             raise ValueError(
-                f"unknown model {name!r}; known: {', '.join(MODELS)}, or your own as package.module:function"
+                f"unknown model {name!r}; known: {', '.join((*MODELS, *SPIKING))}, or your own as "
+                f"package.module:function"
             )
     recipe = {
         "kind": "teacher",
@@ -157,6 +165,8 @@ def build_model(
         "input_shape": None if shape is None else list(shape),
         "num_classes": num_classes,
     }
+    if isinstance(model, TimeLoop):
+        recipe["spiking"] = True
     set_recipe(model, recipe)
     return model
 
