@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,6 +27,10 @@ from torch import Tensor, nn
 
 import qsnn
 from qsnn.records import Record, append, environment, now, read
+from qsnn.report import draw_curve
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import questions
 
 HERE = Path(__file__).resolve().parent
 CACHE = Path("runs/study")
@@ -309,9 +316,49 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     return 100.0 * float(sum(gaps)) / len(labels)
 
 
+# --- the questions of questions.py, which work on the cached networks ------------------------------------------------
+
+
+def _on_networks(study: Callable[..., Any]) -> Callable[[Setting, qsnn.Data], Iterator[Any]]:
+    def rows(setting: Setting, data: qsnn.Data) -> Iterator[Any]:
+        qann = qann_of(setting, data, STUDENTS["W4"])
+        for label, options, measure in study(setting, data, teacher_of(setting, data), qann):
+            yield label, {**options, "quantize": STUDENTS["W4"], "train": asdict(setting.low_bits())}, measure
+
+    return rows
+
+
+def time(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """See :func:`questions.time`; it takes its own data set."""
+    return questions.time(setting, None)
+
+
 STUDIES = {
-    "precision": precision, "certificates": certificates, "online": online, "distill": distill, "smoothing": smoothing
+    "precision": precision, "certificates": certificates, "online": online, "distill": distill, "smoothing": smoothing,
+    "reset": _on_networks(questions.reset), "levels": _on_networks(questions.levels),
+    "readout": _on_networks(questions.readout), "time": time,
 }  # fmt: skip
+ANSWERS = {
+    "reset": questions.reset_answer, "levels": questions.levels_answer, "readout": questions.readout_answer,
+    "time": questions.time_answer,
+}  # fmt: skip
+
+
+def draw(name: str, records: list[Record]) -> Path:
+    """Accuracy against T, a line a setting, mean and standard deviation over the seeds; return the file."""
+    results, bands = [], {}
+    for label in dict.fromkeys(r.name.partition("/")[2] for r in records):
+        rows = [r.metrics for r in records if r.name.partition("/")[2] == label]
+        steps = tuple(int(key[2:]) for key in rows[0] if key.startswith("T="))
+        values = [[float(row[f"T={t}"]) for row in rows] for t in steps]
+        n = records[0].n
+        mean = tuple(fmean(v) for v in values)
+        results.append(SimpleNamespace(name=label, n=n, timesteps=steps, accuracy=mean, exits=()))
+        bands[label] = [stdev(v) if len(v) > 1 else 0.0 for v in values]
+    path = HERE / "figures" / f"study-{name}.svg"
+    seeds = len({r.seed for r in records})
+    draw_curve(results, path, title=f"{name}, {records[0].data}, {seeds} seeds", spread=bands)  # type: ignore[arg-type]
+    return path
 
 
 def run(
@@ -373,7 +420,12 @@ def main() -> None:
     parser.add_argument("--model", default="study")
     parser.add_argument("--data-root", type=Path, default=None)
     args = parser.parse_args()
-    print_table(args.name, run(args.name, args.data, args.seeds, args.full, args.data_root, args.model))
+    name = "nmnist" if args.name == "time" else args.data
+    records = run(args.name, name, args.seeds, args.full, args.data_root, args.model)
+    print_table(args.name, records)
+    if args.name in ANSWERS:
+        print(f"drawn: {draw(args.name, records)}")
+        print(ANSWERS[args.name](records))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ class Benchmark:
 
     def metrics(self) -> dict[str, Any]:
         """Return the numbers as plain types, for a record."""
-        return {key: value for key, value in asdict(self).items() if key not in ("name", "n")}
+        found = {key: value for key, value in asdict(self).items() if key not in ("name", "n")}
+        return {**found, "intervals": self.intervals}
 
 
 @torch.no_grad()

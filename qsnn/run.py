@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,6 +111,8 @@ class _Flow:
         epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
         self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed)
+        if config.weight_bits == 1:  # signs flip more readily under AdamW
+            self.qat_config = replace(self.qat_config, optimizer="adamw", lr=0.01, weight_decay=0.0)
         self.quantize_config = QuantizeConfig(weight_bits=config.weight_bits, levels=config.levels)
         self.convert_config = ConvertConfig(timesteps=config.timesteps, firing="online")
         self.distill_config = DistillConfig(

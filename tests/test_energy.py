@@ -56,4 +56,4 @@ def test_of_a_whole_network(teacher: object, qann: object, snn: qsnn.SNN, digits
     assert spiking.peak_bytes > spiking.state_bytes and spiking.latency_ms > 0 and spiking.throughput > 0
     assert sum(spiking.weight_bytes_by_bits.values()) == pytest.approx(spiking.weight_bytes, abs=3)
     low, high = spiking.intervals[0]
-    assert low < spiking.accuracy[0] < high
+    assert low < spiking.accuracy[0] < high and spiking.metrics()["intervals"][0] == (low, high)
