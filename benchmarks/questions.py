@@ -99,8 +99,7 @@ def levels_answer(records: Sequence[Record]) -> str:
         f"Deferred firing {'loses' if curve[32] < curve[2] else 'gains'} {abs(curve[2] - curve[32]):.2f} points from "
         f"T = 2, for which the levels were trained, to T = 32: rates then follow the clipped ReLU, no longer its two "
         f"levels (mean error {first:.3f} of θ in the first layer, {last:.3f} in the last); online firing "
-        f"{'gains' if online[32] > online[2] else 'loses'} {abs(online[32] - online[2]):.2f} points, for spikes become "
-        f"even."
+        f"{'gains' if online[32] > online[2] else 'loses'} {abs(online[32] - online[2]):.2f} points."
     )
 
 

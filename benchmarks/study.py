@@ -362,7 +362,13 @@ def draw(name: str, records: list[Record]) -> Path:
 
 
 def run(
-    name: str, data_name: str, seeds: list[int], full: bool, data_root: Path | None, model: str = "study"
+    name: str,
+    data_name: str,
+    seeds: list[int],
+    full: bool,
+    data_root: Path | None,
+    model: str = "study",
+    only: list[str] | None = None,
 ) -> list[Record]:
     """Run the rows of a study that have no record yet; return all of them."""
     path = HERE / "records" / f"study-{name}.jsonl"
@@ -372,6 +378,8 @@ def run(
     for seed in seeds:
         setting = Setting(data_name, model, epochs, images, seed)
         for label, options, measure in STUDIES[name](setting, data):
+            if only and label not in only:
+                continue
             config = json.loads(json.dumps({"setting": asdict(setting), **options}))
             record_name = f"study-{name}/{label}"
             wanted.append((record_name, seed, config))
@@ -392,7 +400,7 @@ def run(
 def print_table(name: str, records: list[Record]) -> None:
     """Mean ± standard deviation over the seeds of every metric, a row a label."""
     labels = list(dict.fromkeys(r.name.partition("/")[2] for r in records))
-    keys = list(dict.fromkeys(key for r in records for key in r.metrics))
+    keys = list(dict.fromkeys(key for r in records for key in r.metrics if not key.startswith("error")))
     table = Table(title=f"{name} on {records[0].data}")
     table.add_column("setting")
     for key in keys:
@@ -418,10 +426,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--full", action="store_true", help="all training images, 12 epochs a stage")
     parser.add_argument("--model", default="study")
+    parser.add_argument("--only", nargs="+", default=None, metavar="ROW", help="these rows of the table")
     parser.add_argument("--data-root", type=Path, default=None)
     args = parser.parse_args()
     name = "nmnist" if args.name == "time" else args.data
-    records = run(args.name, name, args.seeds, args.full, args.data_root, args.model)
+    records = run(args.name, name, args.seeds, args.full, args.data_root, args.model, args.only)
     print_table(args.name, records)
     if args.name in ANSWERS:
         print(f"drawn: {draw(args.name, records)}")
