@@ -217,12 +217,17 @@ def distill(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, 
         setting, timesteps=2, surrogate="box", ce_weight=0.5, step_ce_weight=0.5, train_threshold="channel",
         train_initial="channel",
     )  # fmt: skip
+    trained = student_config(setting, timesteps=2, train_threshold="channel", train_initial="channel")
     scratch = student_config(setting, timesteps=2, epochs=3 * setting.epochs)
     for label, options in STUDENTS.items():
         config = {"quantize": options, "train": asdict(setting.low_bits())}
         yield f"{label}, T = 2", {**config, "distill": asdict(two)}, partial(_student_row, setting, data, options, two)
     options = STUDENTS["W4"]
     config = {"quantize": options, "train": asdict(setting.low_bits())}
+    yield (
+        "W4, T = 2, neurons trained", {**config, "distill": asdict(trained)},
+        partial(_student_row, setting, data, options, trained),
+    )  # fmt: skip
     yield (
         "W4, every T", {**config, "distill": asdict(every)}, partial(_student_row, setting, data, options, every)
     )  # fmt: skip
@@ -244,7 +249,7 @@ def _student_row(
     qann = qann_of(setting, data, options)
     found = {"qann": qsnn.accuracy(qann, data.test)}
     student = qsnn.distill(qsnn.convert(qann), qann, data, config)
-    if not config.step_ce_weight:
+    if not config.train_threshold:
         longer = qann_of(setting, data, options)
         qsnn.fit(longer, data, setting.low_bits(), label="QANN on")
         found["qann on"] = qsnn.accuracy(longer, data.test)

@@ -272,48 +272,59 @@ class _Loss:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
-        config, matched = self.config, self._matched(model) if self.config.rate_weight else {}
-        expert = model.teacher or self.teachers[0]
-        names = {spec.partition(":")[2] or spec: probe for spec, probe in matched.items()}
-        with recorded({name: _found(expert, name) for name in names}) as activations, torch.no_grad():
-            targets = [teacher(summed(images)) for teacher in self.teachers]
-        if model.teacher is not None:
-            with recorded({name: _found(expert, name) for name in names}) as activations:
-                taught = model.teacher(summed(images))
-            targets = [taught.detach()]
-        with recorded({name: probe for name, (probe, _) in names.items()}) as outputs:
+        config = self.config
+        matched = self._matched(model) if config.rate_weight else {}
+        taps = {name: _found(model.teacher or self.teachers[0], name) for name in matched}
+        asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight
+        seen, targets, taught = summed(images), [], None
+        with recorded(taps) as activations:
+            if model.teacher is not None:
+                taught = model.teacher(seen)
+                targets = [taught.detach()]
+            elif asked:
+                with torch.no_grad():
+                    targets = [teacher(seen) for teacher in self.teachers]
+        with recorded({name: probe for name, (probe, _) in matched.items()}) as outputs:
             z = model.loop.step_logits(images, timesteps=config.timesteps)
         terms = distillation_loss(z, targets, labels, config)
-        if names:
-            rates, thetas = {}, {}
-            for name, (_, neuron) in names.items():
-                output = outputs[name]
-                steps = output if output.dim() == activations[name].dim() + 1 else output.unflatten(0, (len(z), -1))
-                theta = _theta(neuron, steps[0])
-                # a max pool behind the neuron already sees θ·spikes
-                rates[name] = steps.mean(0) * (theta if names[name][0] is neuron else 1.0)
-                thetas[name] = theta.detach()
-            held = {name: value.detach() for name, value in activations.items()}
-            terms["rate"] = config.rate_weight * rate_matching(rates, held, thetas)
-        if model.teacher is not None:
+        if matched:
+            terms["rate"] = config.rate_weight * _rate_term(matched, outputs, activations, len(z))
+        if taught is not None:
             terms["teacher_ce"] = config.ce_weight * F.cross_entropy(taught, labels)
             terms["teacher_kd"] = config.kd_weight * kl_divergence(taught, z.mean(0).detach(), config.kd_temperature)
         return terms
 
     def _matched(self, pair: _Pair) -> dict[str, tuple[nn.Module, nn.Module]]:
-        """By "student name:teacher name": the module whose output is compared, and the neuron."""
+        """By the teacher's layer: the student's module whose output is compared, and its neuron."""
         if not getattr(pair.loop, "multi_step", True):
             raise ValueError("rate matching of a SpikingJelly network needs step_mode 'm'")
         neurons = dict(pair.loop.neurons())
         probes = getattr(pair.loop, "probes", {})
         found = {}
         for spec in self.config.rate_layers or tuple(neurons):
-            name = spec.partition(":")[0]
+            name, _, other = spec.partition(":")
             if name not in neurons:
                 raise ValueError(f"rate_layers names {name!r}; the student's neurons are {', '.join(neurons)}")
             probe = pair.loop.network.get_submodule(probes[name]) if name in probes else neurons[name]
-            found[spec] = (probe, neurons[name])
+            found[other or name] = (probe, neurons[name])
         return found
+
+
+def _rate_term(
+    matched: dict[str, tuple[nn.Module, nn.Module]],
+    outputs: dict[str, Tensor],
+    activations: dict[str, Tensor],
+    timesteps: int,
+) -> Tensor:
+    rates, thetas = {}, {}
+    for name, (probe, neuron) in matched.items():
+        output, y = outputs[name], activations[name]
+        steps = output if output.dim() == y.dim() + 1 else output.unflatten(0, (timesteps, -1))
+        theta = _theta(neuron, steps[0])
+        # a max pool behind the neuron already sees θ·spikes
+        rates[name] = steps.mean(0) * (theta if probe is neuron else 1.0)
+        thetas[name] = theta.detach()
+    return rate_matching(rates, {name: y.detach() for name, y in activations.items()}, thetas)
 
 
 def _found(teacher: nn.Module, name: str) -> nn.Module:
