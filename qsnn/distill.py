@@ -320,7 +320,8 @@ def _rate_term(
     for name, (probe, neuron) in matched.items():
         output, y = outputs[name], activations[name]
         steps = output if output.dim() == y.dim() + 1 else output.unflatten(0, (timesteps, -1))
-        theta = _theta(neuron, steps[0])
+        level: Any = neuron.threshold if isinstance(neuron, IFNode) else neuron.v_threshold
+        theta = per_channel(torch.as_tensor(level).to(steps[0]), y.dim())
         # a max pool behind the neuron already sees θ·spikes
         rates[name] = steps.mean(0) * (theta if probe is neuron else 1.0)
         thetas[name] = theta.detach()
@@ -335,11 +336,6 @@ def _found(teacher: nn.Module, name: str) -> nn.Module:
             f"the teacher has no layer {name!r} to match firing rates with; name pairs: "
             f"rate_layers=('student name:teacher name', ...)"
         ) from None
-
-
-def _theta(neuron: nn.Module, like: Tensor) -> Tensor:
-    theta = neuron.threshold if isinstance(neuron, IFNode) else torch.tensor(float(getattr(neuron, "v_threshold", 1.0)))
-    return per_channel(theta.to(like), like.dim())
 
 
 def _prepared_neurons_(student: nn.Module, config: DistillConfig) -> list[tuple[nn.Parameter, Tensor | float]]:
