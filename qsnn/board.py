@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qsnn.data import batches
 from qsnn.graph import device_of
-from qsnn.loop import TimeLoop
+from qsnn.loop import TimeLoop, time_loop
 from qsnn.neurons import SNN
 from qsnn.state import Epoch
 
@@ -61,8 +61,8 @@ class Board:
             return
         self.writer.add_scalar("epoch/loss", epoch.loss, step)
         self.writer.add_scalar("epoch/validation accuracy", epoch.val_accuracy, step)
-        loop = getattr(model, "loop", model)
-        if isinstance(loop, SNN | TimeLoop):
+        loop = time_loop(model)
+        if loop is not None:
             curve, rates = _measured(loop, val)
             for t, value in enumerate(curve, 1):
                 self.writer.add_scalar(f"accuracy by T/{t}", value, step)

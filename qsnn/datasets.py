@@ -107,16 +107,15 @@ def load_data(
         raise ValueError(f"expected 0 < val_fraction < 1, got {val_fraction}; 0.1 holds out a tenth")
     if image_size is not None and (image_size < 1 or name in NAMES):
         raise ValueError(f"expected image_size >= 1 pixel with a folder only, got {image_size} for {name}; omit it")
+    folder_of_sets = Path(root or os.environ.get("QSNN_DATA") or "~/.cache/qsnn").expanduser()
     if name in EVENTS:
-        root = Path(root or os.environ.get("QSNN_DATA") or "~/.cache/qsnn").expanduser()
-        return load_events(str(name), root, 2 if timesteps is None else timesteps, val_fraction, seed)
+        return load_events(str(name), folder_of_sets, 2 if timesteps is None else timesteps, val_fraction, seed)
     if timesteps is not None:
         raise ValueError(f"expected timesteps with an event set only ({', '.join(EVENTS)}), got it for {name}; omit it")
     if name == "digits":
         return _load_digits(val_fraction or 0.1, seed)
     if name in _TORCHVISION:
-        root = Path(root or os.environ.get("QSNN_DATA") or "~/.cache/qsnn").expanduser()
-        return _load_torchvision(str(name), root, val_fraction, seed)
+        return _load_torchvision(str(name), folder_of_sets, val_fraction, seed)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ValueError(

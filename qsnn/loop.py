@@ -9,7 +9,7 @@ from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
-from qsnn.neurons import in_order, running_mean
+from qsnn.neurons import SNN, in_order, running_mean
 
 
 class TimeLoop(nn.Module):
@@ -53,3 +53,9 @@ class TimeLoop(nn.Module):
     def forward(self, images: Tensor, *, timesteps: int | None = None) -> Tensor:
         """Return the answer after each step."""
         return running_mean(self.step_logits(images, timesteps=timesteps))
+
+
+def time_loop(model: nn.Module) -> SNN | TimeLoop | None:
+    """What runs a model in time: itself, the loop of a student in training, or None where it has no steps."""
+    loop = getattr(model, "loop", model)
+    return loop if isinstance(loop, SNN | TimeLoop) else None

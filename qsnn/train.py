@@ -21,9 +21,9 @@ from qsnn.board import Board
 from qsnn.data import Data, batch_sizes, batches
 from qsnn.graph import device_of, recipe_of, set_recipe
 from qsnn.layout import keep_freed_memory, laid_out, lay_out_
-from qsnn.loop import TimeLoop
+from qsnn.loop import time_loop
 from qsnn.losses import kl_divergence
-from qsnn.neurons import SNN, summed
+from qsnn.neurons import summed
 from qsnn.parallel import average_buffers_, is_main, rank_and_world, shared, total_of, wait
 from qsnn.state import Epoch, read_state, save_state
 from qsnn.state import Progress as Done
@@ -260,8 +260,7 @@ def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: An
 
 def answer(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
     """The logits (B, K) of any network; a spiking one answers after its last step, and alone sees frames in time."""
-    timed = isinstance(model, SNN) or hasattr(model, "loop") or isinstance(model, TimeLoop)
-    logits: Tensor = model(images if timed else summed(images), **options)
+    logits: Tensor = model(summed(images) if time_loop(model) is None else images, **options)
     return logits[-1] if logits.dim() == 3 else logits
 
 
