@@ -31,7 +31,7 @@ import qsnn
 from qsnn.records import Record, append, environment, now, read
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from study import cached
+from setting import cached
 
 HERE = Path(__file__).resolve().parent
 TIMESTEPS = (1, 2, 4, 8, 16)

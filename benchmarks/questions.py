@@ -1,32 +1,28 @@
-"""The notes' questions that `study.py` answers: resets, levels, readouts, the order of event frames.
-
-Each yields rows like the studies of ``study.py``, and ends with one sentence that says what came out.
-"""
+"""The notes' questions that the cached networks answer, nothing is trained: resets, levels, readouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from questions_training import W4, mean_of
+from setting import Row, Setting, qann_of, teacher_of
+from torch import Tensor
 
 import qsnn
 from qsnn.dynamics import integrated
-from qsnn.events import FrameSet
 from qsnn.graph import recorded
 from qsnn.records import Record
 
-Row = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 TIMESTEPS = (1, 2, 4, 8, 16)
 
 
-def mean_of(records: Sequence[Record], label: str, key: str) -> float:
-    """Mean over the seeds of one number of one row."""
-    return fmean(float(r.metrics[key]) for r in records if r.name.partition("/")[2] == label)
+def _of_qann(setting: Setting, **options: Any) -> dict[str, Any]:
+    """The config of a row that works on the W4/L2 network of the setting."""
+    return {**options, "quantize": W4, "train": asdict(setting.low_bits())}
 
 
 # --- reset: soft, hard, decaying -------------------------------------------------------------------------------------
@@ -34,16 +30,18 @@ def mean_of(records: Sequence[Record], label: str, key: str) -> float:
 RESETS = ("soft", "hard", "decay")
 
 
-def reset(setting: Any, data: qsnn.Data, teacher: nn.Module, qann: nn.Module) -> Iterator[Row]:
+def reset(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
     """Accuracy against T of three resets: a float network calibrated for T = 8, and the W4/L2 network."""
     for kind in RESETS:
-        yield f"float, {kind}", {"reset": kind}, partial(_reset_row, data, teacher, kind, True)
-        yield f"W4/L2, {kind}", {"reset": kind}, partial(_reset_row, data, qann, kind, False)
+        yield f"float, {kind}", _of_qann(setting, reset=kind), partial(_reset_row, setting, data, kind, True)
+        yield f"W4/L2, {kind}", _of_qann(setting, reset=kind), partial(_reset_row, setting, data, kind, False)
 
 
-def _reset_row(data: qsnn.Data, model: nn.Module, kind: str, calibrate: bool) -> dict[str, Any]:
+def _reset_row(setting: Setting, data: qsnn.Data, kind: str, floating: bool) -> dict[str, Any]:
     config = qsnn.ConvertConfig(timesteps=8, reset=kind)
-    snn = qsnn.convert(model, data, config) if calibrate else qsnn.convert(model, config)
+    snn = qsnn.convert(teacher_of(setting, data), data, config) if floating else qsnn.convert(
+        qann_of(setting, data, W4), config
+    )  # fmt: skip
     curve = qsnn.benchmark(snn, data.test, timesteps=16, firing="online").accuracy
     return {f"T={t}": curve[t - 1] for t in TIMESTEPS}
 
@@ -61,14 +59,15 @@ def reset_answer(records: Sequence[Record]) -> str:
 # --- levels: does accuracy fall as T grows past the levels it was trained for? ---------------------------------------
 
 
-def levels(setting: Any, data: qsnn.Data, teacher: nn.Module, qann: nn.Module) -> Iterator[Row]:
+def levels(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
     """The W4/L2 network at T = 1 to 32, online and deferred: accuracy, and the error of the rates by layer."""
     for firing in ("online", "deferred"):
-        yield firing, {"firing": firing}, partial(_levels_row, data, qann, firing)
+        yield firing, _of_qann(setting, firing=firing), partial(_levels_row, setting, data, firing)
 
 
 @torch.no_grad()
-def _levels_row(data: qsnn.Data, qann: nn.Module, firing: str) -> dict[str, Any]:
+def _levels_row(setting: Setting, data: qsnn.Data, firing: str) -> dict[str, Any]:
+    qann = qann_of(setting, data, W4)
     snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2, firing=firing))
     found = {}
     thetas = {name: float(node.threshold) for name, node in snn.neurons()}
@@ -106,15 +105,15 @@ def levels_answer(records: Sequence[Record]) -> str:
 # --- readout: how the last layer is read ------------------------------------------------------------------------------
 
 
-def readout(setting: Any, data: qsnn.Data, teacher: nn.Module, qann: nn.Module) -> Iterator[Row]:
+def readout(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
     """Mean over time, potential of the last step, spike count and first spike of output neurons; corrected W4/L2."""
     for kind in ("mean", "last potential", "spike count", "first spike"):
-        yield kind, {"readout": kind}, partial(_readout_row, data, qann, kind)
+        yield kind, _of_qann(setting, readout=kind), partial(_readout_row, setting, data, kind)
 
 
 @torch.no_grad()
-def _readout_row(data: qsnn.Data, qann: nn.Module, kind: str) -> dict[str, Any]:
-    snn = qsnn.convert(qann, data, qsnn.ConvertConfig(timesteps=4))
+def _readout_row(setting: Setting, data: qsnn.Data, kind: str) -> dict[str, Any]:
+    snn = qsnn.convert(qann_of(setting, data, W4), data, qsnn.ConvertConfig(timesteps=4))
     images, _ = next(qsnn.batches(data.val, 500))
     theta = float(snn.step_logits(images, timesteps=8).mean(0).max(1).values.median()) / 2
     right, seen = dict.fromkeys(TIMESTEPS[:4], 0), 0
@@ -148,53 +147,3 @@ def readout_answer(records: Sequence[Record]) -> str:
     two = {label: mean_of(records, label, "T=2") for label in labels}
     best = max(two, key=two.__getitem__)
     return f"At T = 2 the {best} reads best ({', '.join(f'{label} {value:.1f}' for label, value in two.items())} %)."
-
-
-# --- time: is the order of event frames needed? -----------------------------------------------------------------------
-
-ORDERS = ("in order", "shuffled", "summed", "repeated")
-
-
-def frames_in_time(data: qsnn.Data, order: str) -> qsnn.Data:
-    """The recordings with frames as they are, shuffled in each recording, all events in one of T frames, or the mean
-    at every step (to the nearest event)."""
-
-    def changed(part: Any) -> FrameSet:
-        counts, steps = part.images, part.images.shape[1]
-        if order == "shuffled":
-            generator = torch.Generator().manual_seed(0)
-            picks = torch.stack([torch.randperm(steps, generator=generator) for _ in range(len(counts))])
-            counts = counts[torch.arange(len(counts))[:, None], picks]
-        elif order == "summed":
-            counts = torch.cat([counts.sum(1, keepdim=True).clamp(max=255).to(torch.uint8)] +
-                               [torch.zeros_like(counts[:, :1])] * (steps - 1), 1)  # fmt: skip
-        elif order == "repeated":
-            counts = (counts.float().mean(1, keepdim=True).round()).to(torch.uint8).expand_as(counts).contiguous()
-        return FrameSet(counts, part.labels, part.unit)
-
-    return replace(data, train=changed(data.train), val=changed(data.val), test=changed(data.test))
-
-
-def time(setting: Any, root: Any) -> Iterator[Row]:
-    """N-MNIST in four steps: a spiking network trained and tested on each order of the frames."""
-    for order in ORDERS:
-        yield order, {"order": order, "timesteps": 4}, partial(_time_row, setting, root, order)
-
-
-def _time_row(setting: Any, root: Any, order: str) -> dict[str, Any]:
-    data = frames_in_time(qsnn.load_data("nmnist", root=root, timesteps=4), order)
-    network = qsnn.create_model("ms-resnet", data, seed=setting.seed, timesteps=4)
-    training = qsnn.TrainConfig(epochs=12, batch_size=32, optimizer="adamw", lr=0.005, seed=setting.seed)
-    qsnn.fit(network, data, training, label=order)
-    curve = qsnn.benchmark(network, data.test, timesteps=4).accuracy
-    shuffled = qsnn.accuracy(network, frames_in_time(data, "shuffled").test)
-    return {**{f"T={t}": curve[t - 1] for t in (1, 2, 4)}, "tested shuffled": shuffled}
-
-
-def time_answer(records: Sequence[Record]) -> str:
-    """One sentence."""
-    at = {order: mean_of(records, order, "T=4") for order in ORDERS}
-    shown = ", ".join(f"{order} {value:.1f}" for order, value in at.items())
-    gain = at["in order"] - max(at[order] for order in ORDERS[1:])
-    verdict = "is needed" if gain > 1 else "is not needed for these recordings"
-    return f"The order of the frames {verdict}: {shown} % after four steps."

@@ -1,405 +1,171 @@
 """One question, one command: ``python benchmarks/study.py NAME`` trains what it compares, prints a table, adds records.
 
-A row whose record is there already (same config) is not run again, so a long table fills across calls. Teachers are
-kept in ``runs/study`` under the hash of their config. Default size: the study net (16-16-32-32-64 channels), 20,000
-training images, 4 epochs a stage; ``--full`` uses all images.
+A row whose record is there already (same config) is not run again, so a long table fills across calls. Networks that
+several rows need are kept in ``runs/study`` under the hash of their config. Default size: the study net (16-16-32-32-64
+channels), 20,000 training images, 4 epochs a stage; ``--full`` uses all images. ``--jobs`` rows run at a time, each on
+its share of the cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor, nn
 
 import qsnn
 from qsnn.records import Record, append, environment, now, read
-from qsnn.report import draw_curve
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import questions
+import questions_tasks
+import questions_training
+import studies
+from figures import draw
+from setting import CACHE, Row, Setting
 
 HERE = Path(__file__).resolve().parent
-CACHE = Path("runs/study")
+Load = Callable[[str], qsnn.Data]
+
+
+def _load(root: Path | None, name: str) -> qsnn.Data:
+    """A data set by name; recordings as four frames for the order of frames, else as two, one for each step."""
+    name, _, steps = name.partition(":")
+    return qsnn.load_data(name, root=root, timesteps=int(steps or 2) if name == "nmnist" else None)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all rows of a study share."""
+class Study:
+    """What a name of the command line stands for."""
 
-    data: str
-    model: str
-    epochs: int
-    train_images: int | None
-    seed: int
-
-    def training(self, lr: float, **options: Any) -> qsnn.TrainConfig:
-        """The options of one stage."""
-        return qsnn.TrainConfig(epochs=self.epochs, lr=lr, train_images=self.train_images, seed=self.seed, **options)
-
-    def low_bits(self) -> qsnn.TrainConfig:
-        """Training of low-precision weights: AdamW, small batches, cross entropy; of 1 bit far better than SGD."""
-        return self.training(0.01, optimizer="adamw", weight_decay=0.0, batch_size=64, kd_weight=0.0)
+    rows: Callable[[Setting, Load], Iterator[Row]]
+    data: str = "fashion-mnist"
+    """Data set where none is named."""
+    answer: Callable[[Sequence[Record]], str] | None = None
+    """The sentence at the end."""
 
 
-def cached(name: str, config: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
-    """Load the model of this config, or make and keep it."""
-    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    path = CACHE / f"{name}-{key}.safetensors"
-    if not path.exists():
-        qsnn.save(make(), path)
-    return qsnn.load(path)
+def _one(study: Callable[[Setting, qsnn.Data], Iterator[Row]]) -> Callable[[Setting, Load], Iterator[Row]]:
+    """A study of one data set."""
+    return lambda setting, load: study(setting, load(setting.data))
 
 
-def teacher_of(setting: Setting, data: qsnn.Data) -> nn.Module:
-    """The float teacher of a setting, trained once."""
-
-    def make() -> nn.Module:
-        model = qsnn.create_model(setting.model, data, seed=setting.seed)
-        qsnn.fit(model, data, setting.training(0.1), label="teacher")
-        return model
-
-    return cached("teacher", asdict(setting), make)
-
-
-# --- precision: what low bits cost, after calibration alone and after training -------------------------------------
-
-# label: (weight bits, activations); act_form fp16 and float have no spiking form
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "32/32": {"weight_bits": 32, "act_form": "float", "input_bits": None, "first_last_bits": None},
-    "16/16": {"weight_bits": 16, "act_form": "fp16", "input_bits": None, "first_last_bits": None},
-    "8/8": {"weight_bits": 8, "act_bits": 8},
-    "4/4": {"weight_bits": 4, "act_bits": 4},
-    "4/2": {"weight_bits": 4, "act_bits": 2},
-    "4/L2": {"weight_bits": 4, "levels": 2},
-    "2/2": {"weight_bits": 2, "act_bits": 2},
-    "1/2": {"weight_bits": 1, "act_bits": 2},
-    "1/L2": {"weight_bits": 1, "levels": 2},
-    "1/1": {"weight_bits": 1, "act_bits": 1},
-    "1/±1": {"weight_bits": 1, "act_form": "sign"},
+STUDIES: dict[str, Study] = {
+    "precision": Study(_one(studies.precision), answer=studies.precision_answer),
+    "certificates": Study(_one(studies.certificates)),
+    "online": Study(_one(studies.online)),
+    "distill": Study(_one(studies.distill), answer=studies.distill_answer),
+    "smoothing": Study(_one(studies.smoothing), answer=studies.smoothing_answer),
+    "residual": Study(_one(questions_training.residual), "mnist", questions_training.residual_answer),
+    "pooling": Study(
+        lambda setting, load: questions_training.pooling(setting, load(setting.data), partial(load, "nmnist")),
+        answer=questions_training.pooling_answer,
+    ),
+    "reset": Study(_one(questions.reset), answer=questions.reset_answer),
+    "tau": Study(_one(questions_training.tau), answer=questions_training.tau_answer),
+    "levels": Study(_one(questions.levels), answer=questions.levels_answer),
+    "generalize": Study(_one(questions_tasks.generalize), answer=questions_tasks.generalize_answer),
+    "tasks": Study(questions_tasks.tasks, "all", questions_tasks.tasks_answer),
+    "readout": Study(_one(questions.readout), answer=questions.readout_answer),
+    "hybrid": Study(_one(questions_training.hybrid), answer=questions_training.hybrid_answer),
+    "time": Study(
+        lambda setting, load: questions_training.time(setting, partial(load, "nmnist:4")),
+        "nmnist",
+        questions_training.time_answer,
+    ),
+    "code": Study(_one(questions_tasks.code), answer=questions_tasks.code_answer),
+    "multitask": Study(questions_tasks.multitask, "all", questions_tasks.multitask_answer),
 }
 
 
-def precision(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """Accuracy after calibration and after quantization-aware training (cross entropy alone), and memory.
-
-    32/32 is the float teacher trained on for the same epochs: the fair comparison.
-    """
-    training = setting.low_bits()
-    for label, options in PRECISIONS.items():
-        measure = partial(_precision_row, setting, data, label, options, training)
-        yield label, {"quantize": options, "train": asdict(training)}, measure
-
-
-def _precision_row(
-    setting: Setting, data: qsnn.Data, label: str, options: dict[str, Any], training: qsnn.TrainConfig
-) -> dict[str, Any]:
-    teacher = teacher_of(setting, data)
-    before = qsnn.accuracy(teacher, data.test)
-    if options.get("act_form") == "float":
-        model, after_ptq = teacher_of(setting, data), before
-    else:
-        model = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(**options))
-        after_ptq = qsnn.accuracy(model, data.test)
-    qsnn.fit(model, data, training, label=label)
-    return {
-        "teacher": before,
-        "ptq": after_ptq,
-        "qat": qsnn.accuracy(model, data.test),
-        "weight_bytes": qsnn.summary(model).weight_bytes,
-    }
+def selected(
+    name: str, data_name: str, seed: int, full: bool, data_root: Path | None, model: str, only: Sequence[str]
+) -> list[tuple[Setting, str, dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """The rows of one seed, each with its whole config; nothing is trained."""
+    images, epochs = (None, 12) if full else (20_000, 4)
+    setting = Setting(data_name, model, epochs, images, seed)
+    return [
+        (setting, label, json.loads(json.dumps({"setting": asdict(setting), **options})), measure)
+        for label, options, measure in STUDIES[name].rows(setting, partial(_load, data_root))
+        if not only or label in only
+    ]
 
 
-# --- certificates: is the spiking network the quantized one, at every precision --------------------------------------
-
-WEIGHTS: dict[str, int] = {"1": 1, "2": 2, "4": 4, "8": 8, "fp16": 16}
-ACTIVATIONS: dict[str, dict[str, int]] = {
-    "1": {"act_bits": 1}, "L2": {"levels": 2}, "2": {"act_bits": 2}, "4": {"act_bits": 4}
-}  # fmt: skip
-
-
-def certificates(
-    setting: Setting, data: qsnn.Data
-) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """Deferred firing at T = L against the QANN, every integer of every layer, on all test images; calibrated only."""
-    for weights, bits in WEIGHTS.items():
-        for activations, options in ACTIVATIONS.items():
-            config = {"weight_bits": bits, **options}
-            yield f"{weights}/{activations}", {"quantize": config}, partial(_certificate_row, setting, data, config)
+def measured(name: str, path: Path, *options: Any) -> str:
+    """Measure one row and append its record; return what the terminal says of it."""
+    ((setting, label, config, measure),) = selected(name, *options)
+    world, metrics = environment(), measure()
+    n = metrics.pop("n", None) or len(_load(options[3], setting.data).test)  # type: ignore[arg-type]
+    append(path, Record(
+        name=f"study-{name}/{label}", data=setting.data, seed=setting.seed, n=n, metrics=metrics, config=config,
+        environment=world, time=now(),
+    ))  # fmt: skip
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+    return f"{label}, seed {setting.seed}: {shown}"
 
 
-def _certificate_row(setting: Setting, data: qsnn.Data, options: dict[str, Any]) -> dict[str, Any]:
-    qann = qsnn.quantize(teacher_of(setting, data), data, qsnn.QuantizeConfig(**options))
-    found = qsnn.certify(qsnn.convert(qann), qann, data.test)
-    return {
-        "exact": int(found.exact),
-        "T": found.timesteps,
-        "integers": sum(layer.elements for layer in found.layers),
-        "differ": sum(layer.elements - layer.equal for layer in found.layers),
-        "ties": sum(layer.ties for layer in found.layers),
-    }
-
-
-# --- online: how near few online steps come to the QANN without distillation ------------------------------------------
-
-THRESHOLD_SCALES = (1.0, 0.5, 0.35, 0.25)
-
-
-def online(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """W4/L2: accuracy of the QANN and of its online SNN, as it is and corrected on arriving spikes for T = 2."""
-    training = setting.training(0.04, batch_size=64, kd_weight=0.0)  # a gentler one keeps the spikes even
-    for scale in THRESHOLD_SCALES:
-        measure = partial(_online_row, setting, data, scale, training)
-        yield f"threshold x {scale:g}", {"threshold_scale": scale, "train": asdict(training)}, measure
-
-
-def _online_row(setting: Setting, data: qsnn.Data, scale: float, training: qsnn.TrainConfig) -> dict[str, Any]:
-    teacher = teacher_of(setting, data)
-    qann = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(weight_bits=4, levels=2, threshold_scale=scale))
-    qsnn.fit(qann, data, training, label=f"x {scale:g}")
-    found = {"qann": qsnn.accuracy(qann, data.test)}
-    snns = {"": qsnn.convert(qann), "corrected ": qsnn.convert(qann, data, qsnn.ConvertConfig(timesteps=2))}
-    for kind, snn in snns.items():
-        curve = qsnn.benchmark(snn, data.test, timesteps=8, firing="online").accuracy
-        found |= {f"{kind}T={t}": curve[t - 1] for t in (1, 2, 4, 8)}
-    return found
-
-
-# --- distill: students of two steps beside their quantized teacher, trained on for as long ---------------------------
-
-STUDENTS: dict[str, dict[str, int]] = {
-    "W4": {"weight_bits": 4, "levels": 2},
-    "W1": {"weight_bits": 1, "levels": 2},
-    "fp16": {"weight_bits": 16, "levels": 2},
-}
-
-
-def qann_of(setting: Setting, data: qsnn.Data, options: dict[str, Any]) -> nn.Module:
-    """The quantized network of a setting, trained once."""
-    training = setting.low_bits()
-
-    def make() -> nn.Module:
-        qann = qsnn.quantize(teacher_of(setting, data), data, qsnn.QuantizeConfig(**options))
-        qsnn.fit(qann, data, training, label="QANN")
-        return qann
-
-    return cached("qann", {"setting": asdict(setting), "quantize": options, "train": asdict(training)}, make)
-
-
-def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
-    """How the students of the studies learn."""
-    chosen: dict[str, Any] = {
-        "epochs": setting.epochs, "lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0, "batch_size": 64,
-        "label_smoothing": 0.0, "ce_weight": 1.0, "kd_weight": 0.0, "surrogate": "rate",
-        "train_images": setting.train_images, "seed": setting.seed,
-    }  # fmt: skip
-    return qsnn.DistillConfig(**{**chosen, **options})
-
-
-def distill(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """Online students from the quantized network of each precision; one for every T; and what they have to beat."""
-    two = student_config(setting, timesteps=2)
-    # the gradient of single steps, and a loss on each of them: the first one has to answer too
-    every = student_config(
-        setting, timesteps=2, surrogate="box", ce_weight=0.5, step_ce_weight=0.5, train_threshold="channel",
-        train_initial="channel",
-    )  # fmt: skip
-    trained = student_config(setting, timesteps=2, train_threshold="channel", train_initial="channel")
-    scratch = student_config(setting, timesteps=2, epochs=3 * setting.epochs)
-    for label, options in STUDENTS.items():
-        config = {"quantize": options, "train": asdict(setting.low_bits())}
-        yield f"{label}, T = 2", {**config, "distill": asdict(two)}, partial(_student_row, setting, data, options, two)
-    options = STUDENTS["W4"]
-    config = {"quantize": options, "train": asdict(setting.low_bits())}
-    yield (
-        "W4, T = 2, neurons trained", {**config, "distill": asdict(trained)},
-        partial(_student_row, setting, data, options, trained),
-    )  # fmt: skip
-    yield (
-        "W4, every T", {**config, "distill": asdict(every)}, partial(_student_row, setting, data, options, every)
-    )  # fmt: skip
-    yield (
-        "W4, T = 2, from scratch", {"quantize": options, "distill": asdict(scratch)},
-        partial(_scratch_row, setting, data, options, scratch),
-    )  # fmt: skip
-    yield "SpikingJelly, best recipe at T = 2", {"recipes": "peers.py"}, partial(_peer_row, setting, data)
-
-
-def _curve(snn: qsnn.SNN, data: qsnn.Data) -> dict[str, float]:
-    curve = qsnn.benchmark(snn, data.test, timesteps=4, firing="online").accuracy
-    return {f"T={t}": curve[t - 1] for t in (1, 2, 4)}
-
-
-def _student_row(
-    setting: Setting, data: qsnn.Data, options: dict[str, Any], config: qsnn.DistillConfig
-) -> dict[str, Any]:
-    qann = qann_of(setting, data, options)
-    found = {"qann": qsnn.accuracy(qann, data.test)}
-    student = qsnn.distill(qsnn.convert(qann), qann, data, config)
-    if not config.train_threshold:
-        longer = qann_of(setting, data, options)
-        qsnn.fit(longer, data, setting.low_bits(), label="QANN on")
-        found["qann on"] = qsnn.accuracy(longer, data.test)
-    return {**found, **_curve(student, data)}
-
-
-def _scratch_row(
-    setting: Setting, data: qsnn.Data, options: dict[str, Any], config: qsnn.DistillConfig
-) -> dict[str, Any]:
-    fresh = qsnn.create_model(setting.model, data, seed=setting.seed)
-    start = qsnn.convert(qsnn.quantize(fresh, data, qsnn.QuantizeConfig(**options)))
-    return _curve(qsnn.distill(start, fresh, data, config), data)  # no term of the loss asks the teacher
-
-
-def _peer_row(setting: Setting, data: qsnn.Data) -> dict[str, Any]:
-    import peers
-
-    return peers.best_of_spikingjelly(teacher_of(setting, data), data, 2)
-
-
-# --- smoothing: does label smoothing help, on the student, on the teacher? ------------------------------------------
-
-SMOOTHINGS = (0.0, 0.05, 0.1, 0.2)
-
-
-def smoothing(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """Label smoothing of the student alone, and of its quantized teacher alone; W4/L2, T = 2, half KL."""
-    for where in ("student", "teacher"):
-        for amount in SMOOTHINGS:
-            if where == "teacher" and amount == 0:
-                continue  # that is the student's first row
-            on_student, on_teacher = (amount, 0.0) if where == "student" else (0.0, amount)
-            config = student_config(setting, ce_weight=0.5, kd_weight=0.5, label_smoothing=on_student)
-            yield (
-                f"{where} {amount:g}", {"distill": asdict(config), "teacher_smoothing": on_teacher},
-                partial(_smoothing_row, setting, data, config, on_teacher),
-            )  # fmt: skip
-
-
-def _smoothing_row(
-    setting: Setting, data: qsnn.Data, config: qsnn.DistillConfig, on_teacher: float
-) -> dict[str, Any]:
-    if on_teacher:
-        training = replace(setting.low_bits(), label_smoothing=on_teacher)
-        qann = qsnn.quantize(teacher_of(setting, data), data, qsnn.QuantizeConfig(**STUDENTS["W4"]))
-        qsnn.fit(qann, data, training, label="QANN")
-    else:
-        qann = qann_of(setting, data, STUDENTS["W4"])
-    student = qsnn.distill(qsnn.convert(qann), qann, data, config)
-    measured = qsnn.benchmark(student, data.test, timesteps=2, firing="online")
-    logits = [(student(images)[-1], labels) for images, labels in qsnn.batches(data.test, 250)]
-    error = calibration_error(torch.cat([z for z, _ in logits]), torch.cat([labels for _, labels in logits]))
-    return {
-        "qann": qsnn.accuracy(qann, data.test), "T=2": measured.accuracy[1], "ece": error,
-        "spike rate": measured.spike_rate, "synops": measured.synops,
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    r"""Expected calibration error [%]: :math:`\sum_b \tfrac{n_b}{n} |acc_b - conf_b|`, bins of equal width.
-
-    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
-    """
-    confidence, answer = logits.softmax(-1).max(-1)
-    right = (answer == labels).float()
-    place = (confidence * bins).ceil().clamp(1, bins)
-    gaps = [(right[place == b].sum() - confidence[place == b].sum()).abs() for b in range(1, bins + 1)]
-    return 100.0 * float(sum(gaps)) / len(labels)
-
-
-# --- the questions of questions.py, which work on the cached networks ------------------------------------------------
-
-
-def _on_networks(study: Callable[..., Any]) -> Callable[[Setting, qsnn.Data], Iterator[Any]]:
-    def rows(setting: Setting, data: qsnn.Data) -> Iterator[Any]:
-        qann = qann_of(setting, data, STUDENTS["W4"])
-        for label, options, measure in study(setting, data, teacher_of(setting, data), qann):
-            yield label, {**options, "quantize": STUDENTS["W4"], "train": asdict(setting.low_bits())}, measure
-
-    return rows
-
-
-def time(setting: Setting, data: qsnn.Data) -> Iterator[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]]:
-    """See :func:`questions.time`; it takes its own data set."""
-    return questions.time(setting, None)
-
-
-STUDIES = {
-    "precision": precision, "certificates": certificates, "online": online, "distill": distill, "smoothing": smoothing,
-    "reset": _on_networks(questions.reset), "levels": _on_networks(questions.levels),
-    "readout": _on_networks(questions.readout), "time": time,
-}  # fmt: skip
-ANSWERS = {
-    "reset": questions.reset_answer, "levels": questions.levels_answer, "readout": questions.readout_answer,
-    "time": questions.time_answer,
-}  # fmt: skip
-
-
-def draw(name: str, records: list[Record]) -> Path:
-    """Accuracy against T, a line a setting, mean and standard deviation over the seeds; return the file."""
-    results, bands = [], {}
-    for label in dict.fromkeys(r.name.partition("/")[2] for r in records):
-        rows = [r.metrics for r in records if r.name.partition("/")[2] == label]
-        steps = tuple(int(key[2:]) for key in rows[0] if key.startswith("T="))
-        values = [[float(row[f"T={t}"]) for row in rows] for t in steps]
-        n = records[0].n
-        mean = tuple(fmean(v) for v in values)
-        results.append(SimpleNamespace(name=label, n=n, timesteps=steps, accuracy=mean, exits=()))
-        bands[label] = [stdev(v) if len(v) > 1 else 0.0 for v in values]
-    path = HERE / "figures" / f"study-{name}.svg"
-    seeds = len({r.seed for r in records})
-    draw_curve(results, path, title=f"{name}, {records[0].data}, {seeds} seeds", spread=bands)  # type: ignore[arg-type]
-    return path
+def _quiet(threads: int, log: Path) -> None:
+    """A worker: its share of the cores, its output in a file."""
+    torch.set_num_threads(threads)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1, encoding="utf-8")
 
 
 def run(
     name: str,
     data_name: str,
-    seeds: list[int],
-    full: bool,
-    data_root: Path | None,
+    seeds: Sequence[int],
+    full: bool = False,
+    data_root: Path | None = None,
     model: str = "study",
-    only: list[str] | None = None,
+    only: Sequence[str] = (),
+    jobs: int = 1,
 ) -> list[Record]:
-    """Run the rows of a study that have no record yet; return all of them."""
-    path = HERE / "records" / f"study-{name}.jsonl"
-    console, data = Console(), qsnn.load_data(data_name, root=data_root)
-    images, epochs = (None, 12) if full else (20_000, 4)
-    wanted: list[tuple[str, int, dict[str, Any]]] = []
-    for seed in seeds:
-        setting = Setting(data_name, model, epochs, images, seed)
-        for label, options, measure in STUDIES[name](setting, data):
-            if only and label not in only:
-                continue
-            config = json.loads(json.dumps({"setting": asdict(setting), **options}))
-            record_name = f"study-{name}/{label}"
-            wanted.append((record_name, seed, config))
-            known = read(path) if path.exists() else []
-            if any(r.name == record_name and r.config == config for r in known):
-                continue
-            world = environment()
-            metrics = measure()
-            append(path, Record(
-                name=record_name, data=data_name, seed=seed, n=len(data.test), metrics=metrics, config=config,
-                environment=world, time=now(),
-            ))  # fmt: skip
-            console.print(f"{label}, seed {seed}: {metrics}", highlight=False)
+    """Run the rows of a study that have no record yet, ``jobs`` at a time; return all of them."""
+    path, console = HERE / "records" / f"study-{name}.jsonl", Console()
+    rows = [row for seed in seeds for row in selected(name, data_name, seed, full, data_root, model, only)]
+    if not rows:
+        raise ValueError(f"study {name} has no row of {', '.join(only)}")
+    known = {(r.name, json.dumps(r.config, sort_keys=True)) for r in (read(path) if path.exists() else [])}
+    keys = [(f"study-{name}/{label}", json.dumps(config, sort_keys=True)) for _, label, config, _ in rows]
+    missing = [
+        (name, path, data_name, setting.seed, full, data_root, model, [label])
+        for (setting, label, _, _), key in zip(rows, keys, strict=True)
+        if key not in known
+    ]
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    if jobs == 1:
+        for options in missing:
+            console.print(measured(*options), highlight=False)
+    elif missing:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a worker imports torch
+        pool = ProcessPoolExecutor(jobs, get_context("spawn"), _quiet, (threads, CACHE / f"{name}.log"))
+        with pool, bar:
+            task = bar.add_task(name, total=len(missing))
+            waiting = [pool.submit(measured, *options) for options in missing]
+            try:
+                for done in as_completed(waiting):
+                    bar.console.print(done.result(), highlight=False)
+                    bar.advance(task)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     newest = {(r.name, json.dumps(r.config, sort_keys=True)): r for r in read(path)}
-    return [newest[name, json.dumps(config, sort_keys=True)] for name, _, config in wanted]
+    return [newest[key] for key in keys]
 
 
 def print_table(name: str, records: list[Record]) -> None:
@@ -427,19 +193,31 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=STUDIES)
-    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--data", default=None, help="by default what the question is about")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--full", action="store_true", help="all training images, 12 epochs a stage")
     parser.add_argument("--model", default="study")
     parser.add_argument("--only", nargs="+", default=None, metavar="ROW", help="these rows of the table")
     parser.add_argument("--data-root", type=Path, default=None)
+    parser.add_argument(
+        "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="rows at a time, each on its share of the cores"
+    )
     args = parser.parse_args()
-    name = "nmnist" if args.name == "time" else args.data
-    records = run(args.name, name, args.seeds, args.full, args.data_root, args.model, args.only)
+    study = STUDIES[args.name]
+    try:
+        records = run(
+            args.name, args.data or study.data, args.seeds, args.full, args.data_root, args.model, args.only or (),
+            max(1, args.jobs),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        sys.exit("study.py: stopped; the same command goes on with the rows that are missing")
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"study.py: {error}", file=sys.stderr)
+        sys.exit(2)
     print_table(args.name, records)
-    if args.name in ANSWERS:
+    if study.answer is not None and not args.only:
         print(f"drawn: {draw(args.name, records)}")
-        print(ANSWERS[args.name](records))
+        print(study.answer(records))
 
 
 if __name__ == "__main__":

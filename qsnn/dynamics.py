@@ -180,13 +180,13 @@ def deferred(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (order < count).to(x.dtype), total - count * threshold
 
 
-def empty_steps(x: Tensor) -> Tensor:
+def empty_steps(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty (T, B, *) in which each step has the layout of x[0], also where x repeats one step."""
-    step = x[0]
+    step, dtype = x[0], dtype or x.dtype
     if step.is_contiguous() or (step.dim() == 4 and step.is_contiguous(memory_format=torch.channels_last)):
         strides = (step.numel(), *step.stride())
-        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def _stored(v: Tensor, threshold: Tensor, state: str | None) -> tuple[Tensor, int]:

@@ -25,28 +25,33 @@ class IFFunction(torch.autograd.Function):
         ctx.constant = repeats > 0  # x is one step, (B, *), that stands for so many
         theta = ctx.theta = float(threshold)
         current = x.expand(repeats, *x.shape) if ctx.constant else x
-        spikes, potentials = empty_steps(current), empty_steps(current)
+        spikes = empty_steps(current)
+        # where the derivative is not 0: a byte, while the potentials would keep four until the backward
+        near = empty_steps(current, torch.bool)
         for t in range(len(current)):
-            h = torch.add(v, current[t], out=potentials[t])
+            h = v + current[t]
+            torch.gt(h, 0.5 * theta, out=near[t])
+            near[t] &= h < 1.5 * theta
             v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
         # the spikes are for the gradient of θ alone; without it they need not live until the backward
-        ctx.save_for_backward(potentials, spikes if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(near, spikes if ctx.needs_input_grad[1] else None)
         return spikes, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients to x, θ and the first potential."""
         grad_spikes, grad_v = grads
-        potentials, spikes = ctx.saved_tensors
+        near, spikes = ctx.saved_tensors
         theta: float = ctx.theta
         if grad_spikes is None:
-            grad_spikes = torch.zeros_like(potentials)
-        grad_x = None if ctx.constant else empty_steps(potentials)
-        grad_theta, total = potentials.new_zeros(()), None
-        for t in reversed(range(len(potentials))):
+            if grad_v is None:
+                return None, None, None, None
+            grad_spikes = grad_v.new_zeros(()).expand(near.shape)
+        grad_x = None if ctx.constant else empty_steps(near, grad_spikes.dtype)
+        grad_theta, total = grad_spikes.new_zeros(()), None
+        for t in reversed(range(len(near))):
             grad_s = grad_spikes[t] if grad_v is None else torch.sub(grad_spikes[t], grad_v, alpha=theta)
-            # times θ·σ: hardtanh's backward is one pass that keeps what lies strictly inside an interval
-            direct = torch.ops.aten.hardtanh_backward(grad_s, potentials[t], 0.5 * theta, 1.5 * theta)
+            direct = grad_s * near[t]  # times θ·σ
             if ctx.needs_input_grad[1]:
                 through_reset = 0.0 if grad_v is None else grad_v * spikes[t]
                 grad_theta = grad_theta - (direct / theta + through_reset).sum()

@@ -1,0 +1,116 @@
+"""What the studies share: a setting, and its networks, trained once and kept under the hash of their config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from torch import nn
+
+import qsnn
+
+CACHE = Path("runs/study")
+Row = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
+"""Label, the config that names it besides the setting, and what measures it."""
+
+STUDENTS: dict[str, dict[str, int]] = {
+    "W4": {"weight_bits": 4, "levels": 2},
+    "W1": {"weight_bits": 1, "levels": 2},
+    "fp16": {"weight_bits": 16, "levels": 2},
+}
+TRAINED = {"train_threshold": "channel", "train_initial": "channel"}
+"""Neurons of the studies' students learn θ and v₀, one a channel."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a study share."""
+
+    data: str
+    model: str
+    epochs: int
+    train_images: int | None
+    seed: int
+
+    def training(self, lr: float, **options: Any) -> qsnn.TrainConfig:
+        """The options of one stage."""
+        return qsnn.TrainConfig(epochs=self.epochs, lr=lr, train_images=self.train_images, seed=self.seed, **options)
+
+    def low_bits(self) -> qsnn.TrainConfig:
+        """Training of low-precision weights: AdamW, small batches, cross entropy; of 1 bit far better than SGD."""
+        return self.training(0.01, optimizer="adamw", weight_decay=0.0, batch_size=64, kd_weight=0.0)
+
+    def on(self, data: qsnn.Data) -> Setting:
+        """The same for another data set: as many updates, so more epochs where there are fewer images."""
+        images = self.train_images or len(data.train)  # type: ignore[arg-type]
+        epochs = math.ceil(self.epochs * images / min(images, len(data.train)))  # type: ignore[arg-type]
+        return replace(self, data=data.name, epochs=epochs)
+
+
+def cached(name: str, config: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:
+    """Load the model of this config, or make and keep it; another process that makes it is waited for."""
+    key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    path = CACHE / f"{name}-{key}.safetensors"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            qsnn.save(make(), path)
+    return qsnn.load(path)
+
+
+def teacher_of(setting: Setting, data: qsnn.Data, **options: Any) -> nn.Module:
+    """The float teacher of a setting, trained once."""
+
+    def make() -> nn.Module:
+        model = qsnn.create_model(setting.model, data, seed=setting.seed, **options)
+        qsnn.fit(model, data, setting.training(0.1), label="teacher")
+        return model
+
+    return cached("teacher", {**asdict(setting), **({"options": options} if options else {})}, make)
+
+
+def qann_of(setting: Setting, data: qsnn.Data, quantized: dict[str, Any], **options: Any) -> nn.Module:
+    """The quantized network of a setting, trained once."""
+    training = setting.low_bits()
+
+    def make() -> nn.Module:
+        qann = qsnn.quantize(teacher_of(setting, data, **options), data, qsnn.QuantizeConfig(**quantized))
+        qsnn.fit(qann, data, training, label="QANN")
+        return qann
+
+    config = {"setting": asdict(setting), "quantize": quantized, "train": asdict(training)}
+    return cached("qann", {**config, **({"options": options} if options else {})}, make)
+
+
+def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
+    """How the students of the studies learn."""
+    chosen: dict[str, Any] = {
+        "epochs": setting.epochs, "lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0, "batch_size": 64,
+        "label_smoothing": 0.0, "ce_weight": 1.0, "kd_weight": 0.0, "surrogate": "rate",
+        "train_images": setting.train_images, "seed": setting.seed,
+    }  # fmt: skip
+    return qsnn.DistillConfig(**{**chosen, **options})
+
+
+def short_student(setting: Setting, **options: Any) -> qsnn.DistillConfig:
+    """A student of half the epochs, for studies that train many."""
+    return student_config(setting, **{**TRAINED, "epochs": max(1, setting.epochs // 2), **options})
+
+
+def student_of(
+    setting: Setting, data: qsnn.Data, quantized: dict[str, Any], config: qsnn.DistillConfig, **options: Any
+) -> qsnn.SNN:
+    """The student of a quantized network, trained once."""
+
+    def make() -> nn.Module:
+        qann = qann_of(setting, data, quantized, **options)
+        return qsnn.distill(qsnn.convert(qann), qann, data, config)  # type: ignore[no-any-return]
+
+    known = {"setting": asdict(setting), "quantize": quantized, "distill": asdict(config), "options": options}
+    return cached("student", known, make)  # type: ignore[return-value]
