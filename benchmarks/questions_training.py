@@ -149,8 +149,7 @@ def tau(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
     """W4/L2 students of T = 4: no leak, the same in every layer, growing, shrinking, learned by layer; one epoch."""
     for label, options in LEAKS.items():
         learned = {"train_tau": "layer"} if label == "learned" else {}
-        # the box for all: a leak has no rate to go through
-        config = short_student(setting, timesteps=4, epochs=max(1, setting.epochs // 4), surrogate="box", **learned)
+        config = short_student(setting, timesteps=4, epochs=max(1, setting.epochs // 4), **learned)
         yield (
             label, {"convert": options, "quantize": W4, "distill": asdict(config)},
             partial(_tau_row, setting, data, options, config),

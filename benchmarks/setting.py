@@ -24,8 +24,6 @@ STUDENTS: dict[str, dict[str, int]] = {
     "W1": {"weight_bits": 1, "levels": 2},
     "fp16": {"weight_bits": 16, "levels": 2},
 }
-TRAINED = {"train_threshold": "channel", "train_initial": "channel"}
-"""Neurons of the studies' students learn θ and v₀, one a channel."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,11 @@ def qann_of(setting: Setting, data: qsnn.Data, quantized: dict[str, Any], **opti
 
 
 def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
-    """How the students of the studies learn."""
+    """How the students of the studies learn: from the label after two steps and after each, θ and v₀ by channel."""
     chosen: dict[str, Any] = {
-        "epochs": setting.epochs, "lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0, "batch_size": 64,
-        "label_smoothing": 0.0, "ce_weight": 1.0, "kd_weight": 0.0, "surrogate": "rate",
+        "timesteps": 2, "epochs": setting.epochs, "lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0,
+        "batch_size": 64, "label_smoothing": 0.0, "ce_weight": 0.5, "step_ce_weight": 0.5, "kd_weight": 0.0,
+        "surrogate": "box", "train_threshold": "channel", "train_initial": "channel",
         "train_images": setting.train_images, "seed": setting.seed,
     }  # fmt: skip
     return qsnn.DistillConfig(**{**chosen, **options})
@@ -100,7 +99,7 @@ def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
 
 def short_student(setting: Setting, **options: Any) -> qsnn.DistillConfig:
     """A student of half the epochs, for studies that train many."""
-    return student_config(setting, **{**TRAINED, "epochs": max(1, setting.epochs // 2), **options})
+    return student_config(setting, **{"epochs": max(1, setting.epochs // 2), **options})
 
 
 def student_of(
