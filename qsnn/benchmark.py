@@ -235,9 +235,7 @@ def _level_bits(model: nn.Module) -> int | None:
     return int(config["levels"]).bit_length() if config.get("levels") else config.get("act_bits")
 
 
-def _costs(
-    weigh: Summary, counter: Counter | None, passed: int, steps: int, images: int
-) -> tuple[LayerCost, ...]:
+def _costs(weigh: Summary, counter: Counter | None, passed: int, steps: int, images: int) -> tuple[LayerCost, ...]:
     synops = counter.layer_synops(passed, steps, images) if counter else {}
     return tuple(
         LayerCost(

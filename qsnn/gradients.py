@@ -10,12 +10,22 @@ from torch import Tensor
 from qsnn.dynamics import empty_steps, integrated
 
 
+def _value(threshold: Tensor) -> Any:
+    """θ as a number, which is fastest, or one a channel, shaped to multiply a step."""
+    return threshold if threshold.dim() else float(threshold)
+
+
+def _minus(x: Tensor, y: Tensor, theta: Any) -> Tensor:
+    """x - θ·y in one pass."""
+    return torch.addcmul(x, y, theta, value=-1) if torch.is_tensor(theta) else torch.sub(x, y, alpha=theta)
+
+
 class IFFunction(torch.autograd.Function):
     r"""T steps of the soft-reset IF neuron with their own backward.
 
     Forward, :math:`h_t = v_{t-1} + x_t`, :math:`s_t = [h_t \ge \theta]`, :math:`v_t = h_t - \theta s_t`. Backward, with
     :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of
-    area 1 and width θ (Bengio et al. 2013).
+    area 1 and width θ (Bengio et al. 2013). θ is one number, or (C, 1, ...): one a channel.
     """
 
     @staticmethod
@@ -23,39 +33,39 @@ class IFFunction(torch.autograd.Function):
         """Spikes (T, B, *) and the last potential; ``repeats`` > 0: x is one step, (B, *), that stands for so many."""
         ctx.set_materialize_grads(False)
         ctx.constant = repeats > 0  # x is one step, (B, *), that stands for so many
-        theta = ctx.theta = float(threshold)
+        theta = _value(threshold)
         current = x.expand(repeats, *x.shape) if ctx.constant else x
         spikes = empty_steps(current)
         # where the derivative is not 0: a byte, while the potentials would keep four until the backward
-        near = empty_steps(current, torch.bool)
+        near, low, high = empty_steps(current, torch.bool), 0.5 * theta, 1.5 * theta
         for t in range(len(current)):
             h = v + current[t]
-            torch.gt(h, 0.5 * theta, out=near[t])
-            near[t] &= h < 1.5 * theta
-            v = torch.sub(h, torch.ge(h, theta, out=spikes[t]), alpha=theta)
+            torch.gt(h, low, out=near[t])
+            near[t] &= h < high
+            v = _minus(h, torch.ge(h, theta, out=spikes[t]), theta)
         # the spikes are for the gradient of θ alone; without it they need not live until the backward
-        ctx.save_for_backward(near, spikes if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(near, spikes if ctx.needs_input_grad[1] else None, threshold)
         return spikes, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients to x, θ and the first potential."""
         grad_spikes, grad_v = grads
-        near, spikes = ctx.saved_tensors
-        theta: float = ctx.theta
+        near, spikes, threshold = ctx.saved_tensors
+        theta = _value(threshold)
         if grad_spikes is None:
             if grad_v is None:
                 return None, None, None, None
             grad_spikes = grad_v.new_zeros(()).expand(near.shape)
         grad_x = None if ctx.constant else empty_steps(near, grad_spikes.dtype)
-        grad_theta, total = grad_spikes.new_zeros(()), None
+        grad_theta, total = grad_spikes.new_zeros(threshold.shape), None
         for t in reversed(range(len(near))):
-            grad_s = grad_spikes[t] if grad_v is None else torch.sub(grad_spikes[t], grad_v, alpha=theta)
-            direct = grad_s * near[t]  # times θ·σ
+            grad_s = grad_spikes[t] if grad_v is None else _minus(grad_spikes[t], grad_v, theta)
+            direct = (grad_s * near[t]).div_(theta)
             if ctx.needs_input_grad[1]:
-                through_reset = 0.0 if grad_v is None else grad_v * spikes[t]
-                grad_theta = grad_theta - (direct / theta + through_reset).sum()
-            grad_v = direct.div_(theta) if grad_v is None else grad_v.add(direct, alpha=1 / theta)
+                through_reset = direct if grad_v is None else torch.addcmul(direct, grad_v, spikes[t])
+                grad_theta -= through_reset.sum_to_size(threshold.shape)
+            grad_v = direct if grad_v is None else grad_v + direct
             if grad_x is not None:
                 grad_x[t] = grad_v
                 continue
@@ -77,20 +87,23 @@ class RateFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
         """Spikes (T, B, *) and the last potential; ``repeats`` > 0: x is one step, (B, *), that stands for so many."""
         ctx.set_materialize_grads(False)
-        ctx.constant, ctx.theta = repeats > 0, float(threshold)
+        ctx.constant = repeats > 0
         current = x.expand(repeats, *x.shape) if ctx.constant else x
-        ctx.save_for_backward(x if ctx.constant else current.mean(0))
+        ctx.save_for_backward(x if ctx.constant else current.mean(0), threshold)
         return integrated(current, threshold.to(x.dtype), v)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients to x, θ and the first potential."""
-        (grad_spikes, _), (mean,) = grads, ctx.saved_tensors
+        (grad_spikes, _), (mean, threshold) = grads, ctx.saved_tensors
+        theta = _value(threshold)
         if grad_spikes is None:
             return None, None, None, None
         steps = len(grad_spikes)
-        grad = torch.ops.aten.hardtanh_backward(grad_spikes.sum(0), mean, 0.0, ctx.theta).div_(ctx.theta)
-        grad_theta = -(grad * mean).sum() / ctx.theta if ctx.needs_input_grad[1] else None
+        grad = (grad_spikes.sum(0) * ((mean > 0) & (mean < theta))).div_(theta)
+        grad_theta = None
+        if ctx.needs_input_grad[1]:
+            grad_theta = -(grad * mean).sum_to_size(threshold.shape) / theta
         if ctx.constant:
             return grad, grad_theta, grad / steps, None
         grad.div_(steps)

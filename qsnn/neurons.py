@@ -97,13 +97,12 @@ class IFNode(BaseNode):
 
     @torch.compiler.disable  # a function with its own backward: a compiler gains nothing, and warns
     def _trained(self, x: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
-        """The fused step; with one θ a channel in units of θ, so that its gradient comes with the division."""
+        """The fused step."""
         function = RateFunction if self.surrogate == "rate" else IFFunction
-        if not self.threshold.dim():
-            return function.apply(x, self.threshold, v, repeats)
-        theta = self._theta(v)
-        spikes, v = function.apply(x / theta, x.new_ones(()), v / theta, repeats)
-        return spikes, v * theta
+        found: tuple[Tensor, Tensor] = function.apply(
+            x, self._theta(v) if self.threshold.dim() else self.threshold, v, repeats
+        )
+        return found
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""

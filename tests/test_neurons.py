@@ -10,6 +10,8 @@ from spikingjelly.activation_based import functional
 from torch import Tensor
 
 import qsnn
+from qsnn.dynamics import Dynamics, simulate
+from qsnn.gradients import IFFunction
 from qsnn.neurons import IFNode, Repeat
 from qsnn.quantizers import round_half_up
 
@@ -174,3 +176,24 @@ def test_the_rate_gradient_is_that_of_the_activation() -> None:
     assert torch.allclose(x.grad, expected.expand_as(x), atol=1e-6)
     assert torch.allclose(node.threshold.grad.float(), -(weight * mean / theta**2)[inside].sum() + expected.sum() * 0.5)
     assert torch.allclose(node.initial.grad.float(), expected.sum() * theta, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_the_fused_step_has_the_gradients_of_the_equation(channels):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 3, 5, 5, generator=generator)
+    weight = torch.randn(x.shape, generator=generator)
+    found = []
+    for fused in (True, False):
+        theta = torch.tensor([0.7, 1.0, 1.4])[:channels].clone() if channels else torch.tensor(0.8)
+        theta, start, current = theta.requires_grad_(), torch.full(x.shape[1:], 0.3).requires_grad_(), x.clone()
+        shaped = theta.view(-1, 1, 1) if channels else theta
+        current.requires_grad_()
+        if fused:
+            spikes, v = IFFunction.apply(current, shaped, start, 0)
+        else:
+            spikes, v, _ = simulate(current, shaped, start, Dynamics())
+        ((spikes * weight).sum() + (v * weight[0]).sum()).backward()
+        found.append((spikes, v, current.grad, theta.grad, start.grad))
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.allclose(ours, wanted, atol=1e-4, rtol=1e-4)
