@@ -174,15 +174,6 @@ def _augment(images: Tensor, augment: str, generator: torch.Generator, black: Te
     return images
 
 
-def num_batches(data: Dataset[Any] | Iterable[Any], batch_size: int = 128) -> int | None:
-    """How many batches one pass of `batches` yields, or None when the data cannot tell."""
-    try:
-        n = len(data)  # type: ignore[arg-type]
-    except TypeError:  # an iterator; also a DataLoader of an IterableDataset, which has __len__ but refuses it
-        return None
-    return len(batch_sizes(n, batch_size)) if isinstance(data, Dataset) else n
-
-
 def batch_sizes(n: int, batch_size: int, world: int = 1) -> list[int]:
     """Sizes of the batches of n items. Where processes share each, a last one too small for that joins the one before.
 

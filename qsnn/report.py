@@ -230,6 +230,14 @@ def _costs(results: Sequence[Benchmark]) -> str:
     return f'{_html(rows, head)}<p class="muted">{_COSTS}</p>'
 
 
+def _agreement(results: Sequence[Benchmark]) -> str:
+    """A row a T, a column a model: narrow screens are higher than wide."""
+    columns = {r.name: dict(zip(r.timesteps, r.agreement, strict=True)) for r in results if r.timesteps and r.agreement}
+    steps = sorted({t for found in columns.values() for t in found})
+    rows = [[f"T = {t}", *(f"{c[t]:.2f} %" if t in c else "" for c in columns.values())] for t in steps]
+    return _html(rows, ["", *map(escape, columns)])
+
+
 def _early(results: Sequence[Benchmark]) -> str:
     """A row a margin; for each model the mean T and the accuracy."""
     leaving = [{e.margin: e for e in r.exits} for r in results if r.exits]
@@ -302,17 +310,13 @@ def write_report(
     model = _headline_model(results)
     if any(r.firing == "deferred" for r in results):
         notes = [*notes, _DEFERRED]
-    agreeing = [
-        [escape(r.name), *(f"T = {t}: {a:.2f} %" for t, a in zip(r.timesteps, r.agreement, strict=True))]
-        for r in results if r.timesteps and r.agreement
-    ]  # fmt: skip
     settings = [[[escape(k), escape(str(v))] for k, v in _flat(values)] for values in (config, environment)]
     confused = next((r for r in [model, *reversed(results)] if r.confusion), model)
     sections = [
         ("Results", f'{_results(results)}<p class="muted">{_LEGEND}</p>'),
         ("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""),
         ("Accuracy against time steps", _inline_curve(results) if shown_steps(results) != [0] else ""),
-        ("Same answer as the QANN", _html(agreeing)),
+        ("Same answer as the QANN", _agreement(results)),
         ("Early exit: accuracy and mean T where an image stops once a class leads", _early(results)),
         ("Spike rate by layer", _rates(results)),
         ("Energy of an image, three estimates", _energy(results)),
