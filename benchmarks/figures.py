@@ -18,6 +18,12 @@ STYLE = {
 }  # fmt: skip
 
 
+AXES = {
+    "noise": "noise: σ, pixels on [0, 1]", "blur": "blur: σ [pixel]", "occlusion": "occlusion: part of the area",
+    "shift": "shift: up to so many pixels each way",
+}  # fmt: skip
+
+
 def draw(name: str, records: Sequence[Record]) -> Path:
     """Draw what a study measured, mean ± standard deviation over the seeds; return the SVG."""
     import matplotlib
@@ -39,7 +45,9 @@ def draw(name: str, records: Sequence[Record]) -> Path:
         else:
             left_out = ("weight_bytes", "synops", "ece", "spike rate", "n")
             _dots(figure.subplots(), by, [key for key in keys if key not in left_out])
-        figure.suptitle(f"{name}, {records[0].data}, {seeds} seed{'s' if seeds > 1 else ''}")
+        figure.suptitle(
+            f"{name}, {records[0].data.replace('all', 'several data sets')}, {seeds} seed{'s' if seeds > 1 else ''}"
+        )
         data = io.BytesIO()
         figure.savefig(data, format="svg", facecolor="white", metadata={"Date": None})
     path = HERE / "figures" / f"study-{name}.svg"
@@ -75,7 +83,7 @@ def _panels(figure: Any, by: dict[str, list[dict[str, Any]]]) -> None:
     kinds = list(dict.fromkeys(label.partition(", ")[0] for label in by))
     for index, (axes, kind) in enumerate(zip(figure.subplots(2, -(-len(kinds) // 2)).flat, kinds, strict=False)):
         mine = {label.partition(", ")[2]: rows for label, rows in by.items() if label.startswith(f"{kind}, ")}
-        _lines(axes, mine, "strength ", kind, legend=index == 0)
+        _lines(axes, mine, "strength ", AXES.get(kind, kind), legend=index == 0)
 
 
 def _scatter(axes: Any, by: dict[str, list[dict[str, Any]]]) -> None:
@@ -84,8 +92,9 @@ def _scatter(axes: Any, by: dict[str, list[dict[str, Any]]]) -> None:
         group, _, width = label.partition(", ")
         colour = COLOURS[groups.index(group) % len(COLOURS)]
         x, (y, error) = _spread(rows, "synops")[0] / 1e6, _spread(rows, "accuracy")
-        axes.errorbar([x], [y], [error], color=colour, marker="o", capsize=2, label=label)
-        axes.annotate(f" {width}", (x, y), fontsize=7, color=colour)
+        known = {text.get_label() for text in axes.containers}
+        axes.errorbar([x], [y], [error], color=colour, marker="o", capsize=2, label=None if group in known else group)
+        axes.annotate(width, (x, y), (6, 4), textcoords="offset points", fontsize=7, color=colour)
     axes.set_xlabel("operations on 1-bit weights per image [million]")
     axes.set_ylabel("accuracy [%]")
     axes.legend(fontsize=7)
