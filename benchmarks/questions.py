@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from questions_training import W4, mean_of
 from setting import Row, Setting, qann_of, teacher_of
-from torch import Tensor
+from torch import Tensor, nn
 
 import qsnn
 from qsnn.dynamics import integrated
@@ -65,9 +65,12 @@ def levels(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
         yield firing, _of_qann(setting, firing=firing), partial(_levels_row, setting, data, firing)
 
 
-@torch.no_grad()
 def _levels_row(setting: Setting, data: qsnn.Data, firing: str) -> dict[str, Any]:
-    qann = qann_of(setting, data, W4)
+    return _levels_of(qann_of(setting, data, W4), data, firing)
+
+
+@torch.no_grad()
+def _levels_of(qann: nn.Module, data: qsnn.Data, firing: str) -> dict[str, Any]:
     snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2, firing=firing))
     found = {}
     thetas = {name: float(node.threshold) for name, node in snn.neurons()}
@@ -111,9 +114,13 @@ def readout(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
         yield kind, _of_qann(setting, readout=kind), partial(_readout_row, setting, data, kind)
 
 
-@torch.no_grad()
 def _readout_row(setting: Setting, data: qsnn.Data, kind: str) -> dict[str, Any]:
     snn = qsnn.convert(qann_of(setting, data, W4), data, qsnn.ConvertConfig(timesteps=4))
+    return _read_by(snn, data, kind)
+
+
+@torch.no_grad()
+def _read_by(snn: qsnn.SNN, data: qsnn.Data, kind: str) -> dict[str, Any]:
     images, _ = next(qsnn.batches(data.val, 500))
     theta = float(snn.step_logits(images, timesteps=8).mean(0).max(1).values.median()) / 2
     right, seen = dict.fromkeys(TIMESTEPS[:4], 0), 0

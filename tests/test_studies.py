@@ -93,3 +93,25 @@ def test_recorded_studies_end_with_a_sentence_and_a_figure(name, tmp_path, monke
     monkeypatch.setattr(figures, "HERE", tmp_path)
     assert figures.draw(name, mine).read_text().startswith("<?xml")
     assert study.STUDIES[name].answer(mine).endswith(".")
+
+
+def test_a_study_measures_only_what_has_no_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the cache of networks
+    (tmp_path / "records").mkdir()
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    (first,) = study.run("readout", "digits", [0], only=["mean"])
+    assert first.config["setting"]["train_images"] == 20_000 and first.metrics["T=8"] > 50
+    every = study.run("readout", "digits", [0])
+    path = tmp_path / "records" / "study-readout.jsonl"
+    assert [r.name for r in every] == [f"study-readout/{label}" for label, _, _ in _rows("readout")]
+    assert len(read(path)) == 4 and read(path)[0] == first
+    study.run("readout", "digits", [0])
+    assert len(read(path)) == 4
+
+
+def test_a_row_that_no_study_has_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["study.py", "readout", "--data", "digits", "--only", "median"])
+    with pytest.raises(SystemExit) as stopped:
+        study.main()
+    assert stopped.value.code == 2
+    assert "readout has no row of median" in capsys.readouterr().err
