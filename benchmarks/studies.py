@@ -53,9 +53,7 @@ def precision(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
 
 def precision_answer(records: Sequence[Record]) -> str:
     """One sentence; points lost against the better of the teacher and the teacher trained on, by seed."""
-    floats = [r for r in records if r.name.endswith("/32/32")]
-    best = {seed: max(max(r.metrics["teacher"], r.metrics["qat"]) for r in floats if r.seed == seed)
-            for seed in {r.seed for r in floats}}  # fmt: skip
+    best = {r.seed: max(r.metrics["teacher"], r.metrics["qat"]) for r in records if r.name.endswith("/32/32")}
     lost = {
         label: fmean(best[r.seed] - r.metrics["qat"] for r in records if r.name == f"study-precision/{label}")
         for label in PRECISIONS
