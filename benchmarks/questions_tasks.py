@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from questions_training import W4, curve_of, mean_of
-from setting import STUDENTS, Row, Setting, qann_of, short_student, student_of, teacher_of
+from setting import STUDENTS, Row, Setting, cached, qann_of, short_student, student_of, teacher_of
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -53,7 +53,7 @@ def worsened(images: ImageSet, kind: str, strength: float, seed: int = 0) -> Ima
 
 
 def generalize(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
-    """Accuracy against strength, first 2,000 test images; teacher and QANN trained on for as long as the student."""
+    """Accuracy against strength, first 2,000 test images; each trained for as many epochs in all."""
     config = short_student(setting)
     for kind, strengths in STRENGTHS.items():
         for network in NETWORKS:
@@ -64,14 +64,18 @@ def generalize(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
 
 
 def _trained_on(setting: Setting, data: qsnn.Data, network: str) -> nn.Module:
-    """One of the three; each has seen as many epochs of training images, or the teacher as many as the QANN."""
+    """One of the three; each has seen as many epochs of training images in all its stages."""
     config = short_student(setting)
     if network == "student":
         return student_of(setting, data, W4, config)
-    own = replace(setting, epochs=setting.epochs + config.epochs)
-    return teacher_of(replace(own, epochs=own.epochs + setting.epochs), data) if network == "teacher" else qann_of(
-        own, data, W4
-    )  # fmt: skip
+    epochs = config.epochs if network == "QANN" else setting.epochs + config.epochs
+
+    def make() -> nn.Module:
+        model = teacher_of(setting, data) if network == "teacher" else qann_of(setting, data, W4)
+        qsnn.fit(model, data, replace(setting.low_bits(), epochs=epochs), label=f"{network} on")
+        return model
+
+    return cached(f"{network}-on", {"setting": asdict(setting), "quantize": W4, "epochs": epochs}, make)
 
 
 def _generalize_row(setting: Setting, data: qsnn.Data, kind: str, network: str) -> dict[str, Any]:
