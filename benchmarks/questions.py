@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from questions_training import W4, mean_of
+from questions_training import W4, curve_of, mean_of
 from setting import Row, Setting, qann_of, teacher_of
 from torch import Tensor, nn
 
@@ -18,6 +18,13 @@ from qsnn.graph import recorded
 from qsnn.records import Record
 
 TIMESTEPS = (1, 2, 4, 8, 16)
+IMAGES = 2_000
+"""Test images, the first of the data set: many steps take long."""
+
+
+def first_of(data: qsnn.Data) -> Any:
+    """The test images that these questions are asked on."""
+    return data.test.head(IMAGES)  # type: ignore[attr-defined]
 
 
 def _of_qann(setting: Setting, **options: Any) -> dict[str, Any]:
@@ -42,8 +49,8 @@ def _reset_row(setting: Setting, data: qsnn.Data, kind: str, floating: bool) -> 
     snn = qsnn.convert(teacher_of(setting, data), data, config) if floating else qsnn.convert(
         qann_of(setting, data, W4), config
     )  # fmt: skip
-    curve = qsnn.benchmark(snn, data.test, timesteps=16, firing="online").accuracy
-    return {f"T={t}": curve[t - 1] for t in TIMESTEPS}
+    test = first_of(data)
+    return {**curve_of(snn, test, 16), "n": len(test)}
 
 
 def reset_answer(records: Sequence[Record]) -> str:
@@ -72,11 +79,11 @@ def _levels_row(setting: Setting, data: qsnn.Data, firing: str) -> dict[str, Any
 @torch.no_grad()
 def _levels_of(qann: nn.Module, data: qsnn.Data, firing: str) -> dict[str, Any]:
     snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2, firing=firing))
-    found = {}
+    found, test = {}, first_of(data)
     thetas = {name: float(node.threshold) for name, node in snn.neurons()}
-    part = data.test.head(1000)  # type: ignore[attr-defined]
+    part = test.head(1000)
     for t in (*TIMESTEPS, 32):
-        found[f"T={t}"] = qsnn.accuracy(snn, data.test, timesteps=t, firing=firing)
+        found[f"T={t}"] = qsnn.accuracy(snn, test, timesteps=t, firing=firing)
         errors: dict[str, float] = dict.fromkeys(thetas, 0.0)
         for images, _ in qsnn.batches(part, 250):
             with recorded({name: qann.get_submodule(name) for name in thetas}) as activations:
@@ -88,7 +95,7 @@ def _levels_of(qann: nn.Module, data: qsnn.Data, firing: str) -> dict[str, Any]:
                 errors[name] += float((rate - activations[name] / theta).abs().mean()) * len(images) / len(part)
         for place, name in enumerate(thetas, 1):
             found[f"error of layer {place}, T={t}"] = errors[name]
-    return found
+    return {**found, "n": len(test)}
 
 
 def levels_answer(records: Sequence[Record]) -> str:
@@ -124,12 +131,12 @@ def _read_by(snn: qsnn.SNN, data: qsnn.Data, kind: str) -> dict[str, Any]:
     images, _ = next(qsnn.batches(data.val, 500))
     theta = float(snn.step_logits(images, timesteps=8).mean(0).max(1).values.median()) / 2
     right, seen = dict.fromkeys(TIMESTEPS[:4], 0), 0
-    for images, labels in qsnn.batches(data.test, 500):
+    for images, labels in qsnn.batches(first_of(data), 500):
         z = snn.step_logits(images, timesteps=8)
         for t in right:
             right[t] += int((read_out(z[:t], kind, theta).argmax(1) == labels).sum())
         seen += len(labels)
-    return {f"T={t}": 100.0 * count / seen for t, count in right.items()}
+    return {**{f"T={t}": 100.0 * count / seen for t, count in right.items()}, "n": seen}
 
 
 def read_out(z: Tensor, kind: str, theta: float) -> Tensor:

@@ -81,10 +81,11 @@ def _trained_on(setting: Setting, data: qsnn.Data, network: str) -> nn.Module:
 def _generalize_row(setting: Setting, data: qsnn.Data, kind: str, network: str) -> dict[str, Any]:
     model = _trained_on(setting, data, network)
     test: Any = data.test
-    return {
+    found = {
         f"strength {strength:g}": qsnn.accuracy(model, worsened(test.head(2000), kind, strength))
         for strength in STRENGTHS[kind]
     }
+    return {**found, "n": len(test.head(2000))}
 
 
 def generalize_answer(records: Sequence[Record]) -> str:
@@ -123,7 +124,7 @@ def _task_row(setting: Setting, load: Callable[[str], qsnn.Data], name: str) -> 
         "teacher": qsnn.accuracy(teacher_of(own, data), data.test),
         "qann": qsnn.accuracy(qann_of(own, data, W4), data.test),
     }
-    return {**found, **curve_of(student_of(own, data, W4, short_student(own)), data, 2), "n": len(data.test)}  # type: ignore[arg-type]
+    return {**found, **curve_of(student_of(own, data, W4, short_student(own)), data.test, 2), "n": len(data.test)}  # type: ignore[arg-type]
 
 
 def tasks_answer(records: Sequence[Record]) -> str:
