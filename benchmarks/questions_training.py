@@ -78,8 +78,10 @@ def residual_answer(records: Sequence[Record]) -> str:
         for rate, found in at.items()
     )
     spread = max(high.values()) - min(high.values())
+    training = records[0].config["train"]
+    size = f"After {training['epochs']} epoch of {training['train_images'] or 'all'} images the"
     return (
-        f"The notes' two findings (the nets differ by less than 0.1 point at 1e-2, all lose 4 at 1e-4) "
+        f"{size} notes' two findings (the nets differ by less than 0.1 point at 1e-2, all lose 4 at 1e-4) "
         f"{'hold' if drop > 1 else 'do not hold'} for the learning rate (1e-4 costs {drop:.2f} points on average) and "
         f"{'hold' if spread < 0.5 else 'do not hold'} for the nets (they differ by {spread:.2f} at 1e-2): {shown}."
     )
