@@ -116,8 +116,8 @@ def levels_answer(records: Sequence[Record]) -> str:
 
 
 def readout(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
-    """Mean over time, potential of the last step, spike count and first spike of output neurons; corrected W4/L2."""
-    for kind in ("mean", "last potential", "spike count", "first spike"):
+    """Mean over time (or potential: their order is the same), last step, spike count, first spike; corrected W4/L2."""
+    for kind in ("mean", "last step", "spike count", "first spike"):
         yield kind, _of_qann(setting, readout=kind), partial(_readout_row, setting, data, kind)
 
 
@@ -144,7 +144,7 @@ def read_out(z: Tensor, kind: str, theta: float) -> Tensor:
     potential = z.sum(0)
     if kind == "mean":
         return potential / len(z)
-    if kind == "last potential":  # without memory: the current of the last step alone
+    if kind == "last step":  # its current alone: a potential without memory
         return z[-1]
     threshold = torch.tensor(theta)
     spikes, _ = integrated(z, threshold, torch.full_like(z[0], theta / 2))

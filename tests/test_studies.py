@@ -61,7 +61,7 @@ def test_worse_images_differ_from_strength_to_strength(kind):
 def test_readouts_by_hand():
     z = torch.tensor([[[3.0, 1.0]], [[0.0, 1.5]]])  # two steps, two classes, θ = 1, v₀ = ½
     assert questions.read_out(z, "mean", 1.0).tolist() == [[1.5, 1.25]]
-    assert questions.read_out(z, "last potential", 1.0).tolist() == [[0.0, 1.5]]
+    assert questions.read_out(z, "last step", 1.0).tolist() == [[0.0, 1.5]]
     assert questions.read_out(z, "spike count", 1.0).round().tolist() == [[2.0, 2.0]]  # the tie goes to the potential
     assert questions.read_out(z, "spike count", 1.0).argmax() == 0
     assert questions.read_out(z, "first spike", 1.0).round().tolist() == [[2.0, 2.0]]
