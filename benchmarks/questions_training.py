@@ -85,8 +85,8 @@ def residual_answer(records: Sequence[Record]) -> str:
     )  # fmt: skip
     size = f"{training['epochs']} epoch(s) of {training['train_images'] or 'all'} images"
     return (
-        f"After {size}: that the nets differ by less than 0.1 point at 1e-2, as the notes found, {nets} (they differ by {spread:.2f}); that 1e-4 costs about 4 "
-        f"points {rates} ({drop:.2f} on average): {shown}."
+        f"After {size}: that the nets differ by less than 0.1 point at 1e-2, as the notes found, {nets} (they differ "
+        f"by {spread:.2f}); that 1e-4 costs about 4 points {rates} ({drop:.2f} on average): {shown}."
     )
 
 
