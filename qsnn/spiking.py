@@ -32,7 +32,8 @@ class XnorWeight(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
         """Weights (C, *) -> the same shape."""
         scale = w.detach().abs().flatten(1).mean(1).view(-1, *[1] * (w.dim() - 1))
-        return w + (torch.where(w >= 0, scale, -scale) - w).detach()
+        # in this order, for w - w is 0 exactly: the weights have two values to the last bit
+        return torch.where(w >= 0, scale, -scale) + (w - w.detach())
 
 
 class QuantizedWeight(nn.Module):
