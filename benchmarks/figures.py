@@ -16,8 +16,6 @@ STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "svg.hashsalt": "qsnn", "svg.fonttype": "none", "legend.frameon": False,
 }  # fmt: skip
-
-
 AXES = {
     "noise": "noise: σ, pixels on [0, 1]", "blur": "blur: σ [pixel]", "occlusion": "occlusion: part of the area",
     "shift": "shift: up to so many pixels each way",
@@ -45,9 +43,8 @@ def draw(name: str, records: Sequence[Record]) -> Path:
         else:
             left_out = ("weight_bytes", "synops", "ece", "spike rate", "n")
             _dots(figure.subplots(), by, [key for key in keys if key not in left_out])
-        figure.suptitle(
-            f"{name}, {records[0].data.replace('all', 'several data sets')}, {seeds} seed{'s' if seeds > 1 else ''}"
-        )
+        data_name = "several data sets" if records[0].data == "all" else records[0].data
+        figure.suptitle(f"{name}, {data_name}, {seeds} seed{'s' if seeds > 1 else ''}")
         data = io.BytesIO()
         figure.savefig(data, format="svg", facecolor="white", metadata={"Date": None})
     path = HERE / "figures" / f"study-{name}.svg"

@@ -133,8 +133,9 @@ def tasks_answer(records: Sequence[Record]) -> str:
     lost = {label: mean_of(records, label, "teacher") - mean_of(records, label, "T=2") for label in labels}
     shown = ", ".join(f"{label} {value:+.2f}" for label, value in lost.items())
     worst = max(lost, key=lost.__getitem__)
+    verdict = "serves" if lost[worst] <= 1 else "does not serve"
     return (
-        f"One recipe serves all {len(labels)} tasks with at most {max(0.0, lost[worst]):.2f} points lost from the "
+        f"One recipe {verdict} all {len(labels)} tasks with at most {max(0.0, lost[worst]):.2f} points lost from the "
         f"teacher to the T = 2 student ({worst}); teacher minus student: {shown} points."
     )
 

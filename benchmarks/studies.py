@@ -156,14 +156,16 @@ def distill(setting: Setting, data: qsnn.Data) -> Iterator[Row]:
 
 def distill_answer(records: Sequence[Record]) -> str:
     """One sentence."""
-    parts = []
+    parts, enough = [], True
     for label in STUDENTS:
         two, qann, longer = (mean_of(records, label, key) for key in ("T=2", "qann", "qann on"))
         parts.append(f"{label} {two - qann:+.2f} ({two - longer:+.2f})")
+        enough = enough and two >= qann - 0.1
     peer = mean_of(records, "SpikingJelly, best recipe at T = 2", "T=2")
     two, scratch = mean_of(records, "W4", "T=2"), mean_of(records, "W4, from scratch", "T=2")
     return (
-        f"Two steps are enough: students against the network that taught them (in brackets: trained on for as long): "
+        f"Two steps are {'' if enough else 'not '}enough: students against the network that taught them "
+        f"(in brackets: trained on for as long): "
         f"{', '.join(parts)} points; from scratch {scratch - two:+.2f}, SpikingJelly's best recipe {peer - two:+.1f}."
     )
 
