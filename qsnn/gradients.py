@@ -21,58 +21,72 @@ def _minus(x: Tensor, y: Tensor, theta: Any) -> Tensor:
 
 
 class IFFunction(torch.autograd.Function):
-    r"""T steps of the soft-reset IF neuron with their own backward.
+    r"""T steps of the soft-reset IF neuron, with or without leak, with their own backward.
 
-    Forward, :math:`h_t = v_{t-1} + x_t`, :math:`s_t = [h_t \ge \theta]`, :math:`v_t = h_t - \theta s_t`. Backward, with
-    :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of
-    area 1 and width θ (Bengio et al. 2013). θ is one number, or (C, 1, ...): one a channel.
+    Forward, :math:`h_t = d\,v_{t-1} + x_t` (d = 1 without leak), :math:`s_t = [h_t \ge \theta]`,
+    :math:`v_t = h_t - \theta s_t`. Backward, with :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the
+    place of the derivative of the step: a box of area 1 and width θ (Bengio et al. 2013). θ and d are one number, or
+    (C, 1, ...): one a channel.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
-        """Spikes (T, B, *) and the last potential; ``repeats`` > 0: x is one step, (B, *), that stands for so many."""
+    def forward(
+        ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Spikes (T, B, *) and the last potential.
+
+        ``repeats`` > 0: x is one step, (B, *), that stands for so many; ``keep``: d, None without leak.
+        """
         ctx.set_materialize_grads(False)
-        ctx.constant = repeats > 0  # x is one step, (B, *), that stands for so many
+        ctx.constant = repeats > 0
         theta = _value(threshold)
         current = x.expand(repeats, *x.shape) if ctx.constant else x
         spikes = empty_steps(current)
         # where the derivative is not 0: a byte, while the potentials would keep four until the backward
         near, low, high = empty_steps(current, torch.bool), 0.5 * theta, 1.5 * theta
+        # the potentials and the spikes are for the gradients of d and θ alone; without these they need not live on
+        potentials = []
         for t in range(len(current)):
-            h = v + current[t]
+            if ctx.needs_input_grad[4]:
+                potentials.append(v)
+            h = v + current[t] if keep is None else torch.mul(v, keep).add_(current[t])
             torch.gt(h, low, out=near[t])
             near[t] &= h < high
             v = _minus(h, torch.ge(h, theta, out=spikes[t]), theta)
-        # the spikes are for the gradient of θ alone; without it they need not live until the backward
-        ctx.save_for_backward(near, spikes if ctx.needs_input_grad[1] else None, threshold)
+        ctx.save_for_backward(near, spikes if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
         return spikes, v
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients to x, θ and the first potential."""
+        """Gradients to x, θ, the first potential and d."""
         grad_spikes, grad_v = grads
-        near, spikes, threshold = ctx.saved_tensors
+        near, spikes, threshold, keep, *potentials = ctx.saved_tensors
         theta = _value(threshold)
         if grad_spikes is None:
             if grad_v is None:
-                return None, None, None, None
+                return None, None, None, None, None
             grad_spikes = grad_v.new_zeros(()).expand(near.shape)
+        wants_theta, wants_v, _, wants_keep = ctx.needs_input_grad[1:]
         grad_x = None if ctx.constant else empty_steps(near, grad_spikes.dtype)
-        grad_theta, total = grad_spikes.new_zeros(threshold.shape), None
+        grad_theta, grad_keep, total = grad_spikes.new_zeros(threshold.shape), None, None
         for t in reversed(range(len(near))):
             grad_s = grad_spikes[t] if grad_v is None else _minus(grad_spikes[t], grad_v, theta)
-            direct = (grad_s * near[t]).div_(theta)
-            if ctx.needs_input_grad[1]:
-                through_reset = direct if grad_v is None else torch.addcmul(direct, grad_v, spikes[t])
+            grad_h = (grad_s * near[t]).div_(theta)
+            if wants_theta:
+                through_reset = grad_h if grad_v is None else torch.addcmul(grad_h, grad_v, spikes[t])
                 grad_theta -= through_reset.sum_to_size(threshold.shape)
-            grad_v = direct if grad_v is None else grad_v + direct
+            if grad_v is not None:
+                grad_h = grad_h + grad_v
+            if wants_keep:
+                part = (grad_h * potentials[t]).sum_to_size(keep.shape)
+                grad_keep = part if grad_keep is None else grad_keep + part
             if grad_x is not None:
-                grad_x[t] = grad_v
-                continue
-            total = grad_v.clone() if total is None else total.add_(grad_v)
-        wants_theta, wants_v = ctx.needs_input_grad[1:3]
+                grad_x[t] = grad_h
+            else:
+                total = grad_h.clone() if total is None else total.add_(grad_h)
+            grad_v = grad_h if keep is None else grad_h * keep
         grad_x = total if grad_x is None else grad_x
-        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None
+        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None, grad_keep
 
 
 class RateFunction(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,22 +94,26 @@ class IFNode(BaseNode):
     @property
     def _fused(self) -> bool:
         """Whether a step of training takes the one function that has its own backward."""
-        return self.dynamics.plain and self.surrogate in ("box", "rate")
+        leaky = replace(self.dynamics, tau=None).plain
+        return leaky and self.surrogate in ("box", "rate")
 
     @torch.compiler.disable  # a function with its own backward: a compiler gains nothing, and warns
     def _trained(self, x: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
         """The fused step."""
-        function = RateFunction if self.surrogate == "rate" else IFFunction
-        found: tuple[Tensor, Tensor] = function.apply(
-            x, self._theta(v) if self.threshold.dim() else self.threshold, v, repeats
-        )
+        theta = self._theta(v) if self.threshold.dim() else self.threshold
+        found: tuple[Tensor, Tensor]
+        if self.surrogate == "rate" and self.tau is None:
+            found = RateFunction.apply(x, theta, v, repeats)
+        else:
+            keep = None if self.tau is None else torch.exp(-1.0 / per_channel(self.tau, v.dim())).to(x.dtype)
+            found = IFFunction.apply(x, theta, v, repeats, keep)
         return found
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
         if self.dynamics.plain and not torch.is_grad_enabled():
             return integrated(x, self._theta(x[0]), v)
-        if self._fused:
+        if self._fused and torch.is_grad_enabled():
             return self._trained(x, v, 0)
         tau = None if self.tau is None else per_channel(self.tau, v.dim())
         fire = firing_function(self.surrogate)

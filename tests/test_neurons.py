@@ -178,22 +178,25 @@ def test_the_rate_gradient_is_that_of_the_activation() -> None:
     assert torch.allclose(node.initial.grad.float(), expected.sum() * theta, atol=1e-5)
 
 
+@pytest.mark.parametrize("leak", [None, 2.5])
 @pytest.mark.parametrize("channels", [None, 3])
-def test_the_fused_step_has_the_gradients_of_the_equation(channels):
+def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 3, 5, 5, generator=generator)
     weight = torch.randn(x.shape, generator=generator)
     found = []
     for fused in (True, False):
-        theta = torch.tensor([0.7, 1.0, 1.4])[:channels].clone() if channels else torch.tensor(0.8)
+        theta = torch.tensor([0.7, 1.0, 1.4]) if channels else torch.tensor(0.8)
+        tau = None if leak is None else torch.full((3,) if channels else (), leak).requires_grad_()
         theta, start, current = theta.requires_grad_(), torch.full(x.shape[1:], 0.3).requires_grad_(), x.clone()
-        shaped = theta.view(-1, 1, 1) if channels else theta
+        shaped, slow = (None if a is None else a.view(-1, 1, 1) if channels else a for a in (theta, tau))
         current.requires_grad_()
         if fused:
-            spikes, v = IFFunction.apply(current, shaped, start, 0)
+            keep = None if slow is None else torch.exp(-1 / slow)
+            spikes, v = IFFunction.apply(current, shaped, start, 0, keep)
         else:
-            spikes, v, _ = simulate(current, shaped, start, Dynamics())
+            spikes, v, _ = simulate(current, shaped, start, Dynamics(), slow)
         ((spikes * weight).sum() + (v * weight[0]).sum()).backward()
-        found.append((spikes, v, current.grad, theta.grad, start.grad))
+        found.append([spikes, v, current.grad, theta.grad, start.grad] + ([] if tau is None else [tau.grad]))
     for ours, wanted in zip(*found, strict=True):
         assert torch.allclose(ours, wanted, atol=1e-4, rtol=1e-4)
