@@ -66,7 +66,7 @@ def _one(study: Callable[[Setting, qsnn.Data], Iterator[Row]]) -> Callable[[Sett
 STUDIES: dict[str, Study] = {
     "precision": Study(_one(studies.precision), answer=studies.precision_answer),
     "certificates": Study(_one(studies.certificates)),
-    "online": Study(_one(studies.online)),
+    "online": Study(_one(studies.online), answer=studies.online_answer),
     "distill": Study(_one(studies.distill), answer=studies.distill_answer),
     "smoothing": Study(_one(studies.smoothing), answer=studies.smoothing_answer),
     "residual": Study(_one(questions_training.residual), "mnist", questions_training.residual_answer),
