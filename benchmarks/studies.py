@@ -184,10 +184,12 @@ def distill_answer(records: Sequence[Record]) -> str:
         enough = enough and two >= qann - 0.1
     peer = mean_of(records, "SpikingJelly, best recipe at T = 2", "T=2")
     two, scratch = mean_of(records, "W4", "T=2"), mean_of(records, "W4, from scratch", "T=2")
+    one = mean_of(records, "W4", "T=4") - mean_of(records, "W4", "T=1")
     return (
         f"Two steps are {'' if enough else 'not '}enough: students against the network that taught them "
         f"(in brackets: trained on for as long): "
-        f"{', '.join(parts)} points; from scratch {scratch - two:+.2f}, SpikingJelly's best recipe {peer - two:+.1f}."
+        f"{', '.join(parts)} points; from scratch {scratch - two:+.2f}, SpikingJelly's best recipe {peer - two:+.1f}; "
+        f"at T = 1 the W4 student is {one:.2f} below its T = 4."
     )
 
 
