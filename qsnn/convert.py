@@ -12,6 +12,7 @@ from torch import fx, nn
 from qsnn.calibrate import calibration_images
 from qsnn.correct import CORRECTIONS, THRESHOLDS, correct_
 from qsnn.dynamics import Dynamics
+from qsnn.gradients import AveragePool2d
 from qsnn.graph import (
     BATCH_NORMS,
     LAYERS,
@@ -195,6 +196,8 @@ def _network_of(model: nn.Module, config: ConvertConfig) -> tuple[fx.GraphModule
 def _spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConfig) -> SNN:
     place = 0
     for node, module in list(call_nodes(network)):
+        if type(module) is nn.AvgPool2d:
+            replace_module(network, str(node.target), _lean(module))
         if is_activation(module):
             _to_neuron_(network, node, config.dynamics(place))
             place += 1
@@ -204,6 +207,12 @@ def _spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConf
     network.graph.lint()
     network.recompile()
     return SNN(network, config.timesteps, config.firing, probes=moved)
+
+
+def _lean(pool: nn.AvgPool2d) -> AveragePool2d:
+    return AveragePool2d(
+        pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
+    )
 
 
 def _to_neuron_(network: fx.GraphModule, node: fx.Node, dynamics: Dynamics) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsnn.dynamics import empty_steps, integrated
 
@@ -67,7 +67,10 @@ class IFFunction(torch.autograd.Function):
         for t in range(len(current)):
             if ctx.needs_input_grad[4]:
                 potentials.append(v)
-            h = v + current[t] if keep is None else torch.mul(v, keep).add_(current[t])
+            if t == 0 or ctx.needs_input_grad[4]:
+                h = v + current[t] if keep is None else torch.mul(v, keep).add_(current[t])
+            else:  # v is ours, and nobody asks for it again
+                h = (v if keep is None else v.mul_(keep)).add_(current[t])
             near[t] = _in_box(h, theta, scratch=spikes[t])
             torch.ge(h, theta, out=spikes[t])
             v = _minus_(h, spikes[t], theta)
@@ -140,3 +143,33 @@ class RateFunction(torch.autograd.Function):
         grad_x = empty_steps(grad_spikes)
         grad_x[:] = grad
         return grad_x, grad_theta, grad, None
+
+
+class _AveragePool(torch.autograd.Function):
+    """Average pooling that keeps the shape of its input until the backward, and not the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, options: tuple[Any, ...]) -> Tensor:
+        ctx.shape, ctx.options = x.shape, options
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
+        return torch.ops.aten.avg_pool2d(x, *options)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        # the operator asks the input for its shape and layout alone
+        like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format)
+        return torch.ops.aten.avg_pool2d_backward(grad, like, *ctx.options), None
+
+
+class AveragePool2d(nn.AvgPool2d):
+    """``nn.AvgPool2d`` without the memory: its own backward keeps nothing. In time, spikes are its largest tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H', W')."""
+        if not (torch.is_grad_enabled() and x.requires_grad and x.dim() == 4):
+            return super().forward(x)
+        pair = (self.kernel_size, self.stride, self.padding)
+        options = (*pair, self.ceil_mode, self.count_include_pad, self.divisor_override)
+        return _AveragePool.apply(x, options)  # type: ignore[no-any-return]

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from spikingjelly.activation_based import functional
-from torch import Tensor
+from torch import Tensor, nn
 
 import qsnn
 from qsnn.dynamics import Dynamics, simulate
-from qsnn.gradients import IFFunction
+from qsnn.gradients import AveragePool2d, IFFunction
 from qsnn.neurons import IFNode, Repeat
 from qsnn.quantizers import round_half_up
 
@@ -200,3 +200,22 @@ def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak):
         found.append([spikes, v, current.grad, theta.grad, start.grad] + ([] if tau is None else [tau.grad]))
     for ours, wanted in zip(*found, strict=True):
         assert torch.allclose(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 1, "padding": 1}, {"ceil_mode": True, "count_include_pad": False}])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_average_pool_keeps_no_input_and_has_the_gradients_of_torchs(options: dict, layout: torch.memory_format):
+    x = torch.randn(4, 3, 7, 7).contiguous(memory_format=layout)
+    pools = nn.AvgPool2d(3, **options), AveragePool2d(3, **options)
+    found, kept = [], []
+    for pool in pools:
+        start = x.clone().requires_grad_()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            y = pool(start)
+        (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+        found.append((y, start.grad))
+        kept.append(sum(sizes))
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.equal(ours, wanted)
+    assert kept == [x.numel(), 0]
