@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,8 +93,7 @@ class IFNode(BaseNode):
     @property
     def _fused(self) -> bool:
         """Whether a step of training takes the one function that has its own backward."""
-        leaky = replace(self.dynamics, tau=None).plain
-        return leaky and self.surrogate in ("box", "rate")
+        return self.dynamics.plain_but_leaky and self.surrogate in ("box", "rate")
 
     @torch.compiler.disable  # a function with its own backward: a compiler gains nothing, and warns
     def _trained(self, x: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
