@@ -166,11 +166,13 @@ def integrated(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
     spikes, v = empty_steps(x), v.to(x.dtype) + torch.zeros_like(x[0])
     for current, fired in zip(x, spikes, strict=True):
         torch.ge(v.add_(current), threshold, out=fired)
-        if threshold.dim():
-            v.addcmul_(fired, threshold, value=-1)
-        else:
-            v.sub_(fired, alpha=float(threshold))
+        subtract_(v, fired, threshold if threshold.dim() else float(threshold))
     return spikes, v
+
+
+def subtract_(v: Tensor, spikes: Tensor, theta: Any) -> Tensor:
+    """v - θ·spikes in place, in one pass; θ a number, or shaped to multiply v."""
+    return v.addcmul_(spikes, theta, value=-1) if torch.is_tensor(theta) else v.sub_(spikes, alpha=theta)
 
 
 def deferred(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsnn.dynamics import empty_steps, integrated
+from qsnn.dynamics import empty_steps, integrated, subtract_
 
 
 def _value(threshold: Tensor) -> Any:
@@ -18,11 +18,6 @@ def _value(threshold: Tensor) -> Any:
 def _minus(x: Tensor, y: Tensor, theta: Any) -> Tensor:
     """x - θ·y in one pass."""
     return torch.addcmul(x, y, theta, value=-1) if torch.is_tensor(theta) else torch.sub(x, y, alpha=theta)
-
-
-def _minus_(x: Tensor, y: Tensor, theta: Any) -> Tensor:
-    """The same in place."""
-    return x.addcmul_(y, theta, value=-1) if torch.is_tensor(theta) else x.sub_(y, alpha=theta)
 
 
 def _in_box(h: Tensor, theta: Any, scratch: Tensor) -> Tensor:
@@ -73,7 +68,7 @@ class IFFunction(torch.autograd.Function):
                 h = (v if keep is None else v.mul_(keep)).add_(current[t])
             near[t] = _in_box(h, theta, scratch=spikes[t])
             torch.ge(h, theta, out=spikes[t])
-            v = _minus_(h, spikes[t], theta)
+            v = subtract_(h, spikes[t], theta)
         ctx.save_for_backward(near, spikes if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
         return spikes, v
 
