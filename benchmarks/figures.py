@@ -16,6 +16,7 @@ STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "svg.hashsalt": "qsnn", "svg.fonttype": "none", "legend.frameon": False,
 }  # fmt: skip
+KEYS = {"qann": "QANN", "T=1": "student, T = 1", "T=2": "student, T = 2"}
 AXES = {
     "noise": "noise: σ, pixels on [0, 1]", "blur": "blur: σ [pixel]", "occlusion": "occlusion: part of the area",
     "shift": "shift: up to so many pixels each way",
@@ -103,7 +104,7 @@ def _dots(axes: Any, by: dict[str, list[dict[str, Any]]], keys: Sequence[str]) -
         found = [_spread(by[label], key) for label in labels]
         axes.errorbar([m for m, _ in found], [list(by).index(label) + 0.12 * index for label in labels],
                       xerr=[s for _, s in found], color=COLOURS[index % len(COLOURS)], marker="o", linestyle="",
-                      capsize=2, label=key)  # fmt: skip
+                      capsize=2, label=KEYS.get(key, key))  # fmt: skip
     axes.set_yticks(range(len(by)), list(by))
     axes.invert_yaxis()
     axes.set_xlabel("accuracy [%]")

@@ -132,7 +132,7 @@ def simulate(
     fire = fire or _Fire.apply
     if tau is None and dynamics.tau is not None:
         tau = x.new_tensor(dynamics.tau, dtype=torch.float64)
-    keep = None if tau is None else torch.exp(-1.0 / tau).to(x.dtype)
+    keep = None if tau is None else kept(tau, x.dtype)
     fall = 1.0 - math.exp(-1.0 / dynamics.reset_tau)
     overflows, spikes = 0, []
     fired = torch.zeros_like(v)
@@ -150,6 +150,11 @@ def simulate(
         overflows += lost + more
         spikes.append(s)
     return torch.stack(spikes), v, overflows
+
+
+def kept(tau: Tensor, dtype: torch.dtype) -> Tensor:
+    r"""What the leak leaves of a potential in one step, :math:`d = e^{-1/\tau}`; τ in steps."""
+    return torch.exp(-1.0 / tau).to(dtype)
 
 
 def per_channel(x: Tensor, dims: int) -> Tensor:

@@ -11,7 +11,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.data import check_images
-from qsnn.dynamics import Dynamics, deferred, firing_function, integrated, per_channel, simulate
+from qsnn.dynamics import Dynamics, deferred, firing_function, integrated, kept, per_channel, simulate
 from qsnn.gradients import IFFunction, RateFunction
 
 FIRINGS = ("online", "deferred")
@@ -103,7 +103,7 @@ class IFNode(BaseNode):
         if self.surrogate == "rate" and self.tau is None:
             found = RateFunction.apply(x, theta, v, repeats)
         else:
-            keep = None if self.tau is None else torch.exp(-1.0 / per_channel(self.tau, v.dim())).to(x.dtype)
+            keep = None if self.tau is None else kept(per_channel(self.tau, v.dim()), x.dtype)
             found = IFFunction.apply(x, theta, v, repeats, keep)
         return found
 
