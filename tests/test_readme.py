@@ -232,3 +232,28 @@ def test_wrong_markers_are_refused_and_nothing_is_written(root, text, message):
     with pytest.raises(ValueError, match=message):
         update(root)
     assert (root / "README.md").read_text(encoding="utf-8") == text
+
+
+def line(name: str, minute: int, seed: int = 0, version: int = 0, **metrics: Any) -> Record:
+    setting = {"data": "fashion-mnist", "model": "study", "epochs": 4, "train_images": 20_000, "seed": seed}
+    return Record(
+        name=name, data="fashion-mnist", seed=seed, n=10_000, metrics=metrics, environment=WORLD,
+        config={"setting": setting, "version": version}, time=f"2026-01-01T00:{minute:02}:00+00:00",
+    )  # fmt: skip
+
+
+def test_the_first_paragraph_is_made_from_the_records():
+    headline, ours = SCRIPT["headline"], {"qann": 88.0, "qann on": 89.0}
+    ratios = {"spikingjelly, contiguous": 2.0, "qsnn MiB": 10.0, "spikingjelly MiB": 20.0}
+    records = [
+        line("study-distill/W4", 1, 0, **ours, **{"T=2": 89.0}),
+        line("study-distill/W4", 2, 1, **ours, **{"T=2": 90.0}),
+        line("study-distill/SpikingJelly, best recipe at T = 2", 3, **{"T=2": 68.0}),
+        line("throughput/distill/study", 9, version=1, qsnn=1.2, **ratios),
+        line("throughput/distill/study", 4, version=2, qsnn=1.8, **ratios),  # older, though it comes later
+        line("throughput/distill/vgg-small", 5, qsnn=1.3, **ratios),
+    ]
+    text = headline(records)
+    for words in ("2 seeds", "**89.5 %**", "68.0 %", "0.60 to 0.65 of the time", ", and 0.50 of the memory"):
+        assert words in text
+    assert headline(records[:3]) == headline([]) == "no records yet\n"
