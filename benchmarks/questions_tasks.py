@@ -111,7 +111,7 @@ TASKS = ("digits", "mnist", "fashion-mnist", "nmnist")
 
 
 def tasks(setting: Setting, load: Callable[[str], qsnn.Data], names: Sequence[str] = TASKS) -> Iterator[Row]:
-    """Teacher, W4/L2 QANN and student of T = 2 with the same options and as many updates on each data set."""
+    """Teacher, W4/L2 QANN and student of T = 2 with the same options; a small set is seen five times as often."""
     for name in names:
         config = short_student(setting)
         yield name, {"quantize": W4, "distill": asdict(config)}, partial(_task_row, setting, load, name)
