@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from questions_training import W4, curve_of, mean_of
-from setting import STUDENTS, Row, Setting, cached, qann_of, short_student, student_of, teacher_of
+from setting import MOST_EPOCHS, STUDENTS, Row, Setting, cached, qann_of, short_student, student_of, teacher_of
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -114,7 +114,8 @@ def tasks(setting: Setting, load: Callable[[str], qsnn.Data], names: Sequence[st
     """Teacher, W4/L2 QANN and student of T = 2 with the same options; a small set is seen five times as often."""
     for name in names:
         config = short_student(setting)
-        yield name, {"quantize": W4, "distill": asdict(config)}, partial(_task_row, setting, load, name)
+        options = {"quantize": W4, "distill": asdict(config), "most_epochs": MOST_EPOCHS}
+        yield name, options, partial(_task_row, setting, load, name)
 
 
 def _task_row(setting: Setting, load: Callable[[str], qsnn.Data], name: str) -> dict[str, Any]:

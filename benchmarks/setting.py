@@ -16,6 +16,8 @@ from torch import nn
 import qsnn
 
 CACHE = Path("runs/study")
+MOST_EPOCHS = 5
+"""A data set of few images is seen at most so many times as often."""
 Row = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 """Label, the config that names it besides the setting, and what measures it."""
 
@@ -45,10 +47,10 @@ class Setting:
         return self.training(0.01, optimizer="adamw", weight_decay=0.0, batch_size=64, kd_weight=0.0)
 
     def on(self, data: qsnn.Data) -> Setting:
-        """The same for another data set: more epochs where there are fewer images, up to five times as many."""
+        """The same for another data set; few images are seen up to :data:`MOST_EPOCHS` times as often."""
         images = self.train_images or len(data.train)  # type: ignore[arg-type]
         more = math.ceil(images / min(images, len(data.train)))  # type: ignore[arg-type]
-        return replace(self, data=data.name, epochs=self.epochs * min(more, 5))
+        return replace(self, data=data.name, epochs=self.epochs * min(more, MOST_EPOCHS))
 
 
 def cached(name: str, config: dict[str, Any], make: Callable[[], nn.Module]) -> nn.Module:

@@ -140,7 +140,7 @@ def simulate(
         h, lost = _stored(v + current if keep is None else v * keep + current, threshold, dynamics.state_bits)
         s = fire(h, threshold)
         if dynamics.signed:
-            s = s - ((h < 0) & (fired > 0)).to(s.dtype)
+            s = s - _taken_back(h, threshold, fire) * (fired > 0)
             fired = fired + s.detach()
         if dynamics.reset == "soft":
             v = h - threshold * s
@@ -150,6 +150,15 @@ def simulate(
         overflows += lost + more
         spikes.append(s)
     return torch.stack(spikes), v, overflows
+
+
+def _taken_back(h: Tensor, threshold: Tensor, fire: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[h < 0], with the derivative that ``fire`` has at θ moved to 0."""
+    below = (h < 0).to(h.dtype)
+    if not h.requires_grad:
+        return below
+    smooth = fire(h + threshold, threshold)
+    return below - (smooth - smooth.detach())
 
 
 def kept(tau: Tensor, dtype: torch.dtype) -> Tensor:

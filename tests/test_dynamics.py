@@ -87,6 +87,18 @@ def test_int8_saturates_and_counts() -> None:
     assert float(v[0]) == -2.0 and overflows == 1  # -4.5 does not fit; -2 after it does
 
 
+def test_a_spike_that_takes_one_back_has_a_gradient_around_zero() -> None:
+    # v0 = 0.5; h = 1.5 fires; h = 0.5 - 0.6 < 0 takes it back; h = 0.9 - 1.3 < 0 has nothing to take back
+    x = torch.tensor([[1.0], [-0.6], [-1.3]], dtype=torch.float64, requires_grad=True)
+    spikes, *_ = simulate(x, torch.tensor(1.0), torch.tensor([0.5], dtype=torch.float64), Dynamics(signed=True))
+    assert spikes.flatten().tolist() == [1.0, -1.0, 0.0]
+    # box of width θ around 0 where a spike may be taken back, around θ everywhere: h = -0.1 lies in the first
+    (grad,) = torch.autograd.grad(spikes[1].sum(), x, retain_graph=True)
+    assert grad[1].item() == 1.0
+    (grad,) = torch.autograd.grad(spikes[2].sum(), x)
+    assert grad[2].item() == 0.0
+
+
 @pytest.mark.parametrize("state", ["int16", "fp16"])
 def test_more_bits_are_closer(state: str) -> None:
     x = torch.rand(8, 1000) - 0.3
