@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from setting import STUDENTS, Row, Setting, qann_of, short_student, student_of, teacher_of
+from setting import MOST_EPOCHS, STUDENTS, Row, Setting, qann_of, short_student, student_of, teacher_of
 from torch import Tensor, nn
 
 import qsnn
@@ -105,7 +105,8 @@ def pooling(setting: Setting, data: qsnn.Data, events: Callable[[], qsnn.Data]) 
             partial(_pooled_row, setting, data, kind),
         )  # fmt: skip
         yield (
-            f"N-MNIST, distilled, {kind}", {"pooling": kind, "quantize": W4, "events": "nmnist", "T": 2},
+            f"N-MNIST, distilled, {kind}",
+            {"pooling": kind, "quantize": W4, "events": "nmnist", "T": 2, "most_epochs": MOST_EPOCHS},
             partial(_event_row, setting, events, kind),
         )  # fmt: skip
 
