@@ -130,7 +130,7 @@ def _event_row(setting: Setting, events: Callable[[], qsnn.Data], kind: str) -> 
     own = setting.on(data)
     found = {"ann": qsnn.accuracy(qann_of(own, data, W4, pooling=kind), data.test)}
     student = student_of(own, data, W4, short_student(own), pooling=kind)
-    return {**found, **curve_of(student, data.test, data.frames or 2)}
+    return {**found, **curve_of(student, data.test, data.frames or 2), "n": len(data.test)}  # type: ignore[arg-type]
 
 
 def pooling_answer(records: Sequence[Record]) -> str:
