@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from qsnn.records import Record, write_atomic
+from qsnn.files import write_atomic
+from qsnn.report.records import Record
 
 HERE = Path(__file__).resolve().parent
 COLOURS = ("#2a6f97", "#c1121f", "#6a994e", "#bc6c25", "#7b2cbf", "#495057", "#0f8b8d", "#e09f3e")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import qsnn
-from qsnn.records import Record, append, environment, now, read
+from qsnn.report.records import Record, append, environment, now, read
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from setting import cached

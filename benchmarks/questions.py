@@ -13,9 +13,9 @@ from setting import Row, Setting, qann_of, teacher_of
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.dynamics import integrated
-from qsnn.graph import recorded
-from qsnn.records import Record
+from qsnn.graph.hooks import recorded
+from qsnn.report.records import Record
+from qsnn.snn.equations import integrated
 
 TIMESTEPS = (1, 2, 4, 8, 16)
 IMAGES = 2_000

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 import qsnn
-from qsnn.data import ImageSet
-from qsnn.models import VggSmall
-from qsnn.records import Record
-from qsnn.train import answer
+from qsnn.data.images import ImageSet
+from qsnn.measure.accuracy import answer
+from qsnn.models.ann import VggSmall
+from qsnn.report.records import Record
 
 # --- generalize: noise, blur, occlusion, shift ------------------------------------------------------------------------
 

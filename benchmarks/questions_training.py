@@ -13,8 +13,8 @@ from setting import MOST_EPOCHS, STUDENTS, Row, Setting, qann_of, short_student,
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.events import FrameSet
-from qsnn.records import Record
+from qsnn.data.events import FrameSet
+from qsnn.report.records import Record
 
 W4 = STUDENTS["W4"]
 

@@ -14,7 +14,7 @@ from setting import STUDENTS, Row, Setting, qann_of, short_student, student_conf
 from torch import Tensor
 
 import qsnn
-from qsnn.records import Record
+from qsnn.report.records import Record
 
 # --- precision: what low bits cost, after calibration alone and after training -------------------------------------
 

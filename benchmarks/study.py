@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import qsnn
-from qsnn.records import Record, append, environment, now, read
+from qsnn.report.records import Record, append, environment, now, read
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import questions

@@ -25,9 +25,9 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 import qsnn
-from qsnn.layout import keep_freed_memory, laid_out, lay_out_
-from qsnn.quantizers import level_quant
-from qsnn.records import Record, append, environment, now
+from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.quant.activations import level_quant
+from qsnn.report.records import Record, append, environment, now
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,52 +1,92 @@
 """Trained ANN in, spiking network of two time steps with low-precision weights out, and proof of what it lost."""
 
-from qsnn.benchmark import Benchmark, benchmark
-from qsnn.certify import Certificate, certify
-from qsnn.checkpoint import load, load_weights, read_recipe, save
-from qsnn.convert import ConvertConfig, as_qann, convert
-from qsnn.data import Data, batches
-from qsnn.datasets import load_data
-from qsnn.distill import DistillConfig, distill, distill_together
-from qsnn.fold import fold
-from qsnn.models import create_model
-from qsnn.neurons import SNN, IFNode
-from qsnn.quantize import QuantizeConfig, quantize
-from qsnn.records import Record
-from qsnn.summary import Summary, summary
-from qsnn.train import TrainConfig, accuracy, fit
-from qsnn.weights import integer_weights
+import importlib as _importlib
+import typing as _typing
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SNN",
-    "Benchmark",
-    "Certificate",
-    "ConvertConfig",
-    "Data",
-    "DistillConfig",
-    "IFNode",
-    "QuantizeConfig",
-    "Record",
-    "Summary",
-    "TrainConfig",
-    "accuracy",
-    "as_qann",
-    "batches",
-    "benchmark",
-    "certify",
-    "convert",
-    "create_model",
-    "distill",
-    "distill_together",
-    "fit",
-    "fold",
-    "integer_weights",
-    "load",
-    "load_data",
-    "load_weights",
-    "quantize",
-    "read_recipe",
-    "save",
-    "summary",
-]
+_HOMES = {
+    "SNN": "qsnn.snn.network",
+    "Benchmark": "qsnn.measure.benchmark",
+    "Certificate": "qsnn.measure.certify",
+    "ConvertConfig": "qsnn.snn.convert",
+    "Data": "qsnn.data.images",
+    "DistillConfig": "qsnn.distillation.distill",
+    "IFNode": "qsnn.snn.neurons",
+    "QuantizeConfig": "qsnn.quant.quantize",
+    "Record": "qsnn.report.records",
+    "Summary": "qsnn.measure.summary",
+    "TrainConfig": "qsnn.training.fit",
+    "accuracy": "qsnn.measure.accuracy",
+    "as_qann": "qsnn.snn.convert",
+    "batches": "qsnn.data.images",
+    "benchmark": "qsnn.measure.benchmark",
+    "certify": "qsnn.measure.certify",
+    "convert": "qsnn.snn.convert",
+    "create_model": "qsnn.models.create",
+    "distill": "qsnn.distillation.distill",
+    "distill_together": "qsnn.distillation.distill",
+    "fit": "qsnn.training.fit",
+    "fold": "qsnn.folded.fold",
+    "integer_weights": "qsnn.quant.weights",
+    "load": "qsnn.checkpoint",
+    "load_data": "qsnn.data.sources",
+    "load_weights": "qsnn.checkpoint",
+    "quantize": "qsnn.quant.quantize",
+    "read_recipe": "qsnn.checkpoint",
+    "save": "qsnn.checkpoint",
+    "summary": "qsnn.measure.summary",
+}
+"""Where each public name is defined; it is loaded when it is first asked for, so that ``--help`` costs no torch."""
+
+__all__ = [*_HOMES]
+
+if _typing.TYPE_CHECKING:
+    from qsnn.checkpoint import load as load
+    from qsnn.checkpoint import load_weights as load_weights
+    from qsnn.checkpoint import read_recipe as read_recipe
+    from qsnn.checkpoint import save as save
+    from qsnn.data.images import Data as Data
+    from qsnn.data.images import batches as batches
+    from qsnn.data.sources import load_data as load_data
+    from qsnn.distillation.distill import DistillConfig as DistillConfig
+    from qsnn.distillation.distill import distill as distill
+    from qsnn.distillation.distill import distill_together as distill_together
+    from qsnn.folded.fold import fold as fold
+    from qsnn.measure.accuracy import accuracy as accuracy
+    from qsnn.measure.benchmark import Benchmark as Benchmark
+    from qsnn.measure.benchmark import benchmark as benchmark
+    from qsnn.measure.certify import Certificate as Certificate
+    from qsnn.measure.certify import certify as certify
+    from qsnn.measure.summary import Summary as Summary
+    from qsnn.measure.summary import summary as summary
+    from qsnn.models.create import create_model as create_model
+    from qsnn.quant.quantize import QuantizeConfig as QuantizeConfig
+    from qsnn.quant.quantize import quantize as quantize
+    from qsnn.quant.weights import integer_weights as integer_weights
+    from qsnn.report.records import Record as Record
+    from qsnn.snn.convert import ConvertConfig as ConvertConfig
+    from qsnn.snn.convert import as_qann as as_qann
+    from qsnn.snn.convert import convert as convert
+    from qsnn.snn.network import SNN as SNN
+    from qsnn.snn.neurons import IFNode as IFNode
+    from qsnn.training.fit import TrainConfig as TrainConfig
+    from qsnn.training.fit import fit as fit
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """Load a public name from its home.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qsnn' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(_importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted({*globals(), *_HOMES})

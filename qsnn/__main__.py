@@ -1,5 +1,5 @@
 """``python -m qsnn``, which torchrun also calls."""
 
-from qsnn.cli import main
+from qsnn.cli.main import main
 
 main()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from qsnn.convert import ConvertConfig, spiking_structure
-from qsnn.fold import fold
-from qsnn.graph import recipe_of, set_recipe
-from qsnn.loop import TimeLoop
-from qsnn.models import build_model
-from qsnn.neurons import IFNode
-from qsnn.quantize import QuantizeConfig, quantized_structure
-from qsnn.quantizers import level_quant
-from qsnn.records import write_atomic
+from qsnn.files import header, write_atomic
+from qsnn.folded.fold import fold
+from qsnn.graph.recipe import recipe_of, set_recipe
+from qsnn.models.create import build_model
+from qsnn.quant.activations import level_quant
+from qsnn.quant.quantize import QuantizeConfig, quantized_structure
+from qsnn.snn.convert import ConvertConfig, spiking_structure
+from qsnn.snn.network import TimeLoop
+from qsnn.snn.neurons import IFNode
 
 _KEY = "qsnn"
 KINDS = ("teacher", "qann", "snn", "student", "folded")
@@ -97,7 +96,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     raw = _bytes(path)
     try:
-        if _header(raw) is not None:
+        if header(raw) is not None:
             tensors: Any = load_tensors(raw)
         else:
             tensors = torch.load(path, weights_only=True, map_location="cpu")
@@ -178,24 +177,14 @@ def _bytes(path: str | Path) -> bytes:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _header(raw: bytes) -> dict[str, Any] | None:
-    """The JSON header of a safetensors file, or None where there is none."""
-    if len(raw) < 8:
-        return None
-    (size,) = struct.unpack("<Q", raw[:8])
-    try:
-        header = json.loads(raw[8 : 8 + size]) if size < 100_000_000 else None
-    except ValueError:
-        return None
-    return header if isinstance(header, dict) else None
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     raw = _bytes(path)
-    header = _header(raw)
-    if header is None:
+    found = header(raw)
+    if found is None:
         raise ValueError(f"{path} is no safetensors file, or a truncated one ({len(raw)} bytes)")
-    text = (header.get("__metadata__") or {}).get(_KEY)
+    text = (found.get("__metadata__") or {}).get(_KEY)
     if text is None:
         raise ValueError(
             f"{path} was not written by qsnn; for weights of your own: qsnn train --model ... --weights {path}"

@@ -18,9 +18,9 @@ from rich.console import Console
 
 import qsnn
 from qsnn.checkpoint import resume_file
-from qsnn.parallel import start
-from qsnn.records import append, environment, now
-from qsnn.tables import table
+from qsnn.report.records import append, environment, now
+from qsnn.report.terminal import table
+from qsnn.training.processes import start
 
 HERE = Path(__file__).resolve().parent.parent
 

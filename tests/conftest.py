@@ -10,7 +10,7 @@ from hypothesis import settings
 from torch import nn
 
 import qsnn
-from qsnn.quantizers import level_quant
+from qsnn.quant.activations import level_quant
 
 torch.set_num_threads(max(1, torch.get_num_threads() // 2))  # two full thread pools on few cores slow each other down
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import qsnn
-from qsnn.quantizers import level_quant
+from qsnn.quant.activations import level_quant
 
 
 def two_by_two(pooling: nn.Module | None = None) -> qsnn.SNN:

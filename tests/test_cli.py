@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 
 import qsnn
-from qsnn import cli
-from qsnn.cli import main
-from qsnn.distill import DistillConfig
-from qsnn.run import RunConfig
+from qsnn.cli import main as cli
+from qsnn.cli.main import main
+from qsnn.cli.run import RunConfig
+from qsnn.distillation.distill import DistillConfig
 
 STAGES = ("teacher", "qann", "snn", "student", "folded")
 TINY = """

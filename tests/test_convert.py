@@ -11,7 +11,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import nn
 
 import qsnn
-from qsnn.quantize import activation_quants
+from qsnn.quant.quantize import activation_quants
 
 
 def test_the_argument_is_unchanged_and_nothing_is_shared(qann: nn.Module, snn: qsnn.SNN, images: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ def test_plain_relus_ask_for_quantize(teacher: nn.Module) -> None:
 
 
 def test_uncalibrated(teacher: nn.Module) -> None:
-    from qsnn.quantize import quantized_structure
+    from qsnn.quant.quantize import quantized_structure
 
     with pytest.raises(ValueError, match="no step yet"):
         qsnn.convert(quantized_structure(teacher, qsnn.QuantizeConfig()))

@@ -10,7 +10,7 @@ from test_fold import NETS, recorded
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.correct import _fit_layer_, _fit_line_
+from qsnn.snn.calibrate import _fit_layer_, _fit_line_
 
 
 @pytest.fixture(scope="module")

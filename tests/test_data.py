@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from qsnn.data import AUGMENTS, Data, ImageSet, batches, check_images
-from qsnn.datasets import FolderSet, load_data
+from qsnn.data.images import AUGMENTS, Data, ImageSet, batches, check_images
+from qsnn.data.sources import FolderSet, load_data
 
 law = settings(deadline=None, derandomize=True, max_examples=25)
 real_data = pytest.mark.skipif("QSNN_DATA" not in os.environ, reason="set QSNN_DATA to a folder of the real sets")

@@ -14,9 +14,9 @@ from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 import qsnn
-from qsnn import losses
-from qsnn.data import batch_sizes, batches
-from qsnn.prune import sparsity_at, zero_weights
+from qsnn.data.images import batch_sizes, batches
+from qsnn.distillation import losses
+from qsnn.distillation.prune import sparsity_at, zero_weights
 
 CONFIG = qsnn.DistillConfig(epochs=1, train_images=256, batch_size=64)
 
@@ -85,7 +85,7 @@ def test_rate_matching_pulls_rates_to_the_activations(nets: tuple, digits: qsnn.
     images = next(batches(digits.train, 256))[0]
 
     def distance(student: qsnn.SNN) -> float:
-        from qsnn.graph import recorded
+        from qsnn.graph.hooks import recorded
 
         names = [name for name, _ in student.neurons()]
         with torch.no_grad(), recorded({name: qann.get_submodule(name) for name in names}) as activations:
@@ -220,7 +220,7 @@ def test_two_processes_end_with_equal_weights(nets: tuple, tmp_path: Path, digit
     program = tmp_path / "program.py"
     program.write_text(f"""
 import hashlib, torch, qsnn
-from qsnn import parallel
+from qsnn.training import processes as parallel
 parallel.start("cpu")
 folder = {str(tmp_path)!r}
 qann, snn = (qsnn.load(f"{{folder}}/{{name}}.safetensors") for name in ("qann", "snn"))

@@ -12,8 +12,8 @@ from spikingjelly.activation_based.neuron import STBIFNode
 from torch import Tensor
 
 import qsnn
-from qsnn.dynamics import Dynamics, simulate
-from qsnn.neurons import IFNode
+from qsnn.snn.equations import Dynamics, simulate
+from qsnn.snn.neurons import IFNode
 
 EIGHTHS = st.lists(st.integers(-24, 24), min_size=1, max_size=12)
 

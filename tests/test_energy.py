@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import qsnn
-from qsnn.energy import LayerCost, accumulate_energy, estimates, mac_energy, read_energy
+from qsnn.measure.energy import LayerCost, accumulate_energy, estimates, mac_energy, read_energy
 
 FIRST = LayerCost(name="0", weight_bits=8, input_bits=8, macs=1000.0, synops=0.0, dense_macs=1000.0)
 SECOND = LayerCost(name="3", weight_bits=4, input_bits=1, macs=0.0, synops=300.0, dense_macs=2000.0)

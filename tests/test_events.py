@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qsnn
-from qsnn.cli import main
-from qsnn.events import FrameSet, to_frames
+from qsnn.cli.main import main
+from qsnn.data.events import FrameSet, to_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what tonic imports
 SENSOR = (34, 34, 2)

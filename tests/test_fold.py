@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.firing import IntegerIF
-from qsnn.integer import IntegerLayer
-from qsnn.neurons import IFNode
+from qsnn.folded.layers import IntegerLayer
+from qsnn.folded.neurons import IntegerIF
+from qsnn.snn.neurons import IFNode
 
 
 def recorded(model: qsnn.SNN, images: Tensor, **options: object) -> tuple[dict[str, Tensor], Tensor]:

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import qsnn
-from qsnn import train
-from qsnn.state import read_state
+from qsnn.training import fit as train
+from qsnn.training.resume import read_state
 
 STATES = ".student*.resume"
 KILLS = int(os.environ.get("QSNN_KILLS", "2"))

@@ -10,10 +10,10 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.dynamics import Dynamics, simulate
-from qsnn.gradients import AveragePool2d, IFFunction
-from qsnn.neurons import IFNode, Repeat
-from qsnn.quantizers import round_half_up
+from qsnn.quant.activations import round_half_up
+from qsnn.snn.backward import AveragePool2d, IFFunction
+from qsnn.snn.equations import Dynamics, simulate
+from qsnn.snn.neurons import IFNode, Repeat
 
 EIGHTHS = st.lists(st.integers(-64, 64), min_size=1, max_size=32)  # multiples of 1/8 add without rounding in float32
 

@@ -10,9 +10,9 @@ from conftest import scramble
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.quantize import activation_quants
-from qsnn.quantizers import is_sign
-from qsnn.weights import weight_bits
+from qsnn.quant.activations import is_sign
+from qsnn.quant.quantize import activation_quants
+from qsnn.quant.weights import weight_bits
 
 
 def popcount(bits: np.ndarray) -> np.ndarray:

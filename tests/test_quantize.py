@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import qsnn
-from qsnn.quantize import activation_quants
-from qsnn.weights import weight_bits
+from qsnn.quant.quantize import activation_quants
+from qsnn.quant.weights import weight_bits
 
 
 def test_the_argument_is_unchanged(teacher: nn.Module, digits: qsnn.Data) -> None:
@@ -58,8 +58,8 @@ def test_first_and_last_layer_keep_eight_bits_and_patterns_win(teacher: nn.Modul
 
 @torch.no_grad()
 def test_the_calibrated_step_has_the_least_squared_error(digits: qsnn.Data) -> None:
-    from qsnn.quantize import _activation
-    from qsnn.quantizers import level_quant
+    from qsnn.quant.activations import level_quant
+    from qsnn.quant.quantize import _activation
 
     x = torch.randn(4096).abs()
     module = _activation(qsnn.QuantizeConfig(levels=2), nn.ReLU())

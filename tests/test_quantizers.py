@@ -10,13 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qsnn.quantizers import (
-    LevelActQuant,
-    dense_dot,
-    level_quant,
-    round_half_up,
-)
-from qsnn.weights import integer_weights, weight_quantizer
+from qsnn.quant.activations import LevelActQuant, dense_dot, level_quant, round_half_up
+from qsnn.quant.weights import integer_weights, weight_quantizer
 
 
 def relu(levels: int, threshold: float | None = None) -> nn.Module:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import qsnn
-from qsnn import cli
-from qsnn.records import Record, append
+from qsnn.cli import main as cli
+from qsnn.report.records import Record, append
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsnn import records
-from qsnn.records import Record, append, environment, interval, read, write_atomic
+from qsnn.files import write_atomic
+from qsnn.measure.accuracy import interval
+from qsnn.report import records
+from qsnn.report.records import Record, append, environment, read
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

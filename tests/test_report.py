@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qsnn import report
-from qsnn.benchmark import Exit
-from qsnn.energy import LayerCost, estimates
-from qsnn.report import draw_curve, headline, write_report
-from qsnn.tables import energy_table, table
+from qsnn.measure.benchmark import Exit
+from qsnn.measure.energy import LayerCost, estimates
+from qsnn.report.curve import _curve, draw_curve
+from qsnn.report.page import headline, write_report
+from qsnn.report.terminal import energy_table, table
 
 COST = LayerCost(name="0", weight_bits=4, input_bits=8, macs=1e6, synops=0.0, dense_macs=1e6)
 LAYERS = {"features.0": 0.21, "features.3": 0.12}
@@ -194,7 +194,7 @@ def test_equal_results_draw_equal_bytes(tmp_path, suffix, results):
     ([ann("QANN", 99.0), snn("SNN", (50.0,), timesteps=(2,))], 0, 50),
 ])  # fmt: skip
 def test_the_accuracy_axis_shows_the_differences(results, low, high):
-    axes = report._curve(results, 5, 3).axes[0]
+    axes = _curve(results, 5, 3).axes[0]
     bottom, top = axes.get_ylim()
     assert low <= bottom <= high and top >= 99
     written = axes.texts[0].get_text()
@@ -244,5 +244,5 @@ def test_early_exit_is_drawn_and_listed(tmp_path):
     results = [snn("student", (97.0, 99.1, 99.2, 99.2), exits=exits)]
     text = page(tmp_path / "a.html", results=results)
     assert "student, early exit" in text and "98.00 %" in Outline(text).text
-    lines = report._curve(results, 5, 3).axes[0].get_lines()
+    lines = _curve(results, 5, 3).axes[0].get_lines()
     assert [list(line.get_xdata()) for line in lines if line.get_label().endswith("early exit")] == [[1.5, 3.0]]

@@ -10,9 +10,9 @@ from spikingjelly.activation_based.model import sew_resnet, spiking_resnet
 from torch import nn
 
 import qsnn
-from qsnn.cli import main
-from qsnn.spiking import CONNECTIONS, SPIKING, QuantizedWeight, XnorWeight, build_spiking
-from qsnn.weights import weight_bits
+from qsnn.cli.main import main
+from qsnn.models.spiking import CONNECTIONS, SPIKING, QuantizedWeight, XnorWeight, build_spiking
+from qsnn.quant.weights import weight_bits
 
 NETS = [(name, {}) for name in SPIKING] + [("sew-resnet", {"connect": connect}) for connect in CONNECTIONS[1:]]
 

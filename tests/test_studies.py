@@ -15,7 +15,7 @@ import torch
 from setting import Setting
 
 import qsnn
-from qsnn.records import Record, read
+from qsnn.report.records import Record, read
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 

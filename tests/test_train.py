@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import qsnn
-from qsnn.distill import distillation_loss
-from qsnn.losses import kl_divergence, smoothed_cross_entropy, step_divergence
+from qsnn.distillation.distill import distillation_loss
+from qsnn.distillation.losses import smoothed_cross_entropy, step_divergence
+from qsnn.training.fit import kl_divergence
 
 SHORT = qsnn.TrainConfig(epochs=3, lr=0.05, train_images=256)
 
@@ -98,7 +99,7 @@ def test_divergence_is_an_error_that_says_what_to_try(digits: qsnn.Data) -> None
 
 def test_scales_and_norms_are_not_decayed(digits: qsnn.Data) -> None:
     qann = qsnn.quantize(fresh(digits).eval(), digits)
-    from qsnn.train import _optimizer
+    from qsnn.training.fit import _optimizer
 
     optimizer, _ = _optimizer(qann, SHORT, 2)
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}

@@ -11,29 +11,32 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from qsnn.benchmark import benchmark as run_benchmark
-from qsnn.certify import certify
 from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
-from qsnn.convert import ConvertConfig
-from qsnn.convert import convert as to_snn
-from qsnn.data import Data
-from qsnn.datasets import load_data
-from qsnn.distill import DistillConfig, distill_together
-from qsnn.fold import fold as to_integers
-from qsnn.graph import recipe_of
-from qsnn.models import create_model
-from qsnn.neurons import SNN
-from qsnn.parallel import is_main, start, wait
-from qsnn.prune import zero_weights
-from qsnn.quantize import QuantizeConfig
-from qsnn.quantize import quantize as to_qann
-from qsnn.records import Record, append, environment, now, write_atomic
-from qsnn.report import draw_curve, write_report
-from qsnn.run import RunConfig
-from qsnn.run import run as run_flow
-from qsnn.summary import summary
-from qsnn.tables import energy_table, table
-from qsnn.train import TrainConfig, accuracy, fit
+from qsnn.cli.run import RunConfig
+from qsnn.cli.run import run as run_flow
+from qsnn.data.images import Data
+from qsnn.data.sources import load_data
+from qsnn.distillation.distill import DistillConfig, distill_together
+from qsnn.distillation.prune import zero_weights
+from qsnn.files import write_atomic
+from qsnn.folded.fold import fold as to_integers
+from qsnn.graph.recipe import recipe_of
+from qsnn.measure.accuracy import accuracy
+from qsnn.measure.benchmark import benchmark as run_benchmark
+from qsnn.measure.certify import certify
+from qsnn.measure.summary import summary
+from qsnn.models.create import create_model
+from qsnn.quant.quantize import QuantizeConfig
+from qsnn.quant.quantize import quantize as to_qann
+from qsnn.report.curve import draw_curve
+from qsnn.report.page import write_report
+from qsnn.report.records import Record, append, environment, now
+from qsnn.report.terminal import energy_table, table
+from qsnn.snn.convert import ConvertConfig
+from qsnn.snn.convert import convert as to_snn
+from qsnn.snn.network import SNN
+from qsnn.training.fit import TrainConfig, fit
+from qsnn.training.processes import is_main, start, wait
 
 _FILE = tyro.conf.Positional[Path]
 _QAT = TrainConfig(epochs=8, lr=0.04, kd_weight=0.0)

@@ -12,9 +12,9 @@ from typing import Any
 
 import tyro
 
-from qsnn import commands
-from qsnn.parallel import stop
-from qsnn.train import CHECKPOINT_SECONDS
+from qsnn.cli import commands
+from qsnn.training.fit import CHECKPOINT_SECONDS
+from qsnn.training.processes import stop
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": commands.run, "train": commands.train, "quantize": commands.quantize, "convert": commands.convert,

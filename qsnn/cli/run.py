@@ -10,23 +10,24 @@ from typing import Any, cast
 
 from torch import nn
 
-from qsnn.benchmark import Benchmark, benchmark
-from qsnn.certify import certify
 from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
-from qsnn.convert import ConvertConfig, convert
-from qsnn.data import Data
-from qsnn.datasets import load_data
-from qsnn.distill import DistillConfig, distill
-from qsnn.events import EVENTS
-from qsnn.fold import fold
-from qsnn.graph import recipe_of, set_recipe
-from qsnn.models import create_model
-from qsnn.neurons import SNN
-from qsnn.parallel import start
-from qsnn.quantize import QuantizeConfig, quantize
-from qsnn.records import Record, append, environment, now
-from qsnn.report import draw_curve, write_report
-from qsnn.train import TrainConfig, fit
+from qsnn.data.events import EVENTS
+from qsnn.data.images import Data
+from qsnn.data.sources import load_data
+from qsnn.distillation.distill import DistillConfig, distill
+from qsnn.folded.fold import fold
+from qsnn.graph.recipe import recipe_of, set_recipe
+from qsnn.measure.benchmark import Benchmark, benchmark
+from qsnn.measure.certify import certify
+from qsnn.models.create import create_model
+from qsnn.quant.quantize import QuantizeConfig, quantize
+from qsnn.report.curve import draw_curve
+from qsnn.report.page import write_report
+from qsnn.report.records import Record, append, environment, now
+from qsnn.snn.convert import ConvertConfig, convert
+from qsnn.snn.network import SNN
+from qsnn.training.fit import TrainConfig, fit
+from qsnn.training.processes import start
 
 Say = Callable[[str], None]
 

@@ -13,8 +13,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from qsnn.data import Data, ImageSet, hold_out
-from qsnn.records import write_atomic
+from qsnn.data.images import Data, ImageSet, hold_out
+from qsnn.files import write_atomic
 
 # name: tonic's class, sensor (width, height, polarities), pixels each way that become one, classes, what lies where
 EVENTS: dict[str, tuple[str, tuple[int, int, int], int, tuple[str, ...], str]] = {

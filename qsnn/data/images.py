@@ -271,3 +271,9 @@ def _raw_batches(
             yield data.images[at.to(data.images.device)], data.labels[at.to(data.labels.device)]
         else:
             yield default_collate([data[i] for i in at.tolist()])
+
+
+def summed(images: Tensor) -> Tensor:
+    """What a network without time sees of frames (B, T, C, H, W): their mean over time; images stay as they are."""
+    return images.mean(1) if images.dim() == 5 else images
+

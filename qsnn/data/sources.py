@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qsnn.data import Data, ImageSet, hold_out, normalise
-from qsnn.events import EVENTS, load_events
+from qsnn.data.events import EVENTS, load_events
+from qsnn.data.images import Data, ImageSet, hold_out, normalise
 
 # name: torchvision's class, mean and standard deviation of the training pixels on [0, 1], augmentation in training
 _TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] = {

@@ -12,24 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsnn.data import Data
-from qsnn.dynamics import firing_function, per_channel
-from qsnn.graph import child_recipe, recipe_of, recorded, set_recipe
-from qsnn.loop import TimeLoop
-from qsnn.losses import (
+from qsnn.data.images import Data, summed
+from qsnn.distillation.losses import (
     answer_divergence,
     ensemble_divergence,
-    kl_divergence,
     rate_matching,
     smoothed_cross_entropy,
     step_cross_entropy,
     step_divergence,
     step_regulariser,
 )
-from qsnn.neurons import SNN, IFNode, summed
-from qsnn.prune import finish_pruning_, prunable, start_pruning_
-from qsnn.train import TrainConfig, fit
-from qsnn.tune import train_neurons_
+from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
+from qsnn.graph.hooks import recorded
+from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
+from qsnn.snn.equations import firing_function, per_channel
+from qsnn.snn.network import SNN, TimeLoop, train_neurons_
+from qsnn.snn.neurons import IFNode
+from qsnn.training.fit import TrainConfig, fit, kl_divergence
 
 _TRAINED = ("", "layer", "channel")
 
@@ -164,7 +163,7 @@ def distill(
 
     Args:
         student: an SNN from :func:`qsnn.convert`, whose Brevitas weights stay in training, so that it keeps their
-            precision; or any network of SpikingJelly modules (see :class:`qsnn.neurons.TimeLoop`).
+            precision; or any network of SpikingJelly modules (see :class:`qsnn.snn.network.TimeLoop`).
         teacher: the quantized or float network, logits (B, K); or several, e.g. both.
         data: training and validation images.
         config: loss terms and training options.

@@ -6,17 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def kl_divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    r""":math:`\tau^2\,KL(\mathrm{softmax}(t/\tau)\,\|\,\mathrm{softmax}(z/\tau))`, mean over the batch.
-
-    Shape:
-        logits z and target t: (B, K).
-    Source:
-        Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
-    """
-    log_p, log_q = F.log_softmax(logits / temperature, -1), F.log_softmax(target / temperature, -1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+from qsnn.training.fit import kl_divergence
 
 
 def smoothed_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from qsnn.graph import LAYERS
-from qsnn.weights import integer_weights, weight_bits
+from qsnn.graph.trace import LAYERS
+from qsnn.quant.weights import integer_weights, weight_bits
 
 _UPDATES = 100
 """How often the weights to prune are chosen in a run."""

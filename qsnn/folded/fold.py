@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qsnn.currents import Term, Value, input_gains, pool_windows, stacked, worth
-from qsnn.firing import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
-from qsnn.graph import (
+from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer, SumPool
+from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.folded.terms import Term, Value, input_gains, pool_windows, stacked, worth
+from qsnn.graph.recipe import child_recipe, input_shape_of, set_recipe
+from qsnn.graph.trace import (
     ADD_FUNCTIONS,
     ADD_METHODS,
     AVERAGE_POOLS,
@@ -23,18 +25,15 @@ from qsnn.graph import (
     PASSED,
     VIEW_FUNCTIONS,
     VIEW_METHODS,
-    child_recipe,
-    input_shape_of,
     is_call,
     module_of,
-    set_recipe,
     shape_nodes,
     value_shapes,
 )
-from qsnn.integer import FloatLayer, IntegerInput, IntegerLayer, SumPool
-from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat, amplified
-from qsnn.quantizers import level_quant
-from qsnn.weights import integer_weights, weight_bits
+from qsnn.quant.activations import level_quant
+from qsnn.quant.weights import integer_weights, weight_bits
+from qsnn.snn.network import SNN
+from qsnn.snn.neurons import IFNode, PlusMinus, Repeat, amplified
 
 
 def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
@@ -42,9 +41,9 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
 
     With integer weights W and spikes, a layer's input A is an integer. Scales, batch norm and bias go into what a unit
     of A is worth, :math:`g_c = \gamma'_c\, s_w\, \theta_{in}`, and a bias b_c; the neuron compares A with the integers
-    of :class:`~qsnn.integer.IntegerIF`. γ < 0 flips a channel's weights, average pooling sums spikes. Where currents
-    meet (a residual sum before its neuron) they are added in float64. Spikes and argmax are those of the unfolded
-    network in float64, the scales read once in the dtype it runs in.
+    of :class:`~qsnn.folded.neurons.IntegerIF`. γ < 0 flips a channel's weights, average pooling sums spikes. Where
+    currents meet (a residual sum before its neuron) they are added in float64. Spikes and argmax are those of the
+    unfolded network in float64, the scales read once in the dtype it runs in.
 
     Args:
         snn: what :func:`qsnn.convert` or :func:`qsnn.distill` returned. It is not changed; training mode is left.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsnn.quantizers import round_half_up
+from qsnn.quant.activations import round_half_up
 
 EXACT_FLOAT32 = 2**23
 """Sums of integers below this are exact in float32, whatever the order of the additions, and can be rounded."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsnn.dynamics import Dynamics, deferred, integrated, per_channel, simulate
-from qsnn.integer import EXACT_FLOAT32, Timed
+from qsnn.folded.layers import EXACT_FLOAT32, Timed
+from qsnn.snn.equations import Dynamics, deferred, integrated, per_channel, simulate
 
 
 class Current(Timed):
@@ -89,7 +89,7 @@ class CurrentIF(Current):
 
 
 class RealIF(Timed):
-    """The IF neuron of a float layer, on its current as it is; see :class:`qsnn.neurons.IFNode`.
+    """The IF neuron of a float layer, on its current as it is; see :class:`qsnn.IFNode`.
 
     Args:
         threshold: θ, () or (C,).

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -51,7 +50,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether ``m`` is one step of the graph."""
-        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.neurons", "qsnn.integer", "qsnn.firing"))
+        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.snn", "qsnn.folded"))
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -208,42 +207,12 @@ def call_nodes(network: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
             yield node, module
 
 
-@contextmanager
-def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect what these modules give out while the block runs."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = output
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def recipe_of(model: nn.Module) -> dict[str, Any]:
-    """Return a copy of what is recorded of how ``model`` was made: its kind, model, data and configs.
-
-    Every verb copies it from its argument and adds its own config; ``save`` writes it.
-    """
-    return copy.deepcopy(getattr(model, "qsnn_recipe", {}))
 
 
-def set_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
-    """Record on ``model`` how it was made."""
-    model.__dict__["qsnn_recipe"] = recipe
 
 
-def input_shape_of(model: nn.Module) -> tuple[int, ...] | None:
-    """Return the (C, H, W) of one image as the recipe has it, or None."""
-    shape = recipe_of(model).get("input_shape")
-    return tuple(shape) if shape else None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -253,19 +222,5 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def data_recipe(data: Any) -> dict[str, Any]:
-    """Return what a checkpoint records of a data set: name, normalisation, classes; {} for a bare loader."""
-    if not hasattr(data, "classes"):
-        return {}
-    found = {"name": data.name, "mean": list(data.mean), "std": list(data.std), "classes": list(data.classes)}
-    frames = getattr(data, "frames", None)
-    return found if frames is None else {**found, "frames": frames}
 
 
-def child_recipe(model: nn.Module, kind: str, **configs: Any) -> dict[str, Any]:
-    """Return the recipe of what is made from ``model``: its own, the new kind and configs, and its file's hash."""
-    recipe = recipe_of(model)
-    parent = recipe.pop("sha256", None)
-    if parent is not None:
-        recipe["parent"] = parent
-    return {**recipe, "kind": kind, **configs}

@@ -11,15 +11,14 @@ import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
-from qsnn.counting import Counter, LiveMemory
-from qsnn.data import batches
-from qsnn.energy import Estimate, LayerCost, estimates
-from qsnn.fold import fold
-from qsnn.graph import device_of
-from qsnn.loop import TimeLoop
-from qsnn.neurons import SNN, summed
-from qsnn.records import interval
-from qsnn.summary import LayerSummary, Summary, summary
+from qsnn.data.images import batches, summed
+from qsnn.folded.fold import fold
+from qsnn.graph.trace import device_of
+from qsnn.measure.accuracy import interval
+from qsnn.measure.counting import Counter, LiveMemory
+from qsnn.measure.energy import Estimate, LayerCost, estimates
+from qsnn.measure.summary import LayerSummary, Summary, summary
+from qsnn.snn.network import SNN, TimeLoop
 
 _STATE_BITS = {"int8": 8, "int16": 16, "fp16": 16}
 MARGINS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -120,7 +119,7 @@ def benchmark(
 
     A spiking network is measured in its integer form (folded here if it is not). Online, one pass of ``timesteps``
     steps gives every T. Deferred firing takes a pass for each T, here the powers of two and the T the model is made
-    for. How operations are counted: :class:`qsnn.counting.Counter`; energy: :mod:`qsnn.energy`.
+    for. How operations are counted: :class:`qsnn.measure.counting.Counter`; energy: :mod:`qsnn.measure.energy`.
 
     Args:
         model: a float network, a QANN, an SNN, or a network of SpikingJelly modules.

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsnn.data import batches
-from qsnn.fold import fold
-from qsnn.graph import device_of, recorded
-from qsnn.neurons import SNN, summed
-from qsnn.quantizers import is_sign, level_quant
-from qsnn.weights import integer_weights
+from qsnn.data.images import batches, summed
+from qsnn.folded.fold import fold
+from qsnn.graph.hooks import recorded
+from qsnn.graph.trace import device_of
+from qsnn.quant.activations import is_sign, level_quant
+from qsnn.quant.weights import integer_weights
+from qsnn.snn.network import SNN
 
 
 @dataclass

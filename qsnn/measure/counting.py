@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qsnn.integer import FloatLayer, IntegerLayer
-from qsnn.loop import TimeLoop
-from qsnn.neurons import SNN
+from qsnn.folded.layers import FloatLayer, IntegerLayer
+from qsnn.snn.network import SNN, TimeLoop
 
 _FINEST = 4096
 """Spikes of more levels than this are no spikes: the layer multiplies [1]."""
@@ -31,7 +30,7 @@ class Counter:
     current, and its multiply-accumulates are counted instead: nothing is silently zero.
 
     Args:
-        model: a folded SNN, or a :class:`~qsnn.loop.TimeLoop`.
+        model: a folded SNN, or a :class:`~qsnn.snn.network.TimeLoop`.
     """
 
     def __init__(self, model: SNN | TimeLoop) -> None:

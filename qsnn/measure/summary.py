@@ -9,12 +9,13 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
-from qsnn.firing import Current, IntegerIF
-from qsnn.graph import device_of, input_shape_of, module_of
-from qsnn.integer import FloatLayer, IntegerInput, IntegerLayer
-from qsnn.loop import TimeLoop
-from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
-from qsnn.weights import weight_bits
+from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
+from qsnn.folded.neurons import Current, IntegerIF
+from qsnn.graph.recipe import input_shape_of
+from qsnn.graph.trace import device_of, module_of
+from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
+from qsnn.quant.weights import weight_bits
+from qsnn.snn.network import TimeLoop
 
 _FLOAT_BITS = 32
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, IntegerLayer, FloatLayer)
@@ -110,8 +111,8 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     """Return memory and operations of every layer with weights.
 
     Args:
-        model: a float network, a QANN, an SNN or its folded form, or a :class:`~qsnn.loop.TimeLoop`. It is run once
-            on a black image.
+        model: a float network, a QANN, an SNN or its folded form, or a :class:`~qsnn.snn.network.TimeLoop`. It is run
+            once on a black image.
         shape: (C, H, W) of one image; by default the one the model was made for.
     Raises:
         ValueError: no shape is given and none is recorded.

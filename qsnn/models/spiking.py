@@ -1,7 +1,7 @@
 """Spiking networks from scratch, for small images: residual nets, Q-K attention, grouped 3x3 convolutions.
 
 Blocks are SpikingJelly's wherever it has them; stems and widths are small, for 28x28 to 34x34 pixels. Each is a
-:class:`~qsnn.loop.TimeLoop`, to be trained with :func:`qsnn.fit` or as the student of :func:`qsnn.distill`.
+:class:`~qsnn.snn.network.TimeLoop`, to be trained with :func:`qsnn.fit` or as the student of :func:`qsnn.distill`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from spikingjelly.activation_based.model.spiking_resnet import BasicBlock as Spi
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qsnn.loop import TimeLoop
-from qsnn.quantizers import HalfQuant
-from qsnn.weights import IntegerQuant
+from qsnn.quant.activations import HalfQuant
+from qsnn.quant.weights import IntegerQuant
+from qsnn.snn.network import TimeLoop
 
 CONNECTIONS = ("ADD", "AND", "IAND")
 NEURONS = ("if", "lif", "plif")

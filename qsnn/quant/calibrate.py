@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qsnn.data import batches
-from qsnn.graph import BATCH_NORMS, LAYERS, call_nodes, module_of
-from qsnn.quantizers import LevelQuant, level_quant
+from qsnn.data.images import batches
+from qsnn.graph.trace import BATCH_NORMS, LAYERS, call_nodes, module_of
+from qsnn.quant.activations import LevelQuant, level_quant
 
 
 @torch.no_grad()

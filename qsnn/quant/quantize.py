@@ -11,8 +11,9 @@ import brevitas.nn as qnn
 import torch
 from torch import fx, nn
 
-from qsnn.calibrate import calibrate_, calibration_images
-from qsnn.graph import (
+from qsnn.data.images import summed
+from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
+from qsnn.graph.trace import (
     ADD_FUNCTIONS,
     ADD_METHODS,
     AVERAGE_POOLS,
@@ -24,27 +25,17 @@ from qsnn.graph import (
     VIEW_METHODS,
     add_module,
     call_nodes,
-    child_recipe,
-    data_recipe,
     is_call,
     module_of,
     modules_for_functions,
-    recipe_of,
     replace_module,
-    set_recipe,
     shape_nodes,
     trace,
     unshare,
 )
-from qsnn.neurons import summed
-from qsnn.quantizers import (
-    HalfActQuant,
-    LevelActQuant,
-    LevelQuant,
-    SignActQuant,
-    level_quant,
-)
-from qsnn.weights import weight_quantizer
+from qsnn.quant.activations import HalfActQuant, LevelActQuant, LevelQuant, SignActQuant, level_quant
+from qsnn.quant.calibrate import calibrate_, calibration_images
+from qsnn.quant.weights import weight_quantizer
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: qnn.QuantConv1d,
@@ -123,13 +114,13 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     r"""Return a low-precision copy of a trained float model, its activation steps calibrated on data.
 
     Every ``nn.Conv``, ``nn.Linear`` and ReLU (module or function) becomes Brevitas' quantized layer, and the input
-    gets a signed quantizer of its own. Activations follow :class:`~qsnn.quantizers.LevelQuant`,
+    gets a signed quantizer of its own. Activations follow :class:`~qsnn.quant.activations.LevelQuant`,
     :math:`y = s\,\mathrm{clip}(\lfloor x/s + \tfrac12 \rfloor, 0, L)`; each step s is the one with the least
     mean-squared error on what really arrives there, given the quantized layers before it.
 
     Args:
         model: a trained model with ReLU activations that torch.fx can follow. It is not changed.
-        data: a :class:`~qsnn.data.Data` (its training images are used), a Dataset, or an iterable of (images, labels).
+        data: a :class:`~qsnn.Data` (its training images are used), a Dataset, or an iterable of (images, labels).
         config: precision and calibration.
     Raises:
         ValueError: nothing to quantize, a layer that is not supported (all of them are named), or no data.

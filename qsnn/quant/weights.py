@@ -15,7 +15,7 @@ from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
 from brevitas.quant.solver import WeightQuantSolver
 from torch import Tensor, nn
 
-from qsnn.quantizers import HalfQuant
+from qsnn.quant.activations import HalfQuant
 
 # Step of least mean-squared error for normally distributed numbers [standard deviations], 2**b - 1 levels around 0.
 # Max (1960), table II, gives the same for odd numbers of levels; from 5 bit on max|w| loses nothing in training.

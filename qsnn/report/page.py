@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsnn.records import interval, write_atomic
-from qsnn.tables import NONE, accuracy_at, number, shown_steps, si
+from qsnn.files import write_atomic
+from qsnn.measure.accuracy import interval
+from qsnn.report.curve import COLOURS, drawn
+from qsnn.report.terminal import NONE, accuracy_at, number, shown_steps, si
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-    from qsnn.benchmark import Benchmark
+    from qsnn.measure.benchmark import Benchmark
 
-# name -> (light, dark); c0 to c4 after Okabe and Ito, told apart by colour-blind readers. Figures are drawn in the
-# light colours; in the page each of them becomes a CSS variable, so that one drawing serves both themes.
-_COLOURS = {
-    "paper": ("#ffffff", "#14171c"), "ink": ("#1c2127", "#e6e9ed"), "muted": ("#5d6671", "#9aa4b0"),
-    "line": ("#d9dee4", "#333a43"), "box": ("#f5f7f9", "#1c2128"),
-    "c0": ("#0072b2", "#56a8e8"), "c1": ("#d55e00", "#ff8f4a"), "c2": ("#009e73", "#2fc89a"),
-    "c3": ("#b8588e", "#e08fbd"), "c4": ("#8a6d00", "#e0bd3c"),
-}  # fmt: skip
-_INK, _MUTED, _LINE, _PAPER = (_COLOURS[name][0] for name in ("ink", "muted", "line", "paper"))
-_RC: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "qsnn", "font.size": 9.0, "text.parse_math": False,  # "$" is no formula
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _MUTED, "axes.labelcolor": _INK,
-    "axes.titlecolor": _INK, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11.0,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": _LINE, "xtick.color": _MUTED, "xtick.labelcolor": _INK,
-    "ytick.color": _MUTED, "ytick.labelcolor": _INK, "legend.frameon": False, "legend.labelcolor": _INK,
-}  # fmt: skip
-Spread = Mapping[str, Sequence[float]]
 _DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
 pipelined hardware the answer takes depth \u00d7 T steps."""
 _LEGEND = """± half the 95 % Wilson interval. Spike rate: spikes per neuron and step. Synops (spike-driven accumulates)
@@ -60,95 +43,18 @@ def headline(results: Sequence[Benchmark], config: dict[str, Any]) -> str:
     return text.replace(" %", "\u00a0%")
 
 
-def _curve(
-    results: Sequence[Benchmark], width: float, height: float, title: str = "", spread: Spread | None = None
-) -> Figure:
-    """Accuracy against T: a line and a band a spiking model, a level line an ANN; sizes in inches."""
-    from matplotlib.figure import Figure  # pyplot would keep every figure, and ask for a display
-
-    spiking, anns = [r for r in results if r.timesteps], [r for r in results if not r.timesteps]
-    steps = shown_steps(spiking)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot(facecolor="none")
-    for r, dashes in zip(anns, ["--", ":", "-."] * len(anns), strict=False):
-        axes.axhline(r.accuracy[0], color=_MUTED, linestyle=dashes, linewidth=1.3, label=r.name)
-    for i, r in enumerate(spiking):
-        colour = _COLOURS[f"c{i % 5}"][0]
-        low, high = _band(r, None if spread is None else spread[r.name])
-        axes.fill_between(r.timesteps, low, high, color=colour, alpha=0.12, lw=0)
-        # later lines are thinner and hollow: of two equal curves (a folded student) both are seen
-        axes.plot(
-            r.timesteps, r.accuracy, color=colour, marker="osD^v"[i % 5], label=r.name, zorder=3 + i,
-            markersize=max(3.5, 7 - i), linewidth=max(1.0, 2.4 - 0.4 * i), markerfacecolor=_PAPER if i else colour,
-        )  # fmt: skip
-        if r.exits:
-            ends = sorted((e.timesteps, e.accuracy) for e in r.exits)
-            label = f"{r.name}, early exit"
-            axes.plot(*zip(*ends, strict=True), color=colour, linestyle=":", lw=1.4, label=label, zorder=9)
-    axes.set_xscale("log", base=2)
-    axes.minorticks_off()
-    axes.set_xticks(steps, [str(t) for t in steps])
-    axes.set_xlim(steps[0] * 0.9, max(steps[-1], 2 * steps[0]) * 1.1)
-    everything = [a for r in results for a in r.accuracy]
-    later = [a for r in spiking for t, a in zip(r.timesteps, r.accuracy, strict=True) if t > steps[0]]
-    top = max(everything)
-    # a first step that fell so low that it would hide the rest is written, not drawn
-    span = top - min([*later, *(r.accuracy[0] for r in anns)]) if later else top
-    low_end = min(a for a in everything if a >= top - 4 * max(span, 1.0))
-    margin = 0.2 * max(top - low_end, 1.0)
-    floor = max(0.0, low_end - margin)
-    axes.set_ylim(floor, min(100.0, top + margin) + margin / 6)
-    below = [f"↓ {r.name}, T = {steps[0]}: {a:.1f} %" for r in spiking for a in r.accuracy if a < floor]
-    box = {"facecolor": _PAPER, "edgecolor": "none", "pad": 2}
-    axes.text(0.02, 0.03, "\n".join(below), transform=axes.transAxes, size=8, color=_MUTED, bbox=box, zorder=20)
-    axes.set(xlabel="time steps T", ylabel="accuracy [%]", title=title)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
-    return figure
 
 
-def _band(result: Benchmark, spread: Sequence[float] | None) -> tuple[list[float], list[float]]:
-    """Both ends of the band [%] at every T: accuracy ± spread, by default the 95 % Wilson interval."""
-    if spread is None:
-        ends = [interval(a / 100, result.n) for a in result.accuracy]
-        return [100 * low for low, _ in ends], [100 * high for _, high in ends]
-    pairs = list(zip(result.accuracy, spread, strict=True))
-    return [a - s for a, s in pairs], [min(100.0, a + s) for a, s in pairs]
 
 
-def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str, spread: Spread | None = None) -> None:
-    """Draw accuracy [%] against T, with 95 % Wilson bands; the ANNs are level lines.
-
-    Args:
-        results: at least one with timesteps.
-        path: ends in .png (150 dpi) or .svg; written whole or not at all.
-        title: stands above the axes.
-        spread: half the width of the band [%] by model name, one number a T, in place of the Wilson interval; for
-            accuracies that are means over seeds, their standard deviation.
-    Raises:
-        ValueError: another suffix, or nothing that spikes.
-    """
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
-        raise ValueError(f"expected a file that ends in .png or .svg, came {Path(path).name!r}; rename it")
-    if not any(r.timesteps for r in results):
-        raise ValueError(f"expected a result with timesteps, came {[r.name for r in results]}; benchmark the SNN too")
-    write_atomic(path, _drawn(results, kind, _PAPER, 7, 4.4, title, spread))
 
 
-def _drawn(results: Sequence[Benchmark], kind: str, paper: str, *options: Any) -> bytes:
-    """The curve as a file, without a date: equal results make equal bytes."""
-    import matplotlib
-
-    data = io.BytesIO()
-    with matplotlib.rc_context(_RC):
-        _curve(results, *options).savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
-    return data.getvalue()
 
 
 def _inline_curve(results: Sequence[Benchmark]) -> str:
     """The curve as SVG inside the page, in the page's fonts and colours."""
-    text = re.sub(r"<metadata>.*?</metadata>", "", _drawn(results, "svg", "none", 4.5, 3.2).decode(), flags=re.DOTALL)
-    for name, (light, _) in _COLOURS.items():
+    text = re.sub(r"<metadata>.*?</metadata>", "", drawn(results, "svg", "none", 4.5, 3.2).decode(), flags=re.DOTALL)
+    for name, (light, _) in COLOURS.items():
         text = text.replace(light, f"var(--{name})")
     return f'<figure role="img" aria-label="accuracy against time steps">{text[text.index("<svg") :]}</figure>'
 
@@ -283,7 +189,7 @@ figure{margin:0;max-width:600px} svg{display:block;width:100%;height:auto} svg t
 pre{background:var(--box);border-radius:6px;padding:.8rem 1rem;overflow-x:auto;font:.8125rem/1.5 monospace}"""
 )
 for _i, _name in enumerate(("LIGHT", "DARK")):
-    _CSS = _CSS.replace(_name, ";".join(f"--{key}:{pair[_i]}" for key, pair in _COLOURS.items()))
+    _CSS = _CSS.replace(_name, ";".join(f"--{key}:{pair[_i]}" for key, pair in COLOURS.items()))
 
 
 def write_report(

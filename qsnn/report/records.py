@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
-import uuid
 import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,8 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-Z95 = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution [1]."""
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +68,8 @@ def _machine(device: str | None) -> dict[str, Any]:
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    here = Path(__file__)
-    tracked = _git("ls-files", "--error-unmatch", here.name) is not None  # a venv may lie inside a foreign checkout
+    # a venv may lie inside a foreign checkout
+    tracked = _git("ls-files", "--error-unmatch", "report/records.py") is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
     return {
         "commit": commit,
@@ -87,7 +84,7 @@ def _machine(device: str | None) -> dict[str, Any]:
 
 def _git(*args: str) -> str | None:
     # without optional locks, `status` leaves the index alone while someone else commits
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *args]
+    command = ["git", "--no-optional-locks", "-C", str(_PACKAGE), *args]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -180,51 +177,5 @@ def read(path: str | Path) -> list[Record]:
     return records
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Write a whole file or none of it: written beside ``path``, flushed to the disk, then renamed.
-
-    Args:
-        path: the file; its folder is made where missing.
-        data: the content; a string is encoded as UTF-8.
-    Raises:
-        OSError: it could not be written; ``path`` is then as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with open(beside, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
-def interval(correct_fraction: float, n: int) -> tuple[float, float]:
-    r"""Bound an accuracy: the 95 % Wilson score interval of a proportion p of n,
-
-    .. math:: \frac{p + z^2/2n \pm z\sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}, \quad z = 1.96.
-
-    >>> low, high = interval(0.5, 100)
-    >>> round(low, 4), round(high, 4)
-    (0.4038, 0.5962)
-
-    Args:
-        correct_fraction: p, share of right answers [0 to 1].
-        n: answers counted, >= 1.
-    Raises:
-        ValueError: p outside [0, 1] or n < 1.
-    Source:
-        Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-    """
-    if not 0 <= correct_fraction <= 1:
-        raise ValueError(f"expected a fraction from 0 to 1, came {correct_fraction}; divide a percentage by 100")
-    if n < 1:
-        raise ValueError(f"expected n >= 1 answers, came {n}; measure on at least one image")
-    p, z2n = correct_fraction, Z95**2 / n
-    centre = (p + z2n / 2) / (1 + z2n)
-    half = math.sqrt(z2n * (p * (1 - p) + z2n / 4)) / (1 + z2n)
-    # at p = 0 and p = 1 one bound is p itself, which rounding may miss by 1e-17
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qsnn.benchmark import Benchmark
+    from qsnn.measure.benchmark import Benchmark
 
 NONE = "\u2013"  # what a table shows where there is no number
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsnn.dynamics import empty_steps, integrated, subtract_
+from qsnn.snn.equations import empty_steps, integrated, subtract_
 
 
 def _value(threshold: Tensor) -> Any:

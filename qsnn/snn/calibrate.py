@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qsnn.dynamics import per_channel
-from qsnn.graph import BATCH_NORMS, LAYERS, module_of
-from qsnn.neurons import SNN, IFNode
+from qsnn.graph.trace import BATCH_NORMS, LAYERS, module_of
+from qsnn.snn.equations import per_channel
+from qsnn.snn.network import SNN
+from qsnn.snn.neurons import IFNode
 
 THRESHOLDS = ("mse", "max", "percentile")
 CORRECTIONS = ("weights", "bias", "none")

@@ -9,26 +9,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qsnn.calibrate import calibration_images
-from qsnn.correct import CORRECTIONS, THRESHOLDS, correct_
-from qsnn.dynamics import Dynamics
-from qsnn.gradients import AveragePool2d
-from qsnn.graph import (
-    BATCH_NORMS,
-    LAYERS,
-    RELUS,
-    add_module,
-    call_nodes,
-    child_recipe,
-    data_recipe,
-    module_of,
-    recipe_of,
-    replace_module,
-    set_recipe,
-)
-from qsnn.neurons import FIRINGS, SNN, IFNode, PlusMinus, Repeat, amplified, summed
-from qsnn.prepare import is_activation, prepared, reroute
-from qsnn.quantizers import level_quant
+from qsnn.data.images import summed
+from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
+from qsnn.graph.trace import BATCH_NORMS, LAYERS, RELUS, add_module, call_nodes, module_of, replace_module
+from qsnn.quant.activations import level_quant
+from qsnn.quant.calibrate import calibration_images
+from qsnn.snn.backward import AveragePool2d
+from qsnn.snn.calibrate import CORRECTIONS, THRESHOLDS, correct_
+from qsnn.snn.equations import Dynamics
+from qsnn.snn.network import FIRINGS, SNN
+from qsnn.snn.neurons import IFNode, PlusMinus, Repeat, amplified
+from qsnn.snn.prepare import is_activation, prepared, reroute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +93,18 @@ class ConvertConfig:
 def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN:
     r"""Return a spiking copy of a network; quantized weights stay Brevitas weights, and stay trainable.
 
-    A quantized ReLU with step s and L levels becomes an :class:`~qsnn.neurons.IFNode` with :math:`\theta = s\,L` and
+    A quantized ReLU with step s and L levels becomes an :class:`~qsnn.IFNode` with :math:`\theta = s\,L` and
     :math:`v_0 = \theta/2`; its spikes carry the amplitude θ, so that every layer behind it sees on average what it saw
     before. A ±1 activation becomes a neuron with :math:`v_0 = \theta`, which fires at x >= 0, and 2·spike - 1 behind
     it; such a network runs one step. A max pool before its activation is moved behind it (both are monotone).
 
     A plain ReLU becomes a neuron with one θ a channel, calibrated on ``data``. Given data, the layers are then
-    corrected one by one on the spikes that really arrive (:func:`qsnn.correct.correct_`), also those of a quantized
-    network: it answers better in few online steps, and no longer equals that network when it fires deferred.
+    corrected one by one on the spikes that really arrive (:func:`qsnn.snn.calibrate.correct_`), also those of a
+    quantized network: it answers better in few online steps, and no longer equals that network when it fires deferred.
 
     Args:
         model: what :func:`qsnn.quantize` returned, calibrated or trained; or a float network of ReLUs. Not changed.
-        data: calibration images: a :class:`~qsnn.data.Data` (its training images are used), a Dataset, or an iterable
+        data: calibration images: a :class:`~qsnn.Data` (its training images are used), a Dataset, or an iterable
             of (images, labels); plain ReLUs need it.
         config: T and the way of firing of calls that name none, the neurons, the calibration. May stand second.
     Raises:

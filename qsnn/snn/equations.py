@@ -17,7 +17,7 @@ STATE_BITS = ("int8", "int16", "fp16")
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamics:
-    r"""How the membrane potential moves. The default is the IF neuron of :class:`qsnn.neurons.IFNode`.
+    r"""How the membrane potential moves. The default is the IF neuron of :class:`qsnn.IFNode`.
 
     One step, from potential v and current x, with :math:`d = e^{-1/\tau}` (1 without leak):
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from qsnn.neurons import SNN, in_order, running_mean
+from qsnn.data.images import check_images
+from qsnn.graph.recipe import input_shape_of
+from qsnn.graph.trace import value_shapes
+from qsnn.snn.equations import Dynamics
+from qsnn.snn.neurons import IFNode, PlusMinus
 
 
 class TimeLoop(nn.Module):
@@ -59,3 +65,149 @@ def time_loop(model: nn.Module) -> SNN | TimeLoop | None:
     """What runs a model in time: itself, the loop of a student in training, or None where it has no steps."""
     loop = getattr(model, "loop", model)
     return loop if isinstance(loop, SNN | TimeLoop) else None
+
+
+FIRINGS = ("online", "deferred")
+
+
+class SNN(nn.Module):
+    r"""A spiking network and its time loop: every call starts from rest and runs T steps.
+
+    Stateless layers see time folded into the batch, (T·B, *); what comes before the first neuron is computed once.
+    Nobody needs to call reset, and the state of one call never reaches the next.
+
+    Args:
+        network: an fx graph with :class:`IFNode`s, as :func:`qsnn.convert` makes it.
+        timesteps: T of a call that names none.
+        firing: "online" or "deferred" (see :class:`IFNode`), of a call that names none.
+        folded: whether ``network`` is the integer form that :func:`qsnn.fold` makes.
+        probes: for a neuron that a max pool was moved behind, the pool: its output is what the activation gave.
+    Shape:
+        images: (B, C, H, W), the same at every step, or frames in time (B, T, C, H, W); step logits z: (T, B, K);
+        returned: the running means
+        :math:`m_t = \tfrac1t\sum_{i\le t} z_i`, (T, B, K), online; their last one, (1, B, K), deferred.
+    """
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        timesteps: int = 2,
+        firing: str = "online",
+        *,
+        folded: bool = False,
+        probes: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.folded = folded
+        self.probes = dict(probes or {})
+        self.timesteps, self.firing = self._checked(timesteps, firing)
+
+    def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:
+        if not isinstance(timesteps, int) or timesteps < 1:
+            raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
+        if firing not in FIRINGS:
+            raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
+        if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):
+            raise ValueError(f"a network of ±1 activations runs one step, got timesteps={timesteps}; use timesteps=1")
+        special = [name for name, node in self.neurons() if not getattr(node, "dynamics", Dynamics()).plain]
+        if firing == "deferred" and special:
+            raise ValueError(
+                f"deferred firing is defined for the soft reset without leak, signed spikes or a membrane of few bits; "
+                f"{special[0]} has another equation; use firing='online'"
+            )
+        return timesteps, firing
+
+    def neurons(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the name and module of every spiking layer, named as the layer it replaced."""
+        for name, module in self.network.named_modules():
+            if getattr(module, "is_spiking", False) or isinstance(module, IFNode):
+                yield name, module
+
+    def step_logits(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Tensor:
+        """Return the logits z of every step, (T, B, K); losses see these.
+
+        Raises:
+            ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
+        """
+        frames = images.dim() == 5
+        if timesteps is None:
+            timesteps = images.shape[1] if frames else self.timesteps
+        steps, firing = self._checked(timesteps, self.firing if firing is None else firing)
+        shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
+        images = in_order(images, steps) if frames else images
+        check_images(images, None if shape is None else tuple(shape))
+        with self.running(steps, firing, in_time=frames):
+            return self.network(images).unflatten(0, (steps, -1))
+
+    @contextmanager
+    def running(self, timesteps: int, firing: str, in_time: bool = False) -> Iterator[None]:
+        """Tell every module T and the way of firing while the block runs; all start from rest, and end so."""
+        stateful: list[Any] = [module for module in self.network.modules() if hasattr(module, "timesteps")]
+        try:
+            for module in stateful:
+                module.timesteps, module.firing, module.in_time = timesteps, firing, in_time
+                if isinstance(module, BaseNode):
+                    module.reset()
+            yield
+        finally:
+            for module in stateful:
+                module.timesteps, module.in_time = None, False
+                if isinstance(module, BaseNode):
+                    module.reset()
+
+    def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Tensor:
+        """Return the answer after each step (online), or the final one (deferred)."""
+        firing = self.firing if firing is None else firing
+        z = self.step_logits(images, timesteps=timesteps, firing=firing)
+        return z.mean(0, keepdim=True) if firing == "deferred" else running_mean(z)
+
+
+def in_order(frames: Tensor, timesteps: int) -> Tensor:
+    """The first T frames, (B, T, C, H, W), time first and folded into the batch: (T·B, C, H, W).
+
+    Raises:
+        ValueError: fewer frames than T.
+    """
+    if timesteps > frames.shape[1]:
+        raise ValueError(
+            f"expected at least {timesteps} frames, one for each time step, got {frames.shape[1]}; load the data with "
+            f"timesteps={timesteps}"
+        )
+    return frames[:, :timesteps].transpose(0, 1).flatten(0, 1)
+
+
+def running_mean(z: Tensor) -> Tensor:
+    r"""The answer after each step, :math:`m_t = \tfrac1t\sum_{i\le t} z_i`; z and m: (T, B, K)."""
+    counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype).view(-1, 1, 1)
+    return z.cumsum(0) / counts
+
+
+def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tuple[nn.Parameter, Tensor | float]]:
+    """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
+
+    Return these parameters with the least value that each may take.
+
+    Raises:
+        ValueError: a time constant where there is no leak, or channels of an unknown number.
+    """
+    neurons = [(name, neuron) for name, neuron in snn.neurons() if isinstance(neuron, IFNode)]
+    shapes = value_shapes(snn.network, input_shape_of(snn))
+    nodes = {str(node.target): node.name for node in snn.network.graph.nodes if node.op == "call_module"}
+    limits: list[tuple[nn.Parameter, Tensor | float]] = []
+    for name, neuron in neurons:
+        for what, each in (("threshold", threshold), ("initial", initial), ("tau", tau)):
+            if not each:
+                continue
+            channels = None
+            if each == "channel":
+                if nodes[name] not in shapes:
+                    raise ValueError("a value a channel needs the image shape; convert a network that has seen data")
+                channels = shapes[nodes[name]][1]
+            neuron.train_(what, channels)
+            value = getattr(neuron, what)
+            # a threshold and a time constant stay above 0
+            low: Tensor | float = 0.01 * value.detach().clone() if what == "threshold" else 0.05
+            limits.append((value, low if what != "initial" else -1.0))
+    return limits
+

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx, nn
 
-from qsnn.graph import (
+from qsnn.graph.trace import (
     ADD_FUNCTIONS,
     ADD_METHODS,
     AVERAGE_POOLS,
@@ -26,7 +26,7 @@ from qsnn.graph import (
     trace,
     unshare,
 )
-from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
+from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 
 
 def prepared(model: nn.Module, *, strict: bool, special: bool, signed: bool) -> tuple[fx.GraphModule, dict[str, str]]:

@@ -17,16 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from qsnn.board import Board
-from qsnn.data import Data, batch_sizes, batches
-from qsnn.graph import device_of, recipe_of, set_recipe
-from qsnn.layout import keep_freed_memory, laid_out, lay_out_
-from qsnn.loop import time_loop
-from qsnn.losses import kl_divergence
-from qsnn.neurons import summed
-from qsnn.parallel import average_buffers_, is_main, rank_and_world, shared, total_of, wait
-from qsnn.state import Epoch, read_state, save_state
-from qsnn.state import Progress as Done
+from qsnn.data.images import Data, batch_sizes, batches
+from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.graph.recipe import recipe_of, set_recipe
+from qsnn.graph.trace import device_of
+from qsnn.measure.accuracy import answer, count_right
+from qsnn.training.processes import average_buffers_, is_main, rank_and_world, shared, total_of, wait
+from qsnn.training.resume import Epoch, read_state, save_state
+from qsnn.training.resume import Progress as Done
+from qsnn.training.tensorboard import Board
 
 CHECKPOINT_SECONDS = 300.0
 """A run with a ``resume`` file writes its state after each epoch, and within one at the latest after so long [s]."""
@@ -196,7 +195,8 @@ def fit(
                         save()
             lay_out_(model.eval(), torch.contiguous_format)
             average_buffers_(model)
-            right, seen = total_of(torch.tensor(_count(model, data.val, 500, (rank, world)), device=device)).tolist()
+            counts = count_right(model, data.val, 500, (rank, world))
+            right, seen = total_of(torch.tensor(counts, device=device)).tolist()
             mean_loss = float(total_of(torch.tensor(done.total, device=device))) / world / len(sizes)
             done.history.append(Epoch(epoch + 1, mean_loss, 100.0 * right / max(1, seen)))
             done.batch, done.total = 0, 0.0
@@ -242,36 +242,10 @@ def _refuse_divergence(
     )
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: Any) -> float:
-    """Return the percent of right answers; an SNN answers after its last step.
-
-    Args:
-        model: ANN or SNN.
-        source: a Dataset or an iterable of (images, labels).
-        batch_size: images a call.
-        options: passed to the model, e.g. ``timesteps=4``.
-    """
-    training = model.training
-    right, seen = _count(model.eval(), source, batch_size, (0, 1), **options)
-    model.train(training)
-    return 100.0 * right / max(1, seen)
 
 
-def answer(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
-    """The logits (B, K) of any network; a spiking one answers after its last step, and alone sees frames in time."""
-    logits: Tensor = model(summed(images) if time_loop(model) is None else images, **options)
-    return logits[-1] if logits.dim() == 3 else logits
 
 
-@torch.no_grad()
-def _count(model: nn.Module, source: Any, batch_size: int, share: tuple[int, int], **options: Any) -> tuple[int, int]:
-    """Right answers, and all, of this process's share of the data."""
-    right = seen = 0
-    for images, labels in batches(source, batch_size, device=device_of(model), share=share):
-        right += int((answer(model, images, **options).argmax(1) == labels).sum())
-        seen += len(labels)
-    return right, seen
 
 
 def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
@@ -318,3 +292,16 @@ def _progress() -> Iterator[Progress]:
         TextColumn("{task.fields[note]}"), console=None if is_main() else Console(quiet=True), disable=not is_main(),
     ) as progress:  # fmt: skip
         yield progress
+
+
+def kl_divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tau^2\,KL(\mathrm{softmax}(t/\tau)\,\|\,\mathrm{softmax}(z/\tau))`, mean over the batch.
+
+    Shape:
+        logits z and target t: (B, K).
+    Source:
+        Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
+    """
+    log_p, log_q = F.log_softmax(logits / temperature, -1), F.log_softmax(target / temperature, -1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+

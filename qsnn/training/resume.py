@@ -13,7 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from qsnn.records import write_atomic
+from qsnn.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsnn.data import batches
-from qsnn.graph import device_of
-from qsnn.loop import TimeLoop, time_loop
-from qsnn.neurons import SNN
-from qsnn.state import Epoch
+from qsnn.data.images import batches
+from qsnn.graph.trace import device_of
+from qsnn.snn.network import SNN, TimeLoop, time_loop
+from qsnn.training.resume import Epoch
 
 _EVERY = 20
 """Steps between two points of a loss curve."""

@@ -1,0 +1,1 @@
+"""Labelled images, and how they reach a model."""

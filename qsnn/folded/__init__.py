@@ -1,0 +1,1 @@
+"""The integer form of a spiking network."""

@@ -1,0 +1,1 @@
+"""Equation (Q), and low-precision weights."""

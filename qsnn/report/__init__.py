@@ -1,0 +1,1 @@
+"""Records, and what people look at."""

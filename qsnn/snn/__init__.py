@@ -1,0 +1,1 @@
+"""Equation (IF), the time loop, and conversion."""
