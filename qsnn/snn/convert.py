@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +28,7 @@ from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
 from qsnn.snn.backward import AveragePool2d
-from qsnn.snn.calibrate import CORRECTIONS, THRESHOLDS, correct_
+from qsnn.snn.calibrate import CORRECTIONS, INITIALS, TARGETS, THRESHOLDS, correct_
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.network import FIRINGS, SNN
 from qsnn.snn.neurons import IFNode, PlusMinus, Repeat, amplified
@@ -45,10 +46,14 @@ class ConvertConfig:
     """Thresholds of plain ReLUs: "mse" (least error after T steps), "max" or "percentile" of each channel."""
     percentile: float = 99.9
     """Of "percentile" [%]."""
+    initial: str = "mse"
+    """Of threshold "mse": "mse" (v₀ and a change of the bias in front are chosen with θ) or "half" (v₀ = θ/2)."""
     correction: str = "weights"
     """With data, on the spikes that arrive: "weights" (least squares; only float ones), "bias", "none"."""
+    targets: str = "sums"
+    """A layer in front of an addition is corrected to what the sum should be ("sums"), or for itself ("layers")."""
     calibration_images: int = 256
-    """Training images of a calibration; all of them run at once."""
+    """Training images of a calibration."""
     reset: str = "soft"
     """After a spike: "soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards 0)."""
     reset_tau: float = 1.0
@@ -78,8 +83,9 @@ class ConvertConfig:
             raise ValueError(f"firing must be 'online' or 'deferred', got {self.firing!r}")
         if self.threshold not in THRESHOLDS:
             raise ValueError(f"threshold must be one of {', '.join(THRESHOLDS)}, got {self.threshold!r}")
-        if self.correction not in CORRECTIONS:
-            raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
+        for name, known in (("correction", CORRECTIONS), ("initial", INITIALS), ("targets", TARGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if not 0 < self.percentile <= 100 or self.calibration_images < 1 or not self.tau_growth > 0:
             raise ValueError(
                 f"expected 0 < percentile <= 100, calibration_images >= 1 and tau_growth > 0, got {self.percentile}, "
@@ -101,7 +107,15 @@ class ConvertConfig:
         )
 
 
-def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN:
+@overload
+def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN: ...
+@overload
+def convert(
+    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int]
+) -> dict[int, SNN]: ...
+def convert(
+    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int] | None = None
+) -> SNN | dict[int, SNN]:
     r"""Return a spiking copy of a network; quantized weights stay Brevitas weights, and stay trainable.
 
     A quantized ReLU with step s and L levels becomes an :class:`~qsnn.IFNode` with :math:`\theta = s\,L` and
@@ -118,6 +132,8 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
         data: calibration images: a :class:`~qsnn.Data` (its training images are used), a Dataset, or an iterable
             of (images, labels); plain ReLUs need it.
         config: T and the way of firing of calls that name none, the neurons, the calibration. May stand second.
+        timesteps: several T at once: a spiking network for each of them, calibrated for it, in a dict by T. They share
+            one trace and one run of the network; ``config.timesteps`` is not used.
     Raises:
         ValueError: nothing to convert, a quantizer without a step, plain ReLUs without data, or what has no faithful
             spiking form (all of it is named).
@@ -132,6 +148,10 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
             f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
             f"convert(model, data, ConvertConfig(...)) to calibrate"
         )
+    steps = (config.timesteps,) if timesteps is None else tuple(timesteps)
+    if not steps:
+        raise ValueError("expected timesteps such as (1, 2, 4), got none")
+    configs = [replace(config, timesteps=step) for step in dict.fromkeys(steps)]
     images = None
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)
@@ -150,18 +170,20 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
             f"{type(model).__name__} holds {plain} nn.ReLU that are not quantized; call quantize(model, data) "
             f"first, or convert(model, data) to calibrate them"
         )
-    snn = _spiking(copy.deepcopy(network), moved, config)
-    set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
+    snns = [_spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
     if images is not None:
-        snn.eval()
         correct_(
-            snn, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
-            correction=config.correction,
+            snns, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
+            correction=config.correction, initial=config.initial, targets=config.targets,
         )  # fmt: skip
-        recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": config.correction != "none"}
-        set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
-    snn.train(model.training)
-    return snn
+    for snn, one in zip(snns, configs, strict=True):
+        set_recipe(snn, child_recipe(model, "snn", convert=asdict(one)))
+        if images is not None:
+            corrected = config.correction != "none"
+            recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": corrected}
+            set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
+        snn.train(model.training)
+    return snns[0] if timesteps is None else {snn.timesteps: snn for snn in snns}
 
 
 def _spelled(model: nn.Module, images: Tensor) -> fx.GraphModule:
