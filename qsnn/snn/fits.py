@@ -61,6 +61,8 @@ def fit_layer_(
     """
     if isinstance(layer, nn.Linear):  # each token is an input of its own
         x, missing = x.flatten(0, -2), missing.flatten(0, -2)
+        rectified = None if rectified is None else rectified.flatten(0, -2)
+        uneven = None if uneven is None else uneven.flatten(0, -2)
     gain = missing.new_ones(missing.shape[1]) if gain is None else gain
     reached = gain.abs() > 1e-3 * gain.abs().max()  # a channel that the batch norm takes away stays as it is
     share = torch.where(reached, gain, float("inf"))
