@@ -210,7 +210,7 @@ def test_integer_gains_decide_as_float64_does_for_every_input(gains, firing):
 def test_golden_gains():
     ranges = [(np.array([-3]), np.array([3])), (np.array([0]), np.array([1]))]
     found = limits_of(neuron([0.5, 0.75], 1.0, 0.0), ranges, 1, "online")
-    assert found.gains[:, 0].tolist() == [8, 12], "4 bits suffice: both times 16"
+    assert found.gains[:, 0].tolist() == [4, 6], "3 bits suffice: both times 8"
     fires = {(a, b) for a in range(-3, 4) for b in (0, 1) if found.gains[:, 0] @ np.array([a, b]) >= found.limits[0, 0]}
     assert fires == {(a, b) for a in range(-3, 4) for b in (0, 1) if 0.5 * a + 0.75 * b >= 0.5}
 

@@ -13,7 +13,7 @@ from torch import fx, nn
 from qsnn.data.images import normalise
 from qsnn.export.c_text import POOL, packed, whole_type
 from qsnn.export.c_writer import Emit, Value, Writer
-from qsnn.export.gains import limits_of, scores_of
+from qsnn.export.gains import limits_of, scores_of, weighted_range
 from qsnn.files import write_atomic
 from qsnn.folded.layers import IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
@@ -133,10 +133,8 @@ def _layer(w: Writer, node: fx.Node, module: Any) -> Value:
         given = as_tuple(given, max(weight.ndim - 2, 1))
         sides[key] = (*([0 if key == "padding" else 1] * (2 - len(given))), *given)
     shape, bits = w.shape(node), _bits(weight)
-    least, most = min(0, int(source.low.min())), max(0, int(source.high.max()))
     flat = weight.reshape(len(weight), -1)
-    up, down = np.maximum(flat, 0).sum(1), np.minimum(flat, 0).sum(1)
-    low, high = up * least + down * most, up * most + down * least
+    low, high = weighted_range(flat, source.low, source.high)
     if max(-low.min(), high.max()) >= 2**31:
         raise ValueError(f"its sums reach {max(-low.min(), high.max()):,}, beyond 32 bit")
     index, per_group = len(w.program.layers), len(weight) // options["groups"]

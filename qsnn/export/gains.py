@@ -10,7 +10,7 @@ from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
 
 GRID = 1_000_000
 """Most combinations of the other inputs that are gone through for one channel and threshold."""
-PRECISIONS = (4, 8, 12, 16, 20, 24, 28, 30, 36, 42, 48)
+PRECISIONS = range(3, 49)
 """Bits of a gain that are tried, the least first."""
 Ranges = list[tuple[np.ndarray, np.ndarray]]
 """For each input its least and largest integer, by channel, (C,) or (1,): of a step, or deferred of all T together."""
@@ -67,6 +67,13 @@ def limits_of(neuron: IntegerIF | CurrentIF, ranges: Ranges, timesteps: int, fir
         for c in range(channels)
     ]
     return Limits(np.array([g for g, _ in found]).T.copy(), np.array([limits for _, limits in found]).T.copy())
+
+
+def weighted_range(weight: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least and largest sums of a layer of weights (O, fan-in) over inputs within low to high, or zeros: (O,)."""
+    least, most = min(0, int(low.min())), max(0, int(high.max()))
+    up, down = np.maximum(weight, 0).sum(1), np.minimum(weight, 0).sum(1)
+    return (up * least + down * most).astype(np.int64), (up * most + down * least).astype(np.int64)
 
 
 def _signed(sign: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
