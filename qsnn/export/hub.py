@@ -164,9 +164,7 @@ def _mixin() -> Any:
             model = load(fetched(WEIGHTS))
             found = recipe_of(model).get("sha256")
             if found != config.get("sha256"):
-                raise ValueError(
-                    f"{model_id}: {WEIGHTS} is not the file that {CONFIG} was written with; fetch it again"
-                )
+                raise ValueError(f"{model_id}: {WEIGHTS} is not the file that {CONFIG} names; fetch it again")
             return cls(model)
 
     return Published
