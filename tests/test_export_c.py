@@ -21,6 +21,7 @@ from qsnn.export.c import Sizes, write
 from qsnn.export.gains import limits_of, scores_of
 from qsnn.folded.layers import IntegerLayer
 from qsnn.folded.neurons import CurrentIF
+from qsnn.graph.call import Call, calling
 from qsnn.graph.hooks import recorded
 
 CC = shutil.which("cc")
@@ -180,7 +181,8 @@ def test_the_compiled_size_is_the_reported_one(snn, digits, tmp_path):
 
 def neuron(gains: list[float], theta: float, bias: float) -> CurrentIF:
     factors = [torch.tensor([[g]], dtype=torch.float64) for g in gains]
-    return CurrentIF(factors, [1] * len(gains), torch.tensor([bias]).double(), torch.tensor(theta), 0.5)
+    shapes: list[tuple[int, ...]] = [()] * (len(gains) + 1)
+    return CurrentIF(factors, [1] * len(gains), torch.tensor([bias]).double(), shapes, torch.tensor(theta), 0.5)
 
 
 @pytest.mark.parametrize("firing", ["online", "deferred"])
@@ -190,13 +192,13 @@ def test_integer_gains_decide_as_float64_does_for_every_input(gains, firing):
     low, high = (np.array([-9]), np.array([-2])), (np.array([9]), np.array([4]))
     steps = 1 if firing == "online" else 2
     ranges = [(steps * low[j], steps * high[j]) for j in range(2)]
-    found = limits_of(node, ranges, 2, firing)
-    node.timesteps, node.firing = 2, firing
+    found = limits_of(node, ranges, 2, firing, (1,))
     first = torch.cartesian_prod(torch.arange(-9, 10), torch.arange(-2, 5)).double()
     for second in first[::7]:
         a, b = first, second.expand_as(first)
         x = torch.stack([a, b], 0)  # (2, B, 2)
-        spikes = node(*(x[..., j : j + 1].flatten(0, 1) for j in range(2))).view(2, -1)
+        with calling(Call(2, firing)):
+            spikes = node(*(x[..., j : j + 1].flatten(0, 1) for j in range(2))).view(2, -1)
         g, limits = torch.from_numpy(found.gains[:, 0]).double(), found.limits[:, 0]
         if firing == "deferred":
             total = (a + b) @ g
@@ -209,7 +211,7 @@ def test_integer_gains_decide_as_float64_does_for_every_input(gains, firing):
 
 def test_golden_gains():
     ranges = [(np.array([-3]), np.array([3])), (np.array([0]), np.array([1]))]
-    found = limits_of(neuron([0.5, 0.75], 1.0, 0.0), ranges, 1, "online")
+    found = limits_of(neuron([0.5, 0.75], 1.0, 0.0), ranges, 1, "online", (1,))
     assert found.gains[:, 0].tolist() == [4, 6], "3 bits suffice: both times 8"
     fires = {(a, b) for a in range(-3, 4) for b in (0, 1) if found.gains[:, 0] @ np.array([a, b]) >= found.limits[0, 0]}
     assert fires == {(a, b) for a in range(-3, 4) for b in (0, 1) if 0.5 * a + 0.75 * b >= 0.5}
@@ -219,7 +221,7 @@ def test_the_logits_are_the_exact_ones():
     from qsnn.folded.neurons import Current
 
     gains, bias = torch.tensor([[0.1, 1e-3, 0.7]], dtype=torch.float64), torch.tensor([0.2, -3.0, 1e-5]).double()
-    found = scores_of(Current([gains], [3], bias), [(np.array([-50]), np.array([50]))], 2, "online", 3)
+    found = scores_of(Current([gains], [3], bias, [(3,), (3,)]), [(np.array([-50]), np.array([50]))], 2, "online", 3)
     assert found.exact
     scale = None
     for k in range(3):

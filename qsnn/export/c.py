@@ -11,15 +11,16 @@ import torch
 from torch import fx, nn
 
 from qsnn.data.images import normalise
-from qsnn.export.c_text import POOL, packed, whole_type
+from qsnn.export.c_layers import layer, pool, sum_over
+from qsnn.export.c_text import whole_type
 from qsnn.export.c_writer import Emit, Value, Writer
-from qsnn.export.gains import limits_of, scores_of, weighted_range
+from qsnn.export.gains import alike, limits_of, scores_of
 from qsnn.files import write_atomic
 from qsnn.folded.layers import IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
-from qsnn.folded.terms import as_tuple
+from qsnn.graph.kinds import CLASSES
+from qsnn.graph.modules import Sum
 from qsnn.graph.recipe import input_shape_of, recipe_of
-from qsnn.graph.trace import MAX_POOLS, module_of
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import PlusMinus, Repeat
 
@@ -118,68 +119,19 @@ def _input(w: Writer, node: fx.Node, module: Any) -> Value:
     return new
 
 
-def _layer(w: Writer, node: fx.Node, module: Any) -> Value:
-    source, weight = w.stored(w.source(node)), module.integers.cpu().numpy().astype(np.int64)
-    options = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **module.options}
-    if type(module) is not IntegerLayer or len(options) > 4 or (not module.options and len(source.shape) > 1):
-        raise ValueError("only convolutions, and linear layers of a vector, are written")
-    kernel = (*([1] * (4 - weight.ndim)), *weight.shape[2:])
-    sides: dict[str, tuple[int, ...]] = {}
-    for key in ("stride", "dilation", "padding"):
-        given = options[key]
-        if key == "padding" and isinstance(given, str):
-            spans = [d * (k - 1) for d, k in zip(sides["dilation"], kernel, strict=True)]
-            given = tuple(span // 2 if given == "same" else 0 for span in spans)
-        given = as_tuple(given, max(weight.ndim - 2, 1))
-        sides[key] = (*([0 if key == "padding" else 1] * (2 - len(given))), *given)
-    shape, bits = w.shape(node), _bits(weight)
-    flat = weight.reshape(len(weight), -1)
-    low, high = weighted_range(flat, source.low, source.high)
-    if max(-low.min(), high.max()) >= 2**31:
-        raise ValueError(f"its sums reach {max(-low.min(), high.max()):,}, beyond 32 bit")
-    index, per_group = len(w.program.layers), len(weight) // options["groups"]
-    bytes_ = packed(flat, bits)
-    w.weights += len(bytes_)
-    w.program.table(f"w{index}", bytes_, "uint8_t")
-    _, in_h, in_w = source.image
-    fields = (
-        bits, flat.shape[1], per_group, weight.shape[1], in_h, in_w, *kernel, shape[-1] if module.options else 1,
-        *sides["stride"], *sides["padding"], *sides["dilation"],
-    )  # fmt: skip
-    w.program.layers.append(", ".join(map(str, (f"w{index}", *fields))))
-    new = Value(shape, low, high, source.steps, layer=(f"l{index}", source), fan=flat.shape[1], times=source.times)
-    behind = _behind(node)
-    alone = len(behind) == 1 and EMIT.get(type(module_of(w.folded.network, behind[0]))) in (_neuron, _readout)
-    return new if alone else w.stored(new)
-
-
-def _behind(node: fx.Node) -> list[fx.Node]:
-    """Who reads a node's value, also through repetitions over time."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        owner = user.graph.owning_module
-        repeated = owner is not None and isinstance(module_of(owner, user), Repeat)
-        found += _behind(user) if repeated else [user]
-    return found
-
-
-def _bits(weight: np.ndarray) -> int:
-    """The least of 1, 2, 4 and 8 bits that hold these integers."""
-    if (np.abs(weight) == 1).all():
-        return 1
-    return next(b for b in (2, 4, 8) if -(1 << (b - 1)) <= weight.min() and weight.max() < 1 << (b - 1))
-
-
 def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
     inputs = [w.values[n] for n in node.all_input_nodes if n in w.values]
     if len(inputs) < len(node.all_input_nodes):
         raise ValueError("it sees a real current")
     ranges, deferred = [v.range for v in inputs], w.firing == "deferred"
-    found = limits_of(module, ranges, w.timesteps, w.firing)
-    shape, place, columns = inputs[0].shape, len(w.layers), found.limits.shape[1]
+    shape, place = inputs[0].shape, len(w.layers)
+    found = limits_of(module, ranges, w.timesteps, w.firing, shape)
+    columns = found.limits.shape[1]
+    column = "0" if columns == 1 else "c" if columns == shape[0] else f"c * {int(np.prod(shape[1:]))} + p"
     reach = 1 if deferred else w.timesteps
     most = [np.maximum(np.abs(a), np.abs(b)) * reach for a, b in ranges]
-    top = int(np.max(sum(np.abs(g) * m for g, m in zip(found.gains, most, strict=True))))
+    most = [alike(m, max(columns, m.size)) for m in most]
+    top = int(np.max(sum(alike(np.abs(g), m.size) * m for g, m in zip(found.gains, most, strict=True))))
     top = max(top, *(int(m.max()) for m in most))
     if top >= 2**62:
         raise ValueError("its sums reach beyond 62 bit")
@@ -190,9 +142,7 @@ def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
     if (found.gains != 1).any():
         wide = "int64_t" if np.abs(found.gains).max() >= 2**31 else whole_type(found.gains.min(), found.gains.max())
         gain = w.program.table(f"gain{place}", found.gains, wide)
-        step = "c" if found.gains.shape[1] > 1 else "0"
-        words = [f"({total}){gain}[{j * found.gains.shape[1]} + {step}] * a{j}" for j in range(len(inputs))]
-    channel = "c" if columns > 1 else "0"
+        words = [f"({total}){gain}[{j * columns} + {column}] * a{j}" for j in range(len(inputs))]
     times = 1 if deferred else w.timesteps
     high = np.array([w.timesteps if deferred else 1])
     new = w.buffered(Value(shape, np.array([0]), high, times, monotone=True))
@@ -200,13 +150,13 @@ def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
     if deferred:
         inner = [
             f"const {total} sum = {' + '.join(words)};", "int k = 0;", f"while (k < {w.timesteps} && "
-            f"sum >= {limit}[k * {columns} + {channel}])", "    k++;", f"{target} = (int8_t)k;",
+            f"sum >= {limit}[k * {columns} + {column}])", "    k++;", f"{target} = (int8_t)k;",
         ]  # fmt: skip
         w.loops(shape, inputs, 1, inner)
     else:
         inner = [
             f"sum += {' + '.join(words)};",
-            f"const int fired = sum >= {limit}[(t * (t + 1) / 2 + k) * {columns} + {channel}];",
+            f"const int fired = sum >= {limit}[(t * (t + 1) / 2 + k) * {columns} + {column}];",
             f"{target} = (int8_t)fired;", "k += fired;",
         ]  # fmt: skip
         w.loops(shape, inputs, w.timesteps, inner, f"{total} sum = 0; int k = 0;")
@@ -243,34 +193,6 @@ def _readout(w: Writer, node: fx.Node, module: Any) -> None:
     w.loops(shape, inputs, steps, [f"s{j} += a{j};" for j in range(n)], sums, after)
 
 
-def _pool(w: Writer, node: fx.Node, module: Any) -> Value:
-    source, shape, summed = w.stored(w.source(node)), w.shape(node), isinstance(module, SumPool)
-    if not summed and w.firing == "deferred" and not source.monotone:
-        raise ValueError("firing deferred, a max pool must follow spikes of single neurons; use firing='online'")
-    dims = len(shape) - 1
-    names = ("kernel", "stride", "padding") if summed else ("kernel_size", "stride", "padding", "dilation")
-    sides = [as_tuple(getattr(module, name), dims) for name in names] + ([(1,) * dims] if summed else [])
-    fill = (1, 1, 0, 1)
-    (k_h, k_w), (s_h, s_w), (p_h, p_w), (d_h, d_w) = (
-        (*([one] * (2 - dims)), *side) for one, side in zip(fill, sides, strict=True)
-    )
-    _, in_h, in_w = source.image
-    size = k_h * k_w if summed else 1
-    low, high = (np.minimum(source.low * size, 0), np.maximum(source.high * size, 0)) if summed else source.range
-    new = w.buffered(replace(source, shape=shape, low=low, high=high, monotone=source.monotone and not summed))
-    names_ = dict(
-        C=shape[0], AREA=new.area, OUT_W=shape[-1], S_H=s_h, S_W=s_w, P_H=p_h, P_W=p_w, D_H=d_h, D_W=d_w, K_H=k_h,
-        K_W=k_w, IN_H=in_h, IN_W=in_w, STEPS=new.steps, SOURCE=w.start(source, True), TARGET=w.start(new, True),
-        BEGIN="0" if summed else "INT32_MIN", TAKE="v += e;" if summed else "v = e > v ? e : v;",
-        TYPE=new.buffer.type if new.buffer else "",
-    )  # fmt: skip
-    text = POOL
-    for name, value in names_.items():
-        text = text.replace(f"@{name}@", str(value))
-    w.program.body += text.splitlines()
-    return new
-
-
 def _plus_minus(w: Writer, node: fx.Node, module: Any) -> Value:
     source = w.source(node)
     return w.written(source.shape, np.array([-1]), np.array([1]), [source], "2 * a0 - 1")
@@ -284,14 +206,15 @@ def _repeat(w: Writer, node: fx.Node, module: Any) -> Value:
 
 EMIT: dict[type, Emit] = {
     IntegerInput: _input,
-    IntegerLayer: _layer,
+    IntegerLayer: layer,
     IntegerIF: _neuron,
     CurrentIF: _neuron,
     Current: _readout,
-    SumPool: _pool,
-    **dict.fromkeys(MAX_POOLS, _pool),
+    SumPool: pool,
+    **dict.fromkeys(CLASSES["takes maxima"], pool),
     PlusMinus: _plus_minus,
     Repeat: _repeat,
+    Sum: sum_over,
 }
 """What writes each kind of module; a kind is found by its exact type."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,15 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.export.c_text import Buffer, Program, whole_type
-from qsnn.graph.trace import VIEW_FUNCTIONS, VIEW_METHODS, is_call, module_of, shape_nodes
+from qsnn.graph.call import Call, calling
+from qsnn.graph.kinds import does
+from qsnn.graph.modules import Add, Concat
+from qsnn.graph.trace import module_of
 from qsnn.snn.network import SNN
-
-MOVES = (
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.Upsample, nn.UpsamplingNearest2d, nn.PixelShuffle, nn.ChannelShuffle, nn.Flatten,
-)  # fmt: skip
-"""Modules that only move values to other places or put zeros between them."""
-VIEWS = (*VIEW_FUNCTIONS, operator.getitem, torch.flatten)
-"""Functions that do."""
 
 
 @dataclass
@@ -85,8 +80,6 @@ class Writer:
     """Why a module (the last one of the network, or not) cannot be written, or "" where it can."""
     program: Program = field(default_factory=Program)
     values: dict[fx.Node, Value] = field(default_factory=dict)
-    places: dict[fx.Node, tuple[Value, Any]] = field(default_factory=dict)
-    """For a view: the value it is taken from, and which of its elements, from 1."""
     found: dict[fx.Node, Any] = field(default_factory=dict)
     """What every node gives for one image and step."""
     layers: list[str] = field(default_factory=list)
@@ -101,11 +94,10 @@ class Writer:
             ValueError: all nodes that no integers stand for, by name.
         """
         network = self.folded.network
-        with self.folded.running(1, self.firing):
+        with calling(Call(1, self.firing)):
             interpreter = _Found(network)
             interpreter.found = self.found
             interpreter.run(torch.zeros(1, *self.image))
-        shapes = shape_nodes(network)
         for node in network.graph.nodes:
             self.program.step += 1
             module = module_of(network, node)
@@ -113,7 +105,7 @@ class Writer:
             try:
                 if why := self.judge(module, self.readout(node)):
                     raise ValueError(why)
-                if lost or node.op in ("placeholder", "get_attr") or node in shapes:
+                if lost or node.op in ("placeholder", "get_attr"):
                     if lost:  # what comes behind a refused node is not judged
                         self.refused[node] = ""
                     continue
@@ -136,18 +128,29 @@ class Writer:
             if value is not None:
                 self.values[node] = value
         elif node.op == "output":
+            if not isinstance(node.args[0], fx.Node):
+                raise ValueError("it has several outputs, expected one vector of logits")
             if node.all_input_nodes[0] in self.values:
                 raise ValueError("its last layer gives no current of integers")
-        elif is_call(node, (operator.add, torch.add)) and len(node.all_input_nodes) == 2:
+        elif isinstance(module, Add):
             parts = [self.values[n] for n in node.all_input_nodes]
+            parts = parts * 2 if len(parts) == 1 else parts  # x + x
             low, high = (np.asarray(sum(p.range[i] for p in parts)) for i in (0, 1))
             self.values[node] = self.written(parts[0].shape, low, high, parts, "a0 + a1")
-        elif is_call(node, (torch.cat,)):
+        elif isinstance(module, Concat) and module.dim == 1:
             self.values[node] = self.joined([self.values[n] for n in node.all_input_nodes], self.shape(node))
-        elif isinstance(module, MOVES) or is_call(node, VIEWS, (*VIEW_METHODS, "flatten")):
-            self.moved(node)
+        elif does(module) == "moves":
+            source = self.stored(self.source(node))
+            at = module(self.places(source))  # type: ignore[misc]
+            if at.shape[0] != 1:
+                raise ValueError("it moves values between the batch and an image")
+            self.values[node] = self.taken(source, at[0])
         else:
             raise ValueError(f"{node.target if module is None else type(module).__name__} has no form in C here")
+
+    def places(self, value: Value) -> Tensor:
+        """Where each element of a value stands, from 1, as one image (1, C, *)."""
+        return torch.arange(1.0, value.size + 1, dtype=torch.float64).view(1, *value.shape)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a node's value for one image and step, (C, *)."""
@@ -251,31 +254,6 @@ class Writer:
             self.loops(part.shape, [part], steps, [f"{target} = ({new.buffer.type})a0;"])
             place += part.size
         return new
-
-    def moved(self, node: fx.Node) -> None:
-        """A view, slice, padding or repetition: where each of its values stood before, 0 for a new zero."""
-        (source,) = (n for n in node.all_input_nodes if n in self.values or n in self.places)
-        if source in self.values:
-            value = self.stored(self.values[source])
-            self.places[source] = value, torch.arange(1.0, value.size + 1, dtype=torch.float64).view(1, *value.shape)
-        value = self.places[source][0]
-
-        def given(x: Any) -> Any:
-            return fx.node.map_arg(x, lambda n: self.places[n][1] if n in self.places else self.found[n])
-
-        args, kwargs = given(list(node.args)), given(dict(node.kwargs))
-        if node.op == "call_method":
-            at = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            module = module_of(self.folded.network, node)
-            operation: Any = node.target if module is None else module
-            at = operation(*args, **kwargs)
-        self.places[node] = value, at
-        if isinstance(at, Tensor):
-            if at.shape[0] != 1:
-                raise ValueError("it moves values between images")
-            self.values[node] = self.taken(value, at[0])
-            del self.places[node]
 
     def taken(self, value: Value, at: Tensor) -> Value:
         """The elements ``at`` (from 1, 0 for a zero) of a value."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
+from qsnn.snn.equations import per_channel
 
 GRID = 1_000_000
 """Most combinations of the other inputs that are gone through for one channel and threshold."""
@@ -21,14 +23,17 @@ class Limits:
     r"""A neuron in integers: it fires at step t, after k spikes, when :math:`\sum_j G_{jc} A_j \ge L_{tkc}`.
 
     Shape:
-        gains: (J, C); limits: (T·(T+1)/2, C) by t·(t-1)/2 + k, or where it fires deferred (T, C) by k; int64.
+        gains: (J, n); limits: (T·(T+1)/2, n) by t·(t-1)/2 + k, or where it fires deferred (T, n) by k; int64.
+        n is 1, one a channel, or one a neuron.
     """
 
     gains: np.ndarray
     limits: np.ndarray
 
 
-def limits_of(neuron: IntegerIF | CurrentIF, ranges: Ranges, timesteps: int, firing: str) -> Limits:
+def limits_of(
+    neuron: IntegerIF | CurrentIF, ranges: Ranges, timesteps: int, firing: str, shape: tuple[int, ...]
+) -> Limits:
     """Return a folded neuron as integers that decide as it does, for all inputs within ``ranges``.
 
     An :class:`~qsnn.folded.neurons.IntegerIF` is its own table. For a :class:`~qsnn.folded.neurons.CurrentIF`, which
@@ -40,33 +45,56 @@ def limits_of(neuron: IntegerIF | CurrentIF, ranges: Ranges, timesteps: int, fir
         ranges: what the inputs can be.
         timesteps: T.
         firing: "online" or "deferred".
+        shape: of one image of the neuron's spikes, (C, *).
     Raises:
         ValueError: the inputs have too many combinations, or no gains of 48 bits divide them.
     """
     pairs = [(t, k) for t in range(1, timesteps + 1) for k in range(t) if firing == "online" or t == timesteps]
     if isinstance(neuron, IntegerIF):
         table, sign = neuron.table(timesteps, firing).cpu().numpy(), neuron.sign.cpu().numpy()
-        rows = [table[0 if firing == "deferred" else t - 1, k] for t, k in pairs]
-        low, high = _signed(sign, *ranges[0])
+        rows = [_columns(table[0 if firing == "deferred" else t - 1, k], neuron.shape, shape) for t, k in pairs]
+        sign = _columns(sign, neuron.shape, shape)
+        count = max(x.size for x in (sign, rows[0], *ranges[0]))
+        sign, low, high = (alike(x, count) for x in (sign, *ranges[0]))
+        low, high = np.where(sign < 0, -high, low), np.where(sign < 0, -low, high)
         limits = []
         for row, (t, _) in zip(rows, pairs, strict=True):  # beyond what the sums reach, any limit says the same
             reach = 1 if firing == "deferred" else t
-            limits.append(np.clip(row, low * reach, high * reach + 1).astype(np.int64))
+            limits.append(np.clip(alike(row, count), low * reach, high * reach + 1).astype(np.int64))
         return Limits(sign.astype(np.int64)[None], np.stack(limits))
-    gains = [neuron.gain(j, 1).double().cpu().numpy().reshape(-1) for j in range(len(ranges))]
-    fixed = [x.double().cpu().numpy().reshape(-1) for x in (neuron.bias, 1.0 - neuron.initial, neuron.threshold)]
-    channels = max(x.size for x in (*gains, *fixed, *(a for pair in ranges for a in pair)))
-    spread = lambda x: np.broadcast_to(x, (channels,))  # noqa: E731
-    found = [
-        _channel(
-            [float(spread(g)[c]) for g in gains],
-            (float(spread(fixed[0])[c]), float(spread(fixed[1])[c]), float(spread(fixed[2])[c])),
-            [(int(spread(a)[c]), int(spread(b)[c])) for a, b in ranges],
-            [(t, k, 1 if firing == "deferred" else t) for t, k in pairs],
-        )
-        for c in range(channels)
-    ]
+    given = [neuron.gain(j) for j in range(len(ranges))]
+    given += [neuron.step_bias, *(per_channel(x, len(shape) + 1) for x in (1.0 - neuron.initial, neuron.threshold))]
+    columns = [_columns(x.double().cpu().numpy().reshape(-1), tuple(x.shape), shape) for x in given]
+    count = max(x.size for x in (*columns, *(a for pair in ranges for a in pair)))
+    *gains, bias, offset, theta = (alike(x, count) for x in columns)
+    spans = [(alike(low, count), alike(high, count)) for low, high in ranges]
+    reaches = [(t, k, 1 if firing == "deferred" else t) for t, k in pairs]
+    known: dict[Any, tuple[list[int], list[int]]] = {}
+    found = []
+    for c in range(count):
+        weights, fixed = [float(g[c]) for g in gains], (float(bias[c]), float(offset[c]), float(theta[c]))
+        span = [(int(low[c]), int(high[c])) for low, high in spans]
+        key = (*weights, *fixed, *span)
+        if key not in known:  # a map of biases holds few different ones
+            known[key] = _channel(weights, fixed, span, reaches)
+        found.append(known[key])
     return Limits(np.array([g for g, _ in found]).T.copy(), np.array([limits for _, limits in found]).T.copy())
+
+
+def _columns(x: np.ndarray, held: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Values that broadcast in the shape ``held`` against an image (C, *): (1,), (C,), or one a neuron."""
+    if x.size == 1:
+        return x.reshape(1)
+    if held[0] == x.size == shape[0]:
+        return x
+    return np.broadcast_to(x.reshape(held), shape).reshape(-1)
+
+
+def alike(x: np.ndarray, count: int) -> np.ndarray:
+    """(1,), (C,) or one a neuron, as ``count`` columns."""
+    if x.size == count:
+        return x
+    return np.broadcast_to(x, (count,)) if x.size == 1 else np.repeat(x, count // x.size)
 
 
 def weighted_range(weight: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,10 +102,6 @@ def weighted_range(weight: np.ndarray, low: np.ndarray, high: np.ndarray) -> tup
     least, most = min(0, int(low.min())), max(0, int(high.max()))
     up, down = np.maximum(weight, 0).sum(1), np.minimum(weight, 0).sum(1)
     return (up * least + down * most).astype(np.int64), (up * most + down * least).astype(np.int64)
-
-
-def _signed(sign: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.where(sign < 0, -high, low), np.where(sign < 0, -low, high)
 
 
 def _channel(
@@ -178,7 +202,7 @@ def scores_of(readout: Current, ranges: Ranges, timesteps: int, firing: str, cla
     Raises:
         ValueError: a sum of a last layer that is too large for two words of 32 and 64 bit.
     """
-    gains = [readout.gain(j, 1).double().cpu().numpy().reshape(-1) for j in range(len(ranges))]
+    gains = [readout.gain(j).double().cpu().numpy().reshape(-1) for j in range(len(ranges))]
     gains = [np.broadcast_to(g, (classes,)) for g in gains]
     bias = np.broadcast_to(readout.bias.double().cpu().numpy().reshape(-1), (classes,))
     reach = 1 if firing == "deferred" else timesteps

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from qsnn.export.gains import limits_of, weighted_range
 from qsnn.export.nir_graph import Emit, Graph, Value
@@ -18,7 +17,8 @@ from qsnn.export.nir_read import load_into as load_into
 from qsnn.files import write_atomic
 from qsnn.folded.layers import IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
-from qsnn.folded.terms import as_tuple
+from qsnn.folded.terms import sides as as_tuple
+from qsnn.graph.modules import Add, View
 from qsnn.graph.recipe import input_shape_of
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import Repeat
@@ -109,7 +109,7 @@ def _nir() -> Any:
 
 
 def _added(graph: Graph, node: fx.Node, module: Any) -> Value:
-    first, second = (graph.values[n] for n in node.all_input_nodes)
+    first, second = (graph.values[n] for n in node.args if isinstance(n, fx.Node))
     if first.layer is not None or second.layer is not None:
         raise ValueError("the sums of a layer are read by another one than a neuron")
     name = graph.linear(node.name, second, np.ones(1), None, np.zeros(1))  # the relays come from the first alone
@@ -118,6 +118,8 @@ def _added(graph: Graph, node: fx.Node, module: Any) -> Value:
 
 def _flattened(graph: Graph, node: fx.Node, module: Any) -> Value:
     value = graph.source(node)
+    if len(graph.shapes[node]) != 1:
+        raise ValueError("only all of an image is flattened")
     if len(value.shape) == 1:
         return value
     area = int(np.prod(value.shape[1:]))
@@ -187,8 +189,10 @@ def _neuron(graph: Graph, node: fx.Node, module: Any) -> Value:
     if len(inputs) < len(node.all_input_nodes):
         raise ValueError("it sees a real current")
     ranges = [(v.low, v.high) for v in inputs]
-    found = limits_of(module, ranges, graph.timesteps, "online")
     shape, channels = inputs[0].shape, inputs[0].shape[0]
+    found = limits_of(module, ranges, graph.timesteps, "online", shape)
+    if found.limits.shape[1] not in (1, channels):
+        raise ValueError("its gains or biases differ within a channel, where a relay has one weight")
     limits = np.broadcast_to(found.limits, (len(found.limits), channels)).astype(float) - 0.5
     gains = np.broadcast_to(found.gains, (len(inputs), channels))
     if graph.timesteps == 1:
@@ -222,8 +226,8 @@ def _readout(graph: Graph, node: fx.Node, module: Any) -> None:
     name = graph.linear(f"{node.target}_in", value, np.ones(1), None, np.zeros(1), relay=False)
     classes = value.shape[0]
     graph.metadata |= {
-        "gain": np.broadcast_to(module.gain(0, 1).double().cpu().numpy(), (classes,)).copy(),
-        "bias": np.broadcast_to(module.bias.double().cpu().numpy(), (classes,)).copy(),
+        "gain": np.broadcast_to(module.gain(0).reshape(-1).double().cpu().numpy(), (classes,)).copy(),
+        "bias": np.broadcast_to(module.step_bias.double().reshape(-1).cpu().numpy(), (classes,)).copy(),
     }
     graph.add("output", graph.nir.Output(output_type={"output": np.array([classes])}), [name])
 
@@ -235,9 +239,9 @@ EMIT: dict[Any, Emit] = {
     IntegerIF: _neuron,
     CurrentIF: _neuron,
     Current: _readout,
-    operator.add: _added,
-    torch.add: _added,
-    torch.flatten: _flattened,
+    Add: _added,
+    nn.Flatten: _flattened,
+    View: _flattened,
     Repeat: lambda graph, node, module: graph.values[node.all_input_nodes[0]],
 }
 """What writes each kind of module, by its exact type, and each function."""

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from qsnn.export.nir_read import RELAYS
-from qsnn.graph.trace import module_of, shape_nodes
+from qsnn.graph.call import Call, calling
+from qsnn.graph.kinds import does
+from qsnn.graph.trace import module_of
 from qsnn.snn.network import SNN
 
 
@@ -65,15 +67,15 @@ class Graph:
                 graph.shapes[n] = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
                 return value
 
-        with self.folded.running(1, "online"):
+        with calling(Call()):
             Shapes(network).run(torch.zeros(1, *self.image))
-        sizes, refused, lost = shape_nodes(network), [], set()
+        refused, lost = [], set()
         for node in network.graph.nodes:
-            if node.op in ("placeholder", "get_attr") or node in sizes:
+            if node.op in ("placeholder", "get_attr"):
                 continue
             try:
                 module = module_of(network, node)
-                emit = self.emit.get(type(module) if node.op == "call_module" else node.target)
+                emit = self.emit.get(type(module), self.emit.get(does(module) if node.op != "output" else None))
                 if emit is None and node.op != "output":
                     what = node.target if module is None else type(module).__name__
                     raise ValueError(f"{what} has no node in NIR that every simulator reads")

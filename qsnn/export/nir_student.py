@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import keyword
-import operator
 from dataclasses import asdict, dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -15,6 +14,7 @@ from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, fx, nn
 
 from qsnn.export.nir_read import convolution, import_nir, linear, read_graph
+from qsnn.graph.modules import Add
 from qsnn.graph.recipe import set_recipe
 from qsnn.snn.convert import _repeat_static_
 from qsnn.snn.equations import per_channel
@@ -144,7 +144,8 @@ def _network(graph: Any, meaning: Semantics, path: str | Path) -> fx.GraphModule
             continue
         value = values[before[name][0]]
         for source in before[name][1:]:
-            value = out.call_function(operator.add, (value, values[source]))
+            root.add_module(plus := f"add_{len(values)}_{source}".replace(".", "_"), Add())
+            value = out.call_module(plus, (value, values[source]))
         if module is None:
             out.output(value)
             continue
