@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import scramble
 from test_fold import NETS, plain_net
+from test_kinds import DATA, FORMS, Net
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.data.images import normalise
 from qsnn.export.c import Sizes, write
 from qsnn.export.gains import limits_of, scores_of
 from qsnn.folded.layers import IntegerLayer
@@ -102,8 +105,9 @@ def made(model: nn.Module, digits: qsnn.Data, bits: int = 4, levels: int = 2, **
 class Moved(nn.Module):
     """Concatenation, channel shuffle, a slice of channels, ±γ, grouped and strided convolutions, a sum with a layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, views: bool = True) -> None:
         super().__init__()
+        self.views = views
         self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         self.left = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.BatchNorm2d(4), nn.ReLU())
         self.main = nn.Sequential(nn.Conv2d(8, 6, 3, stride=2, padding=2, dilation=2), nn.BatchNorm2d(6))
@@ -114,7 +118,11 @@ class Moved(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.stem(x).chunk(2, 1)
         x = torch.cat([a, self.left(b)], 1)
-        x = x.view(x.size(0), 2, 4, x.size(2), x.size(3)).transpose(1, 2).reshape(x.size(0), 8, x.size(2), x.size(3))
+        if self.views:
+            b, c, h, w = x.shape
+            x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        else:
+            x = F.channel_shuffle(x, 2)
         return self.head(self.join(self.main(x) + self.short(x)))
 
 
@@ -132,7 +140,7 @@ def nets(digits: qsnn.Data) -> Callable[[str], qsnn.SNN]:
 
 
 CASES = [
-    *((name, "online", 2, 200) for name in MODELS), *((name, "deferred", 2, 60) for name in MODELS),
+    *((name, "online", 2, 200) for name in MODELS), ("max pooling", "deferred", 2, 60), ("residual", "deferred", 2, 60),
     ("residual", "online", 5, 30), ("moved", "deferred", 5, 30),
 ]  # fmt: skip
 
@@ -153,6 +161,15 @@ def test_every_packing_is_folds(bits, teacher, digits, bytes_, tmp_path):
     found = assert_is_fold(made(teacher, digits, bits, 3), *(part[:40] for part in bytes_), tmp_path, timesteps=3)
     first, *middle, last = (m.weight.numel() for m in teacher.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     assert found.weights == first + last + sum(middle) * bits // 8
+
+
+@pytest.mark.parametrize("form", ["avg_pool2d, padded", "pixel shuffle", "transposed convolution", "Linear on tokens",
+                                  "a position map", "alpha"])  # fmt: skip
+def test_what_moves_and_meets_is_folds(form, tmp_path):
+    qann = qsnn.quantize(Net(FORMS[form]), DATA, qsnn.QuantizeConfig(weight_bits=4, levels=2)).eval()
+    raw = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    assert_is_fold(qsnn.fold(qsnn.convert(qann)), raw, normalise(raw, mean, std), tmp_path, mean=mean, std=std)
 
 
 def test_plus_minus_one(digits, bytes_, tmp_path):

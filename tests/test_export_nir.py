@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import scramble
+from test_export_c import Moved
 from test_fold import NETS, plain_net
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from qsnn.export.nir import load_into, write  # noqa: E402
 from qsnn.export.nir_read import encoded  # noqa: E402
 from qsnn.export.nir_student import from_nir  # noqa: E402
 
-NAMES = {"plain": "average pooling", "residual": "residual"}
+NAMES = {"plain": NETS["average pooling"], "residual": NETS["residual"], "moved": lambda data: Moved(views=False)}
 
 
 def last_integers(folded: qsnn.SNN, images: Tensor, timesteps: int = 2) -> Tensor:
@@ -40,7 +41,7 @@ def written(request, digits, tmp_path_factory):
     if request.param == "ties":
         qann = plain_net(digits)
     else:
-        model = scramble(NETS[NAMES[request.param]](digits))
+        model = scramble(NAMES[request.param](digits))
         qann = qsnn.quantize(model, digits, qsnn.QuantizeConfig(weight_bits=4, levels=2)).eval()
     folded = qsnn.fold(qsnn.convert(qann))
     path = tmp_path_factory.mktemp("nir") / "net.nir"

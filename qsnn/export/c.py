@@ -11,12 +11,12 @@ import torch
 from torch import fx, nn
 
 from qsnn.data.images import normalise
-from qsnn.export.c_layers import layer, pool, sum_over
+from qsnn.export.c_layers import count_pool, layer, pool, sum_over
 from qsnn.export.c_text import whole_type
 from qsnn.export.c_writer import Emit, Value, Writer
 from qsnn.export.gains import alike, limits_of, scores_of
 from qsnn.files import write_atomic
-from qsnn.folded.layers import IntegerInput, IntegerLayer, SumPool
+from qsnn.folded.layers import CountPool, IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
 from qsnn.graph.kinds import CLASSES
 from qsnn.graph.modules import Sum
@@ -120,9 +120,7 @@ def _input(w: Writer, node: fx.Node, module: Any) -> Value:
 
 
 def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
-    inputs = [w.values[n] for n in node.all_input_nodes if n in w.values]
-    if len(inputs) < len(node.all_input_nodes):
-        raise ValueError("it sees a real current")
+    inputs = w.inputs(node)
     ranges, deferred = [v.range for v in inputs], w.firing == "deferred"
     shape, place = inputs[0].shape, len(w.layers)
     found = limits_of(module, ranges, w.timesteps, w.firing, shape)
@@ -166,9 +164,9 @@ def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
 
 
 def _readout(w: Writer, node: fx.Node, module: Any) -> None:
-    inputs = [w.values[n] for n in node.all_input_nodes if n in w.values]
-    if not w.readout(node) or len(inputs) < len(node.all_input_nodes):
-        raise ValueError(REFUSED["Current"] if not w.readout(node) else "it sees a real current")
+    if not w.readout(node):
+        raise ValueError(REFUSED["Current"])
+    inputs = w.inputs(node)
     shape = w.shape(node)
     if len(shape) != 1:
         raise ValueError(f"expected one vector of logits, got {shape}")
@@ -215,6 +213,7 @@ EMIT: dict[type, Emit] = {
     PlusMinus: _plus_minus,
     Repeat: _repeat,
     Sum: sum_over,
+    CountPool: count_pool,
 }
 """What writes each kind of module; a kind is found by its exact type."""
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import fx
 
-from qsnn.export.c_text import POOL, packed
+from qsnn.export.c_text import POOL, packed, whole_type
 from qsnn.export.c_writer import Value, Writer
 from qsnn.export.gains import weighted_range
 from qsnn.folded.layers import SumPool
@@ -149,6 +150,36 @@ def _windows(w: Writer, source: Value, shape: tuple[int, ...], sides: list[tuple
         text = text.replace(f"@{name}@", str(value))
     w.program.body += text.splitlines()
     return new
+
+
+def count_pool(w: Writer, node: fx.Node, module: Any) -> Value:
+    """Means over windows of several sizes, times their least common multiple: each sum times a whole number.
+
+    Raises:
+        ValueError: an adaptive pool, whose windows overlap irregularly, or more than two dimensions.
+    """
+    inner, source, shape = module.pool, w.stored(w.source(node)), w.shape(node)
+    dims = len(shape) - 1
+    if dims > 2 or not hasattr(inner, "kernel_size"):
+        raise ValueError(
+            "only average pools over one or two dimensions, and adaptive ones of equal windows, are written"
+        )
+    sides = [as_tuple(getattr(inner, name), dims) for name in ("kernel_size", "stride", "padding")]
+    sums = _windows(w, source, shape, [*sides, (1,) * dims], True)
+    ones = torch.ones(1, 1, *source.shape[1:], dtype=torch.float64)
+    kernel, stride, padding = sides
+    inside = F.pad(ones, [p for pad in reversed(padding) for p in (pad, pad + max(kernel) * max(stride))])
+    counts = inside
+    for axis in range(dims):
+        counts = counts.unfold(2 + axis, kernel[axis], stride[axis]).narrow(2 + axis, 0, shape[1 + axis])
+    counts = counts.flatten(2 + dims).sum(-1)
+    factors = (module.multiple * inner(ones) / counts).round().numpy().astype(np.int64).reshape(-1)
+    if (factors == 1).all():
+        return sums
+    name = w.program.table(f"share{len(w.program.tables)}", factors, whole_type(0, factors.max()))
+    low, high = (x * int(factors.max()) for x in (sums.low, sums.high))
+    new = w.written(shape, low, high, [replace(sums, times=1)], f"a0 * {name}[p]")
+    return replace(new, times=sums.times)
 
 
 def sum_over(w: Writer, node: fx.Node, module: Any) -> Value:

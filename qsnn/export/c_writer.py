@@ -133,12 +133,11 @@ class Writer:
             if node.all_input_nodes[0] in self.values:
                 raise ValueError("its last layer gives no current of integers")
         elif isinstance(module, Add):
-            parts = [self.values[n] for n in node.all_input_nodes]
-            parts = parts * 2 if len(parts) == 1 else parts  # x + x
+            parts = self.inputs(node)
             low, high = (np.asarray(sum(p.range[i] for p in parts)) for i in (0, 1))
             self.values[node] = self.written(parts[0].shape, low, high, parts, "a0 + a1")
         elif isinstance(module, Concat) and module.dim == 1:
-            self.values[node] = self.joined([self.values[n] for n in node.all_input_nodes], self.shape(node))
+            self.values[node] = self.joined(self.inputs(node), self.shape(node))
         elif does(module) == "moves":
             source = self.stored(self.source(node))
             at = module(self.places(source))  # type: ignore[misc]
@@ -155,6 +154,17 @@ class Writer:
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Shape of a node's value for one image and step, (C, *)."""
         return tuple(self.found[node].shape[1:])
+
+    def inputs(self, node: fx.Node) -> list[Value]:
+        """What a node reads, in order; a value may come twice.
+
+        Raises:
+            ValueError: one of them is real.
+        """
+        sources = [n for n in node.args if isinstance(n, fx.Node)]
+        if any(n not in self.values for n in sources):
+            raise ValueError("it sees a real current")
+        return [self.values[n] for n in sources]
 
     def source(self, node: fx.Node) -> Value:
         """What a node of one input reads.
@@ -267,7 +277,7 @@ class Writer:
         if index[0] and (np.diff(index) == 1).all():
             return replace(new, offset=value.offset + int(index[0]) - 1)
         width = "uint16_t" if index.max() < 2**16 else "uint32_t"
-        name = self.program.table(f"from{self.program.step}", index, width)
+        name = self.program.table(f"from{len(self.program.tables)}", index, width)
         new = self.buffered(new)
         old = self.start(value, True)
         taken = f"{name}[c * {new.area} + p]"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import fx
 
 from qsnn.export.gains import limits_of, weighted_range
 from qsnn.export.nir_graph import Emit, Graph, Value
@@ -18,7 +18,7 @@ from qsnn.files import write_atomic
 from qsnn.folded.layers import IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
 from qsnn.folded.terms import sides as as_tuple
-from qsnn.graph.modules import Add, View
+from qsnn.graph.modules import Add, Concat, Sum
 from qsnn.graph.recipe import input_shape_of
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import Repeat
@@ -116,10 +116,68 @@ def _added(graph: Graph, node: fx.Node, module: Any) -> Value:
     return replace(first, names=[*first.names, name], low=first.low + second.low, high=first.high + second.high)
 
 
-def _flattened(graph: Graph, node: fx.Node, module: Any) -> Value:
+def _placed(graph: Graph, node: fx.Node, value: Value, weight: np.ndarray, stride: tuple[int, int], first: bool) -> str:
+    """Channels put to other places by a convolution of 1x1 (O, I); the relays pass through the first one alone."""
+    shape = graph.shapes[node]
+    moves = {"stride": stride, "padding": (0, 0), "dilation": (1, 1)}
+    whole = _channels([], shape, value.low, value.high, (weight[..., None, None], moves, value))
+    zero = np.zeros(shape[0])
+    return graph.linear(node.name, whole, np.ones(1), zero if first else None, zero)
+
+
+def _channels(names: list[str], shape: tuple[int, ...], low: np.ndarray, high: np.ndarray, layer: Any = None) -> Value:
+    return Value(names, shape, low, high, (shape[0], shape[0] + 1), shape[0] + RELAYS, layer)
+
+
+def _joined(graph: Graph, node: fx.Node, module: Any) -> Value:
+    parts = [graph.values[n] for n in node.args if isinstance(n, fx.Node)]
+    if module.dim != 1 or any(part.layer is not None or len(part.shape) != 3 for part in parts):
+        raise ValueError("only maps of spikes are joined, channel by channel")
+    names, place = [], 0
+    for part in parts:
+        weight = np.zeros((graph.shapes[node][0], part.shape[0]))
+        weight[place : place + part.shape[0]] = np.eye(part.shape[0])
+        names.append(_placed(graph, node, part, weight, (1, 1), first=place == 0))
+        place += part.shape[0]
+    low, high = min(int(p.low.min()) for p in parts), max(int(p.high.max()) for p in parts)
+    return _channels(names, graph.shapes[node], np.array([min(low, 0)]), np.array([max(high, 0)]))
+
+
+def _moved(graph: Graph, node: fx.Node, module: Any) -> Value:
+    """Channels chosen, put in another order or beside zeros, and every k-th pixel; all else has no node in NIR."""
+    value, shape = graph.source(node), graph.shapes[node]
+    if len(shape) == 1:
+        return _flattened(graph, node, module)
+    if len(shape) == len(value.shape) == 3:
+        before = torch.arange(1.0, int(np.prod(value.shape)) + 1, dtype=torch.float64).view(1, *value.shape)
+        after = module(before)
+        stride = tuple(-(-a // b) for a, b in zip(value.shape[1:], shape[1:], strict=True))
+        chosen = before[0, :, :: stride[0], :: stride[1]]
+        same = chosen.shape[1:] == after.shape[2:] and len(after) == 1
+        weight = (after[0, :, None] == chosen[None]).flatten(2).all(2).double().numpy() if same else np.zeros((1, 1))
+        if same and bool(((weight.sum(1) == 1) | (after[0] == 0).flatten(1).all(1).numpy()).all()):
+            name = _placed(graph, node, value, weight, (stride[0], stride[1]), first=True)
+            low, high = np.array([min(int(value.low.min()), 0)]), np.array([max(int(value.high.max()), 0)])
+            return _channels([name], shape, low, high)
+    raise ValueError("it moves values in a way that is no choice of channels and pixels")
+
+
+def _summed(graph: Graph, node: fx.Node, module: Any) -> Value:
     value = graph.source(node)
+    if len(value.shape) != 3 or sorted(module.dims) != [2, 3]:
+        raise ValueError("only all pixels of a channel are summed")
+    side = value.shape[1:]
+    found = _sum_pool(graph, f"{node.name}_pool", value, SumPool(side, side, (0, 0)), (value.shape[0], 1, 1))
+    return found if module.keepdim else _flat(graph, node, found)
+
+
+def _flattened(graph: Graph, node: fx.Node, module: Any) -> Value:
     if len(graph.shapes[node]) != 1:
         raise ValueError("only all of an image is flattened")
+    return _flat(graph, node, graph.source(node))
+
+
+def _flat(graph: Graph, node: fx.Node, value: Value) -> Value:
     if len(value.shape) == 1:
         return value
     area = int(np.prod(value.shape[1:]))
@@ -147,7 +205,9 @@ def _layer(graph: Graph, node: fx.Node, module: Any) -> Value:
     if module.weight.dtype != torch.int8:
         raise ValueError(f"weights of {module.weight_bits} bit; at most 8 are written")
     source, weight = graph.source(node), module.integers.cpu().numpy()
-    if weight.ndim == 3 or type(module) is not IntegerLayer or (weight.ndim == 2) != (len(source.shape) == 1):
+    if "output_padding" in module.options:
+        raise ValueError("NIR has no transposed convolution")
+    if weight.ndim in (3, 5) or type(module) is not IntegerLayer or (weight.ndim == 2) != (len(source.shape) == 1):
         raise ValueError("only 2-d convolutions, and linear layers of a vector, are written")
     moves = {key: (1, 1) for key in ("stride", "dilation")} | {"padding": (0, 0)}
     if weight.ndim == 2:
@@ -173,21 +233,25 @@ def _layer(graph: Graph, node: fx.Node, module: Any) -> Value:
 
 
 def _pool(graph: Graph, node: fx.Node, module: Any) -> Value:
-    source, shape = graph.source(node), graph.shapes[node]
-    if len(shape) != 3:
+    if len(graph.shapes[node]) != 3:
         raise ValueError("only 2-d pooling is written")
+    return _sum_pool(graph, str(node.target), graph.source(node), module, graph.shapes[node])
+
+
+def _sum_pool(graph: Graph, name: str, source: Value, module: SumPool, shape: tuple[int, ...]) -> Value:
     weight = np.eye(shape[0]).reshape(shape[0], shape[0], 1, 1) * np.ones((1, 1, *module.kernel))
     moves = {"stride": module.stride, "padding": module.padding, "dilation": (1, 1)}
     low, high = weighted_range(weight.reshape(shape[0], -1), source.low, source.high)
-    value = Value([], shape, low, high, (shape[0], shape[0] + 1), shape[0] + RELAYS, (weight, moves, source))
+    value = _channels([], shape, low, high, (weight, moves, source))
     zero = np.zeros(shape[0])
-    return replace(value, names=[graph.linear(str(node.target), value, np.ones(1), zero, zero)], layer=None)
+    return replace(value, names=[graph.linear(name, value, np.ones(1), zero, zero)], layer=None)
 
 
 def _neuron(graph: Graph, node: fx.Node, module: Any) -> Value:
-    inputs = [graph.values[n] for n in node.all_input_nodes if n in graph.values]
-    if len(inputs) < len(node.all_input_nodes):
+    sources = [n for n in node.args if isinstance(n, fx.Node)]
+    if any(n not in graph.values for n in sources):
         raise ValueError("it sees a real current")
+    inputs = [graph.values[n] for n in sources]
     ranges = [(v.low, v.high) for v in inputs]
     shape, channels = inputs[0].shape, inputs[0].shape[0]
     found = limits_of(module, ranges, graph.timesteps, "online", shape)
@@ -240,8 +304,9 @@ EMIT: dict[Any, Emit] = {
     CurrentIF: _neuron,
     Current: _readout,
     Add: _added,
-    nn.Flatten: _flattened,
-    View: _flattened,
+    Concat: _joined,
+    Sum: _summed,
+    "moves": _moved,
     Repeat: lambda graph, node, module: graph.values[node.all_input_nodes[0]],
 }
-"""What writes each kind of module, by its exact type, and each function."""
+"""What writes each kind of module: by its exact type, else by what it does."""

@@ -43,7 +43,7 @@ class Graph:
     image: tuple[int, ...]
     timesteps: int
     emit: dict[Any, Emit]
-    """What writes each kind of module, by its exact type, and each function."""
+    """What writes each kind of module: by its exact type, else by what it does."""
     nodes: dict[str, Any] = field(default_factory=dict)
     edges: list[tuple[str, str]] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
