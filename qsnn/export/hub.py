@@ -72,6 +72,7 @@ def from_pretrained(
     token: str | bool | None = None,
     local_files_only: bool = False,
     force_download: bool = False,
+    **load_options: Any,
 ) -> nn.Module:
     """Load a model from the hub, or from a folder that :func:`save_pretrained` wrote; bit-equal to what was saved.
 
@@ -79,6 +80,7 @@ def from_pretrained(
         name: "user/name" on the hub, or a folder.
         revision: branch, tag or commit.
         cache_dir, token, local_files_only, force_download: as in ``huggingface_hub.hf_hub_download``.
+        load_options: of :func:`qsnn.load`.
     Raises:
         ImportError: huggingface_hub is missing.
         ValueError: the model was not written by qsnn, or its parts contradict each other.
@@ -89,8 +91,8 @@ def from_pretrained(
         _config(Path(name) / CONFIG)  # the mixin itself would only warn of a folder without one
     elif Path(name).exists():
         raise ValueError(f"{name} is a file, expected a folder or a name on the hub; use qsnn.load for a file")
-    options = dict(
-        revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
+    options: dict[str, Any] = dict(
+        load_options=load_options, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
         force_download=force_download,
     )  # fmt: skip
     try:
@@ -151,7 +153,7 @@ def _mixin() -> Any:
 
         @classmethod
         def _from_pretrained(cls, *, model_id: str, revision: Any, cache_dir: Any, force_download: bool,
-                             local_files_only: bool, token: Any, **more: Any) -> Any:  # fmt: skip
+                             local_files_only: bool, token: Any, load_options: dict[str, Any], **more: Any) -> Any:  # fmt: skip
             def fetched(name: str) -> Path:
                 if Path(model_id).is_dir():
                     return Path(model_id) / name
@@ -161,7 +163,7 @@ def _mixin() -> Any:
                 ))  # fmt: skip
 
             config = _config(fetched(constants.CONFIG_NAME))
-            model = load(fetched(WEIGHTS))
+            model = load(fetched(WEIGHTS), **load_options)
             found = recipe_of(model).get("sha256")
             if found != config.get("sha256"):
                 raise ValueError(f"{model_id}: {WEIGHTS} is not the file that {CONFIG} names; fetch it again")
