@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("qsnn.cli.commands", "Train a spiking student of few time steps against a teacher."),
     "fold": ("qsnn.cli.commands", "Turn a spiking network into its integer form."),
     "benchmark": (
-        "qsnn.cli.commands",
+        "qsnn.cli.benchmark",
         "Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.",
     ),
     "info": ("qsnn.cli.commands", "Print what a checkpoint holds: how it was made, from what, and what it weighs."),
