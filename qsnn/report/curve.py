@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.measure.benchmark import Benchmark
-from qsnn.report.terminal import shown_steps
+from qsnn.report.terminal import shown, shown_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +75,9 @@ def _curve(
     margin = 0.2 * max(top - low_end, 1.0)
     floor = max(0.0, low_end - margin)
     axes.set_ylim(floor, min(100.0, top + margin) + margin / 6)
-    below = [f"↓ {r.name}, T = {steps[0]}: {a:.1f} %" for r in spiking for a in r.accuracy if a < floor]
+    below = [
+        f"↓ {r.name}, T = {steps[0]}: {shown(a, 'short accuracy')} %" for r in spiking for a in r.accuracy if a < floor
+    ]
     box = {"facecolor": _PAPER, "edgecolor": "none", "pad": 2}
     axes.text(0.02, 0.03, "\n".join(below), transform=axes.transAxes, size=8, color=_MUTED, bbox=box, zorder=20)
     axes.set(xlabel="time steps T", ylabel="accuracy [%]", title=title)
@@ -120,6 +122,3 @@ def drawn(results: Sequence[Benchmark], kind: str, paper: str, *options: Any) ->
     with matplotlib.rc_context(_RC):
         _curve(results, *options).savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
     return data.getvalue()
-
-
-
