@@ -12,11 +12,12 @@ from spikingjelly.activation_based import base
 from torch import Tensor, nn
 
 from qsnn.data.images import batches, summed
+from qsnn.data.memory import LiveMemory, batch_within, keep_freed_memory
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of
 from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import interval
-from qsnn.measure.counting import Counter, LiveMemory
+from qsnn.measure.counting import Counter
 from qsnn.measure.energy import Estimate, LayerCost, estimates
 from qsnn.measure.summary import LayerSummary, Summary, summary
 from qsnn.measure.tally import MARGINS, Exit, Tally
@@ -101,7 +102,7 @@ def benchmark(
     name: str | None = None,
     reference: nn.Module | None = None,
     exit_margin: float | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
 ) -> Benchmark:
     r"""Measure accuracy for every T and what it costs, in one pass over the data.
 
@@ -118,13 +119,16 @@ def benchmark(
         reference: a model whose answers are compared (the QANN, usually).
         exit_margin: also answer early: an image stops after the first step at which the two largest probabilities of
             the running answer differ by at least so much [0, 1]; accuracy and mean T at a range of margins.
-        batch_size: images a call.
+        batch_size: images a call; by default up to 250, as many as fit into 1 GiB.
     Raises:
         ValueError: T < 1, no images, or a margin outside [0, 1] or of a network that has no steps.
     """
     started = time.perf_counter()
+    keep_freed_memory()
     run = _Run(model, timesteps, firing)
     margins = _margins(exit_margin, run)
+    if batch_size is None:
+        batch_size = batch_within(run.uncounted, loader, 250, device=device_of(model))
     tally = Tally(margins, len(run.steps), run.steps.index(run.own) if run.steps else 0)
     for images, labels in batches(loader, batch_size, device=device_of(model)):
         tally.add(run.answers(images), images, labels, reference)
@@ -205,11 +209,22 @@ class _Run:
 
     def answers(self, images: Tensor) -> Tensor:
         """The answer after each T, (len(steps) or 1, B, K); spikes and operations are counted."""
-        if self.counter is None:
+        return self._answers(images, self.counter)
+
+    def uncounted(self, images: Tensor) -> Tensor:
+        """The same in the same memory, but nothing that is counted stays."""
+        before = [(neuron, neuron.overflows) for neuron in self._held()]
+        found = self._answers(images, None if self.counter is None else Counter(self.network))
+        for neuron, count in before:
+            neuron.overflows = count
+        return found
+
+    def _answers(self, images: Tensor, counter: Counter | None) -> Tensor:
+        if counter is None:
             return self.call(images, 0).unsqueeze(0)
         found = []
         for t in sorted(set(self.passes.values())):
-            with self.counter.counting(t):
+            with counter.counting(t):
                 found.append(self.call(images, t, self.firing))
         return torch.cat(found)
 
@@ -220,8 +235,12 @@ class _Run:
 
     def overflows(self) -> int | None:
         """Potentials that did not fit into their bits; None where no bits are set."""
-        neurons: list[Any] = [m for m in self.network.modules() if _state_kind(m)]
+        neurons = self._held()
         return sum(neuron.overflows for neuron in neurons) if neurons else None
+
+    def _held(self) -> list[Any]:
+        """The neurons whose membranes have few bits."""
+        return [m for m in self.network.modules() if _state_kind(m)]
 
 
 def _as_measured(model: nn.Module, timesteps: int) -> nn.Module:
