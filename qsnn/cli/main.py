@@ -118,11 +118,11 @@ def _without_foreign_warnings() -> None:
     SpikingJelly imports torch.utils.cpp_extension, which logs it on import, for people who compile extensions. qsnn
     compiles none, and says itself when a GPU is asked for that is not there.
     """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_wanted)
 
-    def wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No CUDA runtime is found")
 
-    logging.getLogger("torch.utils.cpp_extension").addFilter(wanted)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 # ---- parsing

@@ -120,7 +120,7 @@ class LiveMemory(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         known = self._holders.get(key)
         if known is None and tensor._is_view():
-            return  # of something that was there before
+            return  # a view of memory that was there before
         self._holders[key] = (known or 0) + 1
         if known is None:
             self.now += size

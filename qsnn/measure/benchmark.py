@@ -36,7 +36,7 @@ class Benchmark:
     timesteps: tuple[int, ...]
     """The T's measured; () for an ANN."""
     accuracy: tuple[float, ...]
-    """Right answers [%], one a T; one number for an ANN."""
+    """Right answers [%], one number for each T; one for an ANN."""
     firing: str | None
     """"online" or "deferred"; None for an ANN."""
     made_for: int
@@ -46,11 +46,11 @@ class Benchmark:
     spike_rate: float | None
     """The same over all neurons."""
     spike_rate_by_t: tuple[float, ...]
-    """The same, one a T."""
+    """The same for each T."""
     synops: float | None
     """Spike-driven accumulates per image."""
     synops_by_t: tuple[float, ...]
-    """The same, one a T."""
+    """The same for each T."""
     layers: tuple[LayerCost, ...]
     """What each layer with weights does for one image."""
     macs: float
@@ -63,21 +63,21 @@ class Benchmark:
     state_bytes: int
     """Membranes of one image [byte]."""
     peak_bytes: int
-    """Most memory of tensors at one time, while one image is answered, without the parameters [byte]."""
+    """The most that tensors take at one time while one image is answered, without the parameters [byte]."""
     latency_ms: float
     """Median time to answer one image [ms]."""
     throughput: float
     """Images a second, in batches."""
     energy: tuple[Estimate, ...]
-    """Three estimates, which belong together."""
+    """Three estimates, which are only to be shown together."""
     exits: tuple[Exit, ...]
     """Early exit at several margins, the asked one first; () where it was not asked for."""
     confusion: list[list[int]] | None
     """Rows: label; columns: answer; at the T the model is made for."""
     agreement: tuple[float, ...] | None
-    """Answers equal to the reference's [%], one a T."""
+    """Answers equal to the reference's [%], one number for each T."""
     overflows: int | None
-    """Potentials that did not fit into the membrane's bits, over all steps run; None where it is float."""
+    """Potentials that did not fit into the bits of a membrane, counted over every step that was run; None for float."""
     seconds: float
     """Time of the whole measurement [s]."""
 
@@ -295,7 +295,7 @@ def _runs(layer: LayerSummary, run: _Run) -> int:
 
 
 def _time(run: _Run, images: Tensor, repeats: int) -> float:
-    """Median time of a call at the T that the network is made for, after one that does not count [s]."""
+    """Median time of a call at the T that the network is made for; the first call warms up and is left out [s]."""
     seconds = []
     for _ in range(repeats + 1):
         if images.is_cuda:

@@ -34,7 +34,7 @@ class LayerCost:
     synops: float
     """Accumulates that spikes drive."""
     dense_macs: float
-    """Multiply-accumulates of the layer in the network that is not spiking."""
+    """Multiply-accumulates of the layer in the same network without spikes."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Estimate:
     microjoules: float | None
     """[µJ] an image; None for what is a ratio."""
     ratio: float | None
-    """To the same network that is not spiking, with the same levels and weights [1]; None where nothing spikes."""
+    """Of this energy to that of the same network without spikes, same levels and weights [1]; None for an ANN."""
     break_even: float | None
     """Spike rate at which the ratio would be 1 [spikes a neuron and step]; None where there is none."""
     source: str
@@ -108,10 +108,10 @@ def estimates(
 
     Args:
         layers: what each layer does.
-        spike_rate: spikes a neuron and step; None: nothing spikes.
+        spike_rate: spikes per neuron and step [1]; None for an ANN.
         neuron_updates: neurons times steps.
         state_bits: of a membrane [bit]; default 16.
-        level_bits: of an activation of the same network that is not spiking [bit].
+        level_bits: of an activation in the same network without spikes [bit].
     Source:
         Horowitz, ISSCC 2014; counting as Dampfhoffer et al., "Are SNNs Really More Energy-Efficient Than ANNs? ...",
         IEEE TETCI 2022.
@@ -146,12 +146,12 @@ def estimates(
 
 
 def _by_precision(layers: Sequence[LayerCost], state: int, levels: int | None) -> tuple[float, float, float]:
-    """MACs, synops, and the MACs of the network that is not spiking, at their bits, with the memory they read [pJ].
+    """MACs, synops, and the MACs of the same network without spikes, at their bits, with the memory they read [pJ].
 
     Args:
         layers: what each layer does.
         state: of a membrane [bit].
-        levels: of an activation in the network that is not spiking, where this one has spikes [bit]; None: it has none.
+        levels: of an activation there, where this network has a spike [bit]; None for an ANN.
     """
     static = driven = dense = 0.0
     for layer in layers:
@@ -164,5 +164,5 @@ def _by_precision(layers: Sequence[LayerCost], state: int, levels: int | None) -
 
 
 def _break_even(spike_rate: float | None, fixed: float, moving: float, target: float) -> float | None:
-    """The spike rate at which fixed + moving energy, the latter in proportion to the rate, would be the target."""
+    """The spike rate at which the energy would be ``target``: ``fixed`` stays, ``moving`` grows with the rate."""
     return spike_rate * (target - fixed) / moving if spike_rate and moving and target > fixed else None

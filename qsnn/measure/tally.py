@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qsnn.data.images import summed
 
 MARGINS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-"""Leads at which early exit is drawn [1]."""
+"""Leads of the class in front at which early exit is measured, besides the one asked for [1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def _left(answers: Tensor, classes: Tensor, labels: Tensor, margins: tuple[float
 
 
 def _confused(total: Tensor | None, labels: Tensor, answers: Tensor) -> Tensor:
-    """The confusion matrix with a batch more; it grows with the largest class seen."""
+    """The confusion matrix after one batch more; it grows where a larger class is seen."""
     size = max(int(labels.max()), int(answers.max())) + 1
     size = size if total is None else max(size, len(total))
     counts = torch.bincount(labels * size + answers, minlength=size * size).reshape(size, size)

@@ -1,4 +1,4 @@
-"""What a person looks at: the accuracy curve, and one HTML page that needs no other file."""
+"""The report: one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _inline_curve(results: Sequence[Benchmark]) -> str:
 
 
 def _html(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kind: str = "") -> str:
-    """A table of HTML cells, a name first in each row, in a box that scrolls; a cell may bring its own <td>."""
+    """An HTML table in a box that scrolls; each row starts with its name, and a cell may bring a <td> of its own."""
     top = f"<thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead>" if head else ""
     body = ""
     for name, *cells in rows:
@@ -87,7 +87,7 @@ def _results(results: Sequence[Benchmark]) -> str:
 
 
 def _rates(results: Sequence[Benchmark]) -> str:
-    """Bars: spikes a neuron and step, by layer; models that name their layers alike stand side by side."""
+    """Spikes per neuron and step as bars, one row for each layer, one column for each model with the same layers."""
     layers = _headline_model(results).spike_rates
     alike = [r for r in results if layers and set(r.spike_rates) == set(layers)]
     full = max([rate for r in alike for rate in r.spike_rates.values()], default=0) or 1
@@ -100,7 +100,7 @@ def _rates(results: Sequence[Benchmark]) -> str:
 
 
 def _energy(results: Sequence[Benchmark]) -> str:
-    """Three estimates a model, side by side; below them what each assumes, and where it comes from."""
+    """The three estimates of each model side by side; below them what each assumes, and where it comes from."""
     names = [estimate.name for estimate in results[0].energy]
     of = {name: "QANN" if name == names[-1] else "ANN" for name in names}
     if not names:
@@ -139,7 +139,7 @@ def _costs(results: Sequence[Benchmark]) -> str:
 
 
 def _agreement(results: Sequence[Benchmark]) -> str:
-    """A row a T, a column a model: narrow screens are higher than wide."""
+    """Answers equal to the QANN's: a row for each T, a column for each model (narrow screens have room below)."""
     columns = {r.name: dict(zip(r.timesteps, r.agreement, strict=True)) for r in results if r.timesteps and r.agreement}
     steps = sorted({t for found in columns.values() for t in found})
     rows = [[f"T = {t}", *(f"{shown(c[t], 'accuracy')} %" if t in c else "" for c in columns.values())] for t in steps]
@@ -147,7 +147,7 @@ def _agreement(results: Sequence[Benchmark]) -> str:
 
 
 def _early(results: Sequence[Benchmark]) -> str:
-    """A row a margin; for each model the mean T and the accuracy."""
+    """A row for each margin; in it the accuracy and the mean T of each model."""
     leaving = [{e.margin: e for e in r.exits} for r in results if r.exits]
     margins = sorted({margin for exits in leaving for margin in exits})
     rows = []
@@ -167,7 +167,7 @@ def _confusion(matrix: list[list[int]]) -> str:
         return _html([[f"{i} → {k}", f"{n} images"] for n, i, k in sorted(wrong, reverse=True)[:12]])
     rows = []
     for i, row in enumerate(matrix):
-        # the root makes a single mistake visible beside the diagonal
+        # the square root of the share: in proportion, a single mistake would be too pale to see beside the diagonal
         shade = [f"var(--c{int(i != k)}) {60 * (n / max(1, sum(row))) ** 0.5:.0f}%" for k, n in enumerate(row)]
         cell = '<td style="background:color-mix(in srgb,{},transparent)">{}</td>'
         rows.append([str(i), *(cell.format(s, n or "") for s, n in zip(shade, row, strict=True))])
@@ -210,7 +210,7 @@ def write_report(
     Args:
         path: the file, written whole or not at all.
         title: what was run, e.g. "vgg-small on digits".
-        results: one a model, in the order of the flow; at least one.
+        results: one for each model, in the order of the flow; at least one.
         certificate: the text of ``certify``; like ``stages``, None leaves the section out.
         config: every setting; nested dicts are flattened.
         environment: ``records.environment()``.

@@ -24,9 +24,9 @@ from qsnn.training.resume import Epoch, Progress, read_state, save_state
 from qsnn.training.tensorboard import Board
 
 CHECKPOINT_SECONDS = 300.0
-"""A run with a ``resume`` file writes its state after each epoch, and within one at the latest after so long [s]."""
+"""A run with a ``resume`` file writes its state after each epoch, and within a long one every so many seconds [s]."""
 DIVERGED = 100.0
-"""A loss so many times that of the first epoch stops a run [1]."""
+"""A run stops where its loss is so many times the mean loss of its first epoch [1]."""
 
 Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | dict[str, Tensor]"]
 """(model, images, labels) -> the loss, or its weighted terms by name."""
@@ -96,7 +96,7 @@ def fit(
     tensorboard: str | Path | None = None,
     label: str = "train",
 ) -> list[Epoch]:
-    r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` an epoch.
+    r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` for each.
 
     The loss is the cross entropy, or with a teacher
     :math:`(1-\lambda)\,CE + \lambda\,\tau^2\,KL(p_\tau^{teacher}\,\|\,p_\tau)`, or ``loss(model, images, labels)``.
