@@ -276,7 +276,7 @@ class _Loss:
         matched = matches(model.loop, config.rate_layers) if config.rate_weight else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight
-        seen, targets, taught = summed(images), [], None
+        seen, targets, taught = summed(images, self.teachers[0] if self.teachers else model.teacher), [], None
         with recorded(layers) as activations:
             if model.teacher is not None:
                 taught = model.teacher(seen)

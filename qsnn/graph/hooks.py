@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-See = Callable[[str, nn.Module, "tuple[Any, ...]", Any], Any]
-"""(name, module, inputs, output), after a call of the module; what it returns, unless None, replaces the output."""
+Watcher = Callable[[str, Any, Any, Any], Any]
+"""(name, module, positional inputs, output) -> None, or what takes the output's place."""
 
 
 @contextmanager
-def watching(modules: Mapping[str, nn.Module], see: See) -> Iterator[None]:
-    """Call ``see(name, module, inputs, output)`` after every call of one of these modules, while the block runs.
+def watching(modules: dict[str, nn.Module], watcher: Watcher) -> Iterator[None]:
+    """Call ``watcher`` after each call of these modules while the block runs."""
 
-    Args:
-        modules: what is watched, by the name that ``see`` is told.
-        see: may only look, and return None; or return what takes the place of the output.
-    """
+    def hook(name: str) -> Any:
+        return lambda module, args, output: watcher(name, module, args, output)
 
-    def hook_of(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-        return lambda module, inputs, output: see(name, module, inputs, output)
-
-    with ExitStack() as handles:
-        for name, module in modules.items():
-            handles.callback(module.register_forward_hook(hook_of(name)).remove)
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
-def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect by name what these modules give out while the block runs; of several calls the last."""
+def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect what these modules give out while the block runs; of several calls the last."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         found[name] = output
 
     with watching(modules, keep):
@@ -43,12 +40,23 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect by name the first input of these modules while the block runs; of several calls the last."""
+def recorded_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect the first input of these modules while the block runs; of several calls the last."""
     found: dict[str, Tensor] = {}
 
-    def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        found[name] = inputs[0]
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        found[name] = args[0]
 
     with watching(modules, keep):
         yield found
+
+
+@contextmanager
+def kept_modes(*models: nn.Module) -> Iterator[None]:
+    """Give every module of these networks its own training flag back after the block: frozen layers stay frozen."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

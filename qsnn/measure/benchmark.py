@@ -204,7 +204,7 @@ class _Run:
         options: dict[str, Any] = {"timesteps": steps} if steps else {}
         if firing is not None and isinstance(self.network, SNN):
             options["firing"] = firing
-        answers: Tensor = self.network(images if steps else summed(images), **options)
+        answers: Tensor = self.network(images if steps else summed(images, self.network), **options)
         return answers
 
     def answers(self, images: Tensor) -> Tensor:

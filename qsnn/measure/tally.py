@@ -56,7 +56,7 @@ class Tally:
         classes = answers.argmax(-1)
         self.right += (classes == labels).sum(1).cpu()
         if reference is not None:
-            self.agreeing += (classes == reference.eval()(summed(images)).argmax(1)).sum(1).cpu()
+            self.agreeing += (classes == reference.eval()(summed(images, reference)).argmax(1)).sum(1).cpu()
         self.left += _left(answers, classes, labels, self.margins)
         self.confusion = _confused(self.confusion, labels.cpu(), classes[self.at].cpu())
         self.first_batch = images if self.first_batch is None else self.first_batch
