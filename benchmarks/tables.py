@@ -174,16 +174,22 @@ def study_table(name: str, records: Sequence[Record], model: str = "study") -> s
     text = made or (metrics_table(dict(study.titles), rows) if study.titles and rows else "")
     if not text:
         return ""
+    return f"{text}\n\n{f'{study.note} '.lstrip()}{study_line(study, rows, model)}"
+
+
+def study_line(study: studies.Study, rows: Sequence[Record], model: str) -> str:
+    """The line below a study's table or above its figure: command, setting, images, seeds, device, commit."""
     setting = rows[0].config["setting"]
     images = "all" if setting["train_images"] is None else f"{setting['train_images']:,}"
     data = "several data sets" if setting["data"] == "all" else setting["data"]
-    command = " ".join(["python benchmarks/study.py", name, *study.options.split()])
+    command = " ".join(["python benchmarks/study.py", study.name, *study.options.split()])
     words = [
         f"`{command}{'' if model == 'study' else f' --model {model}'}`",
         f"{data}, {setting['model']} net, {images} training images, {setting['epochs']} epochs a stage",
-        images_of(rows), seeds_of(rows), "± standard deviation", world(rows),
+        images_of(rows), seeds_of(rows), *(["± standard deviation"] if len({r.seed for r in rows}) > 1 else []),
+        world(rows),
     ]  # fmt: skip
-    return f"{text}\n\n{study.note} {'; '.join(words)}.".replace("\n\n ", "\n\n")
+    return f"{'; '.join(words)}."
 
 
 def answer_of(name: str, records: Sequence[Record]) -> str:
@@ -207,7 +213,7 @@ def all_studies(records: Sequence[Record]) -> str:
         tables = [study_table(name, records, model) for model in models]
         parts += [f"### {name}", f"**{study.question}** {said or EMPTY}", *filter(None, tables)]
         if said and not any(tables):
-            parts.append(f"`python benchmarks/study.py {name}`; {world(whole(name, records))}.")
+            parts.append(study_line(study, whole(name, records), "study"))
         if said and study.figure:
             parts.append(f"![{name}](figures/study-{name}.svg)")
     return "\n\n".join(parts)
@@ -286,7 +292,7 @@ def throughput_table(records: Sequence[Record]) -> str:
         ]  # fmt: skip
         head = ["one training step of 128 images", "float [ms]", "W4/L2 [ms]", "ratio"]
         words = "`python benchmarks/throughput.py --only qat`; medians of steps taken in turns"
-        parts += [grid(head, rows), f"{words}; {world(qat)}."]
+        parts += [grid(head, rows), f"{words}; {seeds_of(qat)}; {world(qat)}."]
     if steps:
         rows = []
         for m, model in ((r.metrics, r.config["model"]) for r in steps):
@@ -304,7 +310,7 @@ def throughput_table(records: Sequence[Record]) -> str:
             "`python benchmarks/throughput.py --only distill`; the same Brevitas weights; memory beyond that of the "
             "idle process, both channels-last"
         )
-        parts += [grid(head, rows), f"{words}; {world(steps)}."]
+        parts += [grid(head, rows), f"{words}; {seeds_of(steps)}; {world(steps)}."]
     for r in curves:
         m = r.metrics
         rows = [
@@ -312,9 +318,9 @@ def throughput_table(records: Sequence[Record]) -> str:
             ["qsnn, one pass", number(m["qsnn"], 1), number(m["qsnn / spikingjelly"])],
             ["the convolutions alone", number(m["convolutions"], 1), number(m["convolutions / spikingjelly"])],
         ]
-        words = f"{r.n:,} images of {r.data}, {r.config['model']} net, float weights, in turns; {world([r])}."
+        words = f"{r.n:,} images of {r.data}, {r.config['model']} net, float weights, in turns; {seeds_of([r])}"
         parts.append(grid(["accuracy for every T = 1..32", "time [s]", "of SpikingJelly's loop"], rows))
-        parts.append(f"`python benchmarks/throughput.py --only curve`; {words}")
+        parts.append(f"`python benchmarks/throughput.py --only curve`; {words}; {world([r])}.")
     return "\n\n".join(parts) or EMPTY
 
 
@@ -382,8 +388,8 @@ def compared(records: Sequence[Record]) -> str:
 
     floats, net = kib("32/32"), by_method["qsnn"]
     rows = [
-        ["float network, trained on for as long", floats, *ann(by_precision["32/32"], "qat")],
-        ["4-bit quantized network (Brevitas), trained on for as long", kib("4/L2"), *ann(by["W4"], "qann on")],
+        ["float network, trained as long as the students", floats, *ann(by_precision["32/32"], "qat")],
+        ["4-bit quantized network (Brevitas), trained as long", kib("4/L2"), *ann(by["W4"], "qann on")],
         ["**qsnn student, 4-bit weights**", kib("4/L2"), *online(by["W4"])],
         ["**qsnn student, 1-bit weights**", kib("1/L2"), *online(by["W1"])],
         ["**qsnn, nothing trained**", floats, *online(net)],
