@@ -29,9 +29,10 @@ WORDS = {
 # --- what a study may ask for -----------------------------------------------------------------------------------------
 
 
-def lines(prefix: str = "T=", title: str = "time steps T") -> Draw:
-    """Accuracy against T, a line a row."""
-    return lambda figure, by: _lines(figure.subplots(), by, prefix, title)
+def lines(names: Mapping[str, str] | None = None) -> Draw:
+    """Accuracy against T, a line a row; ``names``: label -> how the legend calls it."""
+    words = names or {}
+    return lambda figure, by: _lines(figure.subplots(), {words.get(n, n): by[n] for n in by}, "T=", "time steps T")
 
 
 def panels(titles: Mapping[str, str], prefix: str = "strength ") -> Draw:
@@ -76,6 +77,8 @@ def dots(*keys: str) -> Draw:
             axes.errorbar([m for m, _ in found], [list(by).index(label) + 0.12 * index for label in labels],
                           xerr=[s for _, s in found], color=CYCLE[index], marker="osD^v"[index], linestyle="",
                           capsize=2, label=WORDS.get(key, key))  # fmt: skip
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x")
         axes.set_yticks(range(len(by)), list(by))
         axes.invert_yaxis()
         axes.set_xlabel("accuracy [%]")

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import studies
-from lookup import by_label, experiment, flow, newest, of_study, timed, whole
+from lookup import by_label, by_time, experiment, flow, newest, of_study, timed, whole
 
 from qsnn.measure.accuracy import interval
 from qsnn.report.records import Record
@@ -270,11 +270,12 @@ def peers_table(records: Sequence[Record]) -> str:
             if best := best_of(library, by, steps):
                 every = (r for name, found in by.items() if name.startswith(f"{short} ") for r in found)
                 lines.append(["", f"best of {library}", "", *best, seconds(every)])
+    recipes = len({r.name.split("/", 2)[2] for r in rows if r.name.split("/", 2)[2].startswith("SJ ")})
     head = ["data, network", "method", "ANN [%]", *(f"T = {t[2:]} [%]" for t in steps), "time [s]"]
     sizes = ", ".join(f"{n:,} images of {data}" for data, n in dict.fromkeys((r.data, r.n) for r in rows))
     words = (
         f"`python benchmarks/peers.py`; test accuracy, mean ± standard deviation over {seeds_of(rows)}; {sizes}; the "
-        f"best of a library's recipes (SpikingJelly 7; snnTorch and Norse, which have no converter, their neurons at "
+        f"best of a library's recipes (SpikingJelly {recipes}; snnTorch and Norse, which have no converter, their neurons at "
         f"two percentiles; Norse's resets to 0) is taken anew in every cell; time to calibrate and to answer up to "
         f"T = {steps[-1][2:]}, qsnn once for each T, of a library the mean of its recipes; {world(rows)}."
     )
@@ -322,6 +323,33 @@ def throughput_table(records: Sequence[Record]) -> str:
         parts.append(grid(["accuracy for every T = 1..32", "time [s]", "of SpikingJelly's loop"], rows))
         parts.append(f"`python benchmarks/throughput.py --only curve`; {words}; {world([r])}.")
     return "\n\n".join(parts) or EMPTY
+
+
+def zoo_table(records: Sequence[Record]) -> str:
+    """What becomes of networks that people bring: what each stage says, the refusal in its own words, cut if long."""
+    rows = list({r.name: r for r in by_time(records) if r.name.startswith("zoo/")}.values())
+    if not rows:
+        return EMPTY
+    stages = ("quantize", "convert", "fold", "certify", "float error")
+    lines, exact = [], 0
+    for r in rows:
+        cells, words = [], ""
+        for value in (r.metrics.get(stage) for stage in stages):
+            short, _, rest = str(value).partition(": ")
+            words = words or rest
+            cells.append(number(value) if value is None or isinstance(value, float) else short)
+        exact += cells[3] == "EXACT"
+        words = f"{words[:240]}{'…' * (len(words) > 240)}".replace("|", "/")
+        lines.append([r.name.removeprefix("zoo/"), *cells, words])
+    head = ["network", "quantize", "convert", "fold", "certify", "float, T = 16 [1]", "in its own words"]
+    made = next(iter(rows)).config["quantize"]
+    text = (
+        f"{exact} of {len(rows)} EXACT. `python benchmarks/zoo.py`; random weights, scrambled batch norms; "
+        f"{made['weight_bits']}-bit weights, L = {made['levels']}, deferred at T = L; float: root mean square of what "
+        f"the float network's spiking form is off, of the standard deviation of the answers; "
+        f"{rows[0].n} images; {seeds_of(rows)}; {world(rows)}."
+    )
+    return f"{grid(head, lines, left=5)}\n\n{text}"
 
 
 # --- README.md --------------------------------------------------------------------------------------------------------
@@ -387,13 +415,14 @@ def compared(records: Sequence[Record]) -> str:
         return [plus_minus([r.metrics[key] for r in rows]) for key in keys]
 
     floats, net = kib("32/32"), by_method["qsnn"]
+    recipes = sum(name.startswith("SJ ") for name in by_method)
     rows = [
         ["float network, trained as long as the students", floats, *ann(by_precision["32/32"], "qat")],
         ["4-bit quantized network (Brevitas), trained as long", kib("4/L2"), *ann(by["W4"], "qann on")],
         ["**qsnn student, 4-bit weights**", kib("4/L2"), *online(by["W4"])],
         ["**qsnn student, 1-bit weights**", kib("1/L2"), *online(by["W1"])],
         ["**qsnn, nothing trained**", floats, *online(net)],
-        ["best of SpikingJelly's 7 recipes, nothing trained", floats, *best_of("SpikingJelly", by_method, keys)],
+        [f"best of SpikingJelly's {recipes} recipes, nothing trained", floats, *best_of("SpikingJelly", by_method, keys)],
     ]
     head = ["fashion-mnist, test accuracy ± standard deviation", "weights [KiB]", *(f"T = {k[2:]} [%]" for k in keys)]
     words = (
@@ -459,6 +488,7 @@ def cells_ahead(records: Sequence[Record]) -> tuple[int, int]:
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "headline": headline, "compared": compared, "in-short": in_short, "cifar10": cifar10_tables,
     "studies": all_studies, "study-list": study_list, "peers": peers_table, "throughput": throughput_table,
+    "zoo": zoo_table,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import studies
 import study
 import tables
 import torch
+import zoo
 from setting import Setting
 
 import qsnn
@@ -160,3 +161,59 @@ def test_a_row_that_no_study_has_is_refused(monkeypatch, capsys):
         study.main()
     assert stopped.value.code == 2
     assert "readout has no row of median" in capsys.readouterr().err
+
+
+# ---- zoo.py
+
+
+def _tiny() -> torch.nn.Module:
+    return torch.nn.Sequential(zoo._conv(1, 4), torch.nn.Flatten(), torch.nn.Linear(4 * 8 * 8, zoo.CLASSES))
+
+
+def _sure() -> torch.nn.Module:
+    conv, head = torch.nn.Conv2d(1, 4, 3), torch.nn.Linear(144, zoo.CLASSES)
+    return torch.nn.Sequential(conv, torch.nn.Sigmoid(), torch.nn.Flatten(), head)
+
+
+def test_the_zoo_says_exact_or_the_refusal_in_its_own_words(monkeypatch):
+    monkeypatch.setitem(zoo.NETWORKS, "tiny", (_tiny, (1, 8, 8)))
+    monkeypatch.setitem(zoo.NETWORKS, "sure", (_sure, (1, 8, 8)))
+    told: list[dict] = []
+    found = zoo.examine("tiny", tell=lambda so_far: told.append(dict(so_far)))
+    assert [found[stage] for stage in zoo.STAGES[:4]] == ["ok", "ok", "ok", "EXACT"] and 0 <= found["float error"] < 0.5
+    assert zoo.verdict(found) == "EXACT" and [len(t) for t in told] == [2, 4, 6, 8, 10]
+    found = zoo.examine("sure")
+    assert found["quantize"].startswith("refused: ") and "sigmoid" in found["quantize"].lower()
+    assert "convert" not in found and found["float error"].startswith("refused: ")
+
+
+def test_the_zoo_tells_a_crash_from_a_refusal():
+    try:
+        torch.zeros(2) + torch.zeros(3)
+    except RuntimeError as error:
+        assert zoo.said(error).startswith("crash: RuntimeError: The size of tensor")
+    with pytest.raises(ValueError) as refused:
+        qsnn.QuantizeConfig(weight_bits=99)
+    assert zoo.said(refused.value).startswith("refused: ")
+
+
+def test_a_network_of_the_zoo_ends_at_its_time_limit():
+    assert zoo.apart("LeNet", 0, 0.05) == {"quantize": "not done in 0.05 s"}
+
+
+def test_the_zoo_resumes_by_records_of_the_same_code(tmp_path, monkeypatch, capsys):
+    path, asked = tmp_path / "zoo.jsonl", []
+    monkeypatch.setattr(zoo, "apart", lambda name, *_: asked.append(name) or {"quantize": "refused: no | such"})
+    for _ in range(2):
+        zoo.run(["LeNet", "siamese"], [0], 1.0, path)
+    assert asked == ["LeNet", "siamese"] and len(read(path)) == 2
+    assert "LeNet: refused: no | such" in capsys.readouterr().out
+    monkeypatch.setattr(zoo, "digest", lambda: "other code")
+    zoo.run(["LeNet"], [0], 1.0, path)
+    assert asked == ["LeNet", "siamese", "LeNet"]
+    text = tables.zoo_table(read(path))
+    assert "| LeNet | refused | – | – | – | – | no / such |" in text and "0 of 2 EXACT" in text
+
+
+def test_the_zoo_has_forty_networks():
+    assert len(zoo.NETWORKS) == 40

@@ -18,7 +18,11 @@ QUESTION = "Can a low-precision ANN teach a spiking net so well that two steps a
 SIZE = "as `precision`"
 TITLES = {"qann": "QANN [%]", "qann on": "trained on [%]", **by_steps(1, 2, 4)}
 NOTE = "Online students; trained on: the QANN, for as long as the student."
-FIGURE = lines()
+FIGURE = lines({
+    "W4": "student, 4-bit weights", "W1": "student, 1-bit weights", "fp16": "student, fp16 weights",
+    "W4, from scratch": "4-bit weights, from scratch",
+    "SpikingJelly, best recipe at T = 2": "SpikingJelly's best recipe",
+})  # fmt: skip
 
 
 def rows(setting: Setting, load: Load) -> Iterator[Row]:
