@@ -275,8 +275,8 @@ def peers_table(records: Sequence[Record]) -> str:
     sizes = ", ".join(f"{n:,} images of {data}" for data, n in dict.fromkeys((r.data, r.n) for r in rows))
     words = (
         f"`python benchmarks/peers.py`; test accuracy, mean ± standard deviation over {seeds_of(rows)}; {sizes}; the "
-        f"best of a library's recipes (SpikingJelly {recipes}; snnTorch and Norse, which have no converter, their neurons at "
-        f"two percentiles; Norse's resets to 0) is taken anew in every cell; time to calibrate and to answer up to "
+        f"best of a library's recipes (SpikingJelly {recipes}; snnTorch and Norse, which have no converter, their neurons "
+        f"at two percentiles; Norse's resets to 0) is taken anew in every cell; time to calibrate and to answer up to "
         f"T = {steps[-1][2:]}, qsnn once for each T, of a library the mean of its recipes; {world(rows)}."
     )
     return f"{grid(head, lines, left=2)}\n\n{words}"
@@ -416,13 +416,15 @@ def compared(records: Sequence[Record]) -> str:
 
     floats, net = kib("32/32"), by_method["qsnn"]
     recipes = sum(name.startswith("SJ ") for name in by_method)
+    epochs = by["W4"][0].config["setting"]["epochs"]  # a stage: teacher, QANN, student; or trained on for as long
+    theirs = best_of("SpikingJelly", by_method, keys)
     rows = [
-        ["float network, trained as long as the students", floats, *ann(by_precision["32/32"], "qat")],
-        ["4-bit quantized network (Brevitas), trained as long", kib("4/L2"), *ann(by["W4"], "qann on")],
-        ["**qsnn student, 4-bit weights**", kib("4/L2"), *online(by["W4"])],
-        ["**qsnn student, 1-bit weights**", kib("1/L2"), *online(by["W1"])],
-        ["**qsnn, nothing trained**", floats, *online(net)],
-        [f"best of SpikingJelly's {recipes} recipes, nothing trained", floats, *best_of("SpikingJelly", by_method, keys)],
+        [f"float network, {2 * epochs} epochs", floats, *ann(by_precision["32/32"], "qat")],
+        [f"4-bit quantized network (Brevitas), {3 * epochs} epochs", kib("4/L2"), *ann(by["W4"], "qann on")],
+        [f"**qsnn student, 4-bit weights**, {3 * epochs} epochs in all", kib("4/L2"), *online(by["W4"])],
+        [f"**qsnn student, 1-bit weights**, {3 * epochs} epochs in all", kib("1/L2"), *online(by["W1"])],
+        ["**qsnn, float network converted**, nothing trained", floats, *online(net)],
+        [f"best of SpikingJelly's {recipes} recipes, nothing trained", floats, *theirs],
     ]
     head = ["fashion-mnist, test accuracy ± standard deviation", "weights [KiB]", *(f"T = {k[2:]} [%]" for k in keys)]
     words = (
