@@ -314,7 +314,7 @@ class _Folder:
     def moves(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
         """Integers move as they are, and their gains and biases with them."""
         (source,) = node.all_input_nodes
-        name, shape = str(node.target), self._shape(source)
+        name, shape = str(node.target), self.shapes[source.name]
 
         def change(term: Term) -> Term | None:
             factors = [moved(module, factor, shape, gain=True) for factor in term.factors]

@@ -127,7 +127,7 @@ def moved(module: nn.Module, x: Tensor, shape: tuple[int, ...], *, gain: bool) -
     Args:
         module: a layer that moves values.
         x: a gain or a bias.
-        shape: of one image before it is moved.
+        shape: of one image before it is moved, with the rows that it takes of the batch first.
         gain: where zeros are put in, any gain will do; a bias is 0 there.
     """
     if gain and x.numel() == 1:
@@ -138,7 +138,7 @@ def moved(module: nn.Module, x: Tensor, shape: tuple[int, ...], *, gain: bool) -
             if x.shape[x.dim() - 1 - place] == 1:
                 pads[2 * place : 2 * place + 2] = [0, 0]
         return F.pad(x, pads, value=1.0)
-    whole: Tensor = module(x.expand(shape).unsqueeze(0))
+    whole: Tensor = module(x.expand(shape))
     if len(whole) > 1 and not torch.equal(whole[:1].expand_as(whole), whole):
         return None
     return compressed(whole[0])

@@ -568,7 +568,7 @@ def _mul(call: Call) -> fx.Node:
     first, second = call.get(0, "input"), call.get(1, "other")
     a, b = call.constant(first), call.constant(second)
     if a is None and b is None:
-        raise _Refused(ADVICE["mul"])
+        raise _Refused(f"{call.name}: {ADVICE['mul']}")
     node, factor = (first, b) if b is not None else (second, a)
     assert factor is not None
     return _scaled(call, call.at(node), factor)
@@ -613,7 +613,7 @@ def _linear(call: Call) -> fx.Node:
 def _matmul(call: Call) -> fx.Node:
     weight = call.constant(call.get(1, "other"))
     if weight is None or weight.dim() != 2:
-        raise _Refused(ADVICE["matmul"])
+        raise _Refused(f"{call.name}: {ADVICE['matmul']}")
     return call.put(_with(nn.Linear(weight.shape[0], weight.shape[1], False), weight.detach().T, None))
 
 
@@ -656,7 +656,7 @@ def _zeros_like(call: Call) -> Tensor:
 def _maximum(call: Call) -> fx.Node:
     other = call.constant(call.get(1, "other"))
     if other is None or bool((other != 0).any()):
-        raise _Refused(ADVICE["maximum"])
+        raise _Refused(f"{call.name}: {ADVICE['maximum']}")
     return call.put(nn.ReLU())
 
 
@@ -761,6 +761,7 @@ def trace(model: nn.Module, shape: Shape | None, known: Known = lambda module: F
     speller = Speller(raw, shapes, known)
     network = speller.run()
     network.meta = {SPELLED: speller.ending}
+    network.graph.eliminate_dead_code()
     unshare(network)
     network.recompile()
     for name, module in network.named_modules():

@@ -161,7 +161,11 @@ class Tracer(fx.Tracer):
         self.shapes[found.node] = tuple(value.shape) if isinstance(value, Tensor) else [tuple(v.shape) for v in value]
         for tensor in changed:
             self._follow_change(tensor, found)
-        return found
+        if isinstance(value, Tensor):
+            return found
+        return tuple(  # of several results each is a value of its own, and the user's code holds them in a tuple
+            self.create_proxy("call_function", operator.getitem, (found, place), {}) for place in range(len(value))
+        )
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
         """What the step gives for the example, and which of its inputs it changed in place."""
@@ -231,6 +235,8 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
         ValueError: it takes another number of inputs, or its way depends on the values or the number of images.
     """
     model = copy.deepcopy(model).eval()
+    for module in model.modules():  # a hook is no layer; what it does shows when the answers are compared
+        module._forward_hooks.clear()
     needed = [
         parameter.name for parameter in inspect.signature(model.forward).parameters.values()
         if parameter.default is parameter.empty
@@ -255,10 +261,14 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
             ) from error
     (graph, tracer), (again, other) = found
     nodes, twins = list(graph.nodes), list(again.nodes)
-    if [(n.op, str(n.target)) for n in nodes] != [(n.op, str(n.target)) for n in twins]:
+    if list(map(_step, nodes)) != list(map(_step, twins)):
         raise ValueError(f"the way through {type(model).__name__} depends on the number of images in a batch")
     shapes = {n.name: (tracer.shapes.get(n), other.shapes.get(t)) for n, t in zip(nodes, twins, strict=True)}
     return fx.GraphModule(tracer.root, graph, type(model).__name__), shapes
+
+
+def _step(node: fx.Node) -> tuple[str, str]:
+    return node.op, "" if node.op == "get_attr" else str(node.target)  # constants are numbered
 
 
 def module_of(network: fx.GraphModule, node: Any) -> nn.Module | None:
