@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import qsnn
 from qsnn.report.records import Record
+from qsnn.snn.neurons import Repeat
 
 QUESTION = "Replace ReLU by IF at once, layer by layer, or by a blend?"
 SIZE = "students of half the epochs"
@@ -52,7 +53,7 @@ class Blend(nn.Module):
         y = (x / (theta.view(1, -1, *[1] * (x.dim() - 2)) if theta.dim() else theta)).clamp(0, 1)
         y = y + ((y * self.levels + 0.5).floor() / self.levels - y).detach()
         if self.node.constant_input:
-            y = y.expand(self.node.timesteps, *y.shape).flatten(0, 1)
+            y = Repeat()(y)
         return alpha * self.node(x) + (1 - alpha) * y if alpha > 0 else y
 
 
