@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ from qsnn.folded.layers import IntegerLayer
 from qsnn.folded.neurons import CurrentIF
 from qsnn.graph.call import Call, calling
 from qsnn.graph.hooks import recorded
+from qsnn.graph.recipe import recipe_of, set_recipe
 
 CC = shutil.which("cc")
 HARNESS = """
@@ -270,3 +272,12 @@ def test_refusals_name_every_part(snn, digits, tmp_path):
     with pytest.raises(ValueError, match="an input without quantizer"):
         write(open_input, tmp_path / "net.c")
     assert not (tmp_path / "net.c").exists()
+
+
+@pytest.mark.parametrize("firing", ["online", "deferred"])
+def test_frames_of_a_recording(firing, nets, digits, bytes_, tmp_path):
+    folded = copy.deepcopy(nets("max pooling"))
+    recipe = recipe_of(folded)
+    set_recipe(folded, {**recipe, "data": {**recipe["data"], "mean": [0.0], "std": [90.0], "frames": 2}})
+    raw = torch.stack([bytes_[0][:20], bytes_[0][20:40]], 1)  # (B, T, C, H, W)
+    assert_is_fold(folded, raw, raw.float() * (2 / 90.0), tmp_path, firing=firing)

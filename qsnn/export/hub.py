@@ -92,8 +92,8 @@ def from_pretrained(
     elif Path(name).exists():
         raise ValueError(f"{name} is a file, expected a folder or a name on the hub; use qsnn.load for a file")
     options: dict[str, Any] = dict(
-        load_options=load_options, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
-        force_download=force_download,
+        load_options=load_options, revision=revision, cache_dir=cache_dir, token=token,
+        local_files_only=local_files_only, force_download=force_download,
     )  # fmt: skip
     try:
         model: nn.Module = mixin.from_pretrained(name, **options).network
@@ -153,7 +153,7 @@ def _mixin() -> Any:
 
         @classmethod
         def _from_pretrained(cls, *, model_id: str, revision: Any, cache_dir: Any, force_download: bool,
-                             local_files_only: bool, token: Any, load_options: dict[str, Any], **more: Any) -> Any:  # fmt: skip
+                             local_files_only: bool, token: Any, **more: Any) -> Any:  # fmt: skip
             def fetched(name: str) -> Path:
                 if Path(model_id).is_dir():
                     return Path(model_id) / name
@@ -163,7 +163,7 @@ def _mixin() -> Any:
                 ))  # fmt: skip
 
             config = _config(fetched(constants.CONFIG_NAME))
-            model = load(fetched(WEIGHTS), **load_options)
+            model = load(fetched(WEIGHTS), **more.get("load_options", {}))
             found = recipe_of(model).get("sha256")
             if found != config.get("sha256"):
                 raise ValueError(f"{model_id}: {WEIGHTS} is not the file that {CONFIG} names; fetch it again")
