@@ -13,6 +13,7 @@ _HOMES = {
     "Data": "qsnn.data.images",
     "DistillConfig": "qsnn.distillation.distill",
     "IFNode": "qsnn.snn.neurons",
+    "QsnnWarning": "qsnn.graph.arrived",
     "QuantizeConfig": "qsnn.quant.quantize",
     "Record": "qsnn.report.records",
     "Summary": "qsnn.measure.summary",
@@ -53,6 +54,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.distillation.distill import distill as distill
     from qsnn.distillation.distill import distill_together as distill_together
     from qsnn.folded.fold import fold as fold
+    from qsnn.graph.arrived import QsnnWarning as QsnnWarning
     from qsnn.measure.accuracy import accuracy as accuracy
     from qsnn.measure.benchmark import Benchmark as Benchmark
     from qsnn.measure.benchmark import benchmark as benchmark

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn.data.images import batches, summed
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.trace import device_of
 from qsnn.snn.network import time_loop
 
@@ -23,9 +24,9 @@ def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: An
         batch_size: images a call.
         options: passed to the model, e.g. ``timesteps=4``.
     """
-    training = model.training
-    right, seen = count_right(model.eval(), source, batch_size, (0, 1), **options)
-    model.train(training)
+    model = arrived(model)
+    with evaluating(model):
+        right, seen = count_right(model, source, batch_size, (0, 1), **options)
     return 100.0 * right / max(1, seen)
 
 
