@@ -29,6 +29,7 @@ _HOMES = {
     "distill_together": "qsnn.distillation.distill",
     "fit": "qsnn.training.fit",
     "fold": "qsnn.folded.fold",
+    "from_arrays": "qsnn.data.tables",
     "integer_weights": "qsnn.quant.weights",
     "load": "qsnn.checkpoint",
     "load_data": "qsnn.data.sources",
@@ -50,6 +51,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.data.images import Data as Data
     from qsnn.data.images import batches as batches
     from qsnn.data.sources import load_data as load_data
+    from qsnn.data.tables import from_arrays as from_arrays
     from qsnn.distillation.distill import DistillConfig as DistillConfig
     from qsnn.distillation.distill import distill as distill
     from qsnn.distillation.distill import distill_together as distill_together

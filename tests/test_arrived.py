@@ -88,7 +88,9 @@ def compiled_inside(model: Net) -> nn.Module:
     return model
 
 
-ARRIVALS = (nn.DataParallel, inner_wrapped, compiled, compiled_in_place, compiled_inside, pruned, weight_normed, spectral)
+ARRIVALS = (
+    nn.DataParallel, inner_wrapped, compiled, compiled_in_place, compiled_inside, pruned, weight_normed, spectral
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("arrive", ARRIVALS)

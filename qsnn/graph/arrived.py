@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
@@ -53,7 +53,7 @@ def arrived(model: nn.Module) -> nn.Module:
                 f"it was made from: build it and call load_state_dict(scripted.state_dict())"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta:
+        if is_lazy(tensor) or tensor.is_meta:
             raise ValueError(f"{name} holds no values yet; run the network once on an image, or load its weights")
     dtypes = _other_dtypes(model)
     if not (dtypes or any(_inside(module) is not None or _reparametrized(module) for module in modules)):
