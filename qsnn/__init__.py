@@ -33,7 +33,7 @@ _HOMES = {
     "integer_weights": "qsnn.quant.weights",
     "load": "qsnn.checkpoint",
     "load_data": "qsnn.data.sources",
-    "load_weights": "qsnn.checkpoint",
+    "load_weights": "qsnn.models.weights",
     "quantize": "qsnn.quant.quantize",
     "read_recipe": "qsnn.checkpoint",
     "save": "qsnn.checkpoint",
@@ -45,7 +45,6 @@ __all__ = [*_HOMES]
 
 if _typing.TYPE_CHECKING:
     from qsnn.checkpoint import load as load
-    from qsnn.checkpoint import load_weights as load_weights
     from qsnn.checkpoint import read_recipe as read_recipe
     from qsnn.checkpoint import save as save
     from qsnn.data.images import Data as Data
@@ -65,6 +64,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.measure.summary import Summary as Summary
     from qsnn.measure.summary import summary as summary
     from qsnn.models.create import create_model as create_model
+    from qsnn.models.weights import load_weights as load_weights
     from qsnn.quant.quantize import QuantizeConfig as QuantizeConfig
     from qsnn.quant.quantize import quantize as quantize
     from qsnn.quant.weights import integer_weights as integer_weights
