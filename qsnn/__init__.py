@@ -23,6 +23,7 @@ _HOMES = {
     "batches": "qsnn.data.images",
     "benchmark": "qsnn.measure.benchmark",
     "certify": "qsnn.measure.certify",
+    "check": "qsnn.measure.check",
     "convert": "qsnn.snn.convert",
     "create_model": "qsnn.models.create",
     "distill": "qsnn.distillation.distill",
@@ -61,6 +62,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.measure.benchmark import benchmark as benchmark
     from qsnn.measure.certify import Certificate as Certificate
     from qsnn.measure.certify import certify as certify
+    from qsnn.measure.check import check as check
     from qsnn.measure.summary import Summary as Summary
     from qsnn.measure.summary import summary as summary
     from qsnn.models.create import create_model as create_model

@@ -40,6 +40,7 @@ class FolderSet(Dataset[tuple[Tensor, int]]):
         mean, std: mean and standard deviation of each channel, of pixels on [0, 1]; one of each for grey, three for
             colours (a grey file then has three equal channels).
         full_scale: white in files of 16 or 32 bits.
+        grey: no file holds colours, so that one channel and three hold the same.
     Shape:
         an item: (C, H, W) float32 and an int.
     Raises:
@@ -51,6 +52,7 @@ class FolderSet(Dataset[tuple[Tensor, int]]):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     full_scale: float = 65535.0
+    grey: bool = False
 
     def __len__(self) -> int:
         """Number of images N."""
@@ -107,13 +109,13 @@ def load_folder(
         raise ValueError(f"expected the same class folders in every part of {folder}, got {classes}; make them agree")
     headers = _headers([path for files in samples.values() for path, _ in files])
     deep = [path for path, header in headers.items() if header.deep]
+    grey = all(header.grey for header in headers.values())
     _say_what_is_taken(folder, headers, scale := full_scale(deep) if deep else 65535.0)
     train, val, test = _split(folder, samples, val_fraction, seed)
     if channels is None:
         given = len(mean or std or ())
         # 16 bits stay with three channels, as pretrained networks want them; a network of one channel gets one
-        grey = all(header.grey and not header.deep for header in headers.values())
-        channels = given or (1 if grey else 3)
+        channels = given or (1 if grey and not deep else 3)
     if image_size is None:
         size = headers[min(train)[0]].size
     else:
@@ -123,24 +125,21 @@ def load_folder(
         raise ValueError(
             f"expected mean and std of 1 channel (grey) or 3, got mean={mean} and std={std} for {channels} channels"
         )
-    sets = [FolderSet(files, size, mean, std, scale) for files in (train, val, test)]
+    sets = [FolderSet(files, size, mean, std, scale, grey) for files in (train, val, test)]
     return Data(
         name=str(folder), train=sets[0], val=sets[1], test=sets[2],
         mean=mean, std=std, classes=next(iter(classes.values())), augment="flip",
     )  # fmt: skip
 
 
-def with_channels(data: Data, channels: int) -> Data:
-    """Return a folder's data with grey images in one channel or in three, as a network takes them.
-
-    Raises:
-        ValueError: the data is no folder of images.
-    """
-    parts = (data.train, data.val, data.test)
-    if not all(isinstance(part, FolderSet) for part in parts) or channels not in (1, 3):
-        raise ValueError(f"{data.name} has images of {data.shape[0]} channels, and cannot be given {channels}")
+def with_channels(data: Data, channels: int) -> Data | None:
+    """Return a folder's grey images in one channel or in three, as a network takes them; None for any other data."""
+    parts = [part for part in (data.train, data.val, data.test) if isinstance(part, FolderSet) and part.grey]
+    own = all((part.mean, part.std) in ((MEAN, STD), (GREY_MEAN, GREY_STD)) for part in parts)
+    if len(parts) < 3 or channels not in (1, 3) or not own:  # numbers that were asked for stay
+        return None
     mean, std = (MEAN, STD) if channels == 3 else (GREY_MEAN, GREY_STD)
-    train, val, test = (replace(part, mean=mean, std=std) for part in parts)  # type: ignore[type-var]
+    train, val, test = (replace(part, mean=mean, std=std) for part in parts)
     return replace(data, train=train, val=val, test=test, mean=mean, std=std)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,6 +104,32 @@ def load_data(
         f"unknown data set {str(name)!r}, and no folder of that name; use one of {', '.join(NAMES)}, "
         f"or the path of a folder with train/CLASS/*.png and test/CLASS/*.png, or of a .npz file of arrays"
     )
+
+
+def load_recorded(
+    recorded: Mapping[str, Any],
+    shape: Sequence[int] | None,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Data:
+    """Load the data set that a network was made for as it was then: frames, normalisation, channels and image size.
+
+    Args:
+        recorded: what its checkpoint says of the data (:func:`qsnn.graph.recipe.data_recipe`).
+        shape: of one image, as recorded.
+        root: where the sets lie; see :func:`load_data`.
+        folder: in the place of a recorded folder.
+    Raises:
+        ValueError: see :func:`load_data`.
+    """
+    name = recorded["name"] if folder is None else folder
+    options: dict[str, Any] = {"timesteps": recorded.get("frames")}
+    if name not in EVENTS:
+        options |= {key: tuple(recorded[key]) for key in ("mean", "std") if recorded.get(key)}
+        if name not in NAMES and shape is not None and len(shape) == 3 and Path(name).expanduser().is_dir():
+            options |= {"channels": shape[0], "image_size": tuple(shape[1:])}
+    return load_data(name, root=root, **options)
 
 
 Numbers = tuple[float, ...] | None

@@ -134,7 +134,7 @@ def load_table(path: Path, **options: Any) -> Data:
         ValueError: no such file of arrays, other names, or see :func:`from_arrays`.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
         raise ValueError(f"expected arrays in {path}, cannot read it ({error}); write it with numpy.savez") from error

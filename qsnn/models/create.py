@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qsnn.data.fitting import fitted
 from qsnn.data.images import Data
 from qsnn.graph.recipe import data_recipe, recipe_of, set_recipe
 from qsnn.models.ann import _cifar_resnet, _mlp, _resnet18, _resnet_small, _study, _vgg16, _vgg_small
@@ -54,6 +55,19 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
     model = build_model(name, shape, classes, seed=seed, pretrained=True, **options)
     set_recipe(model, {**recipe_of(model), "data": data_recipe(data)})
     return model
+
+
+def create_fitting(name: str, data: Data, *, seed: int = 0, **options: Any) -> tuple[nn.Module, Data]:
+    """Return a network by name, and the data as it takes it: :func:`create_model`, then :func:`fitted`.
+
+    Raises:
+        ValueError: an unknown name, or a network that does not fit the data.
+    """
+    model = create_model(name, data, seed=seed, **options)
+    taken = fitted(data, model)
+    if taken is not data:  # other channels: the recipe says which
+        set_recipe(model, {**recipe_of(model), "data": data_recipe(taken), "input_shape": list(taken.shape)})
+    return model, taken
 
 
 def build_model(
