@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +112,18 @@ def test_what_is_taken_answers_as_what_arrived(arrive: Callable[[Net], nn.Module
 def test_the_verbs_take_it(arrive: Callable[[Net], nn.Module]) -> None:
     data = [(X, torch.arange(5) % 3)]
     assert qsnn.accuracy(arrive(net()), data) == pytest.approx(qsnn.accuracy(arrived(arrive(net())), data))
+
+
+def test_ddp_is_taken_off(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(net().train())
+        model(X).sum().backward()
+        taken = arrived(model)
+        assert type(taken) is Net and taken.training and torch.equal(taken.eval()(X), model.module.eval()(X))
+        assert arrived(nn.Sequential(model))[0].classifier.weight is not model.module.classifier.weight
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_nothing_to_do_gives_the_model_itself(qann: nn.Module, snn: nn.Module) -> None:
