@@ -108,10 +108,41 @@ def test_what_is_taken_answers_as_what_arrived(arrive: Callable[[Net], nn.Module
     copy.deepcopy(taken)  # what every verb does next
 
 
+DATA = [(torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(2)), torch.arange(24) % 3)]
+
+
 @pytest.mark.parametrize("arrive", ARRIVALS)
 def test_the_verbs_take_it(arrive: Callable[[Net], nn.Module]) -> None:
-    data = [(X, torch.arange(5) % 3)]
-    assert qsnn.accuracy(arrive(net()), data) == pytest.approx(qsnn.accuracy(arrived(arrive(net())), data))
+    model, plain = arrive(net()), arrived(arrive(net()))
+    assert qsnn.accuracy(model, DATA) == qsnn.accuracy(plain, DATA)
+    qann, same = (qsnn.quantize(m, DATA, qsnn.QuantizeConfig(levels=2)).eval() for m in (model, plain))
+    with torch.no_grad():
+        assert torch.equal(qann(X), same(X))
+    assert qsnn.certify(qsnn.convert(qann), qann, DATA).exact
+    assert torch.equal(qsnn.convert(model, DATA)(X), qsnn.convert(plain, DATA)(X))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.half, 0.05)])
+def test_the_verbs_take_another_precision(dtype: torch.dtype, tolerance: float) -> None:
+    config = qsnn.QuantizeConfig(levels=4)
+    want = qsnn.convert(qsnn.quantize(net(), DATA, config).eval())(X, timesteps=4, firing="deferred")[-1]
+    model, data = net().to(dtype), [(DATA[0][0].to(dtype), DATA[0][1])]
+    with pytest.warns(QsnnWarning, match="runs in float32"):
+        qann = qsnn.quantize(model, data, config).eval()
+    got = qsnn.convert(qann)(X, timesteps=4, firing="deferred")[-1]
+    assert {p.dtype for p in model.parameters()} == {dtype} and got.dtype == torch.float32
+    assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_frozen_norms_stay_frozen_through_the_verbs() -> None:
+    model = net().train()
+    model.features[1].eval()
+    flags = training_flags(model)
+    qann = qsnn.quantize(model, DATA)
+    snn = qsnn.convert(qann)
+    norms = [m for m in snn.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert training_flags(model) == flags and not qann.get_submodule("features.1").training and qann.training
+    assert snn.training and norms and not any(norm.training for norm in norms)
 
 
 def test_ddp_is_taken_off(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from qsnn.data.images import Data, batches
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.hooks import recorded
+from qsnn.graph.kinds import DOES, kind_of, refused
 from qsnn.graph.trace import call_nodes, device_of
 from qsnn.measure.accuracy import answer, interval
 from qsnn.measure.certify import certify
@@ -127,7 +128,7 @@ def check(
     right, seen, rate = _right(model, data, seconds)
     config = replace(config or QuantizeConfig(), calibration_images=_CALIBRATED)
     layers: tuple[LayerFate, ...] = ()
-    refused: list[str] = []
+    refusals: list[str] = []
     verdict = qat = distill = None
     with torch.random.fork_rng(), evaluating(model):
         try:
@@ -139,13 +140,21 @@ def check(
             if data.classes:
                 qat, distill = _epochs(model, qann, snn, data, timesteps, rate)
         except ValueError as error:  # each names all that it refuses, and what to write instead
-            refused.append(" ".join(str(error).split()))
-            layers = layers or _as_they_come(model, refused[0])
+            refusals.append(" ".join(str(error).split()))
+            layers = layers or _as_they_come(model, refusals[0])
     parameters = sum(p.numel() for p in model.parameters())
     return Check(
-        f"{type(model).__name__}: {parameters:,} parameters", describe(data),
-        None if right is None else 100.0 * right / seen, seen, layers, tuple(refused), verdict, qat, distill, timesteps,
-    )  # fmt: skip
+        model=f"{type(model).__name__}: {parameters:,} parameters",
+        data=describe(data),
+        accuracy=None if right is None else 100.0 * right / seen,
+        images=seen,
+        layers=layers,
+        refused=tuple(refusals),
+        certificate=verdict,
+        qat_seconds=qat,
+        distill_seconds=distill,
+        timesteps=timesteps,
+    )
 
 
 @torch.no_grad()
@@ -174,7 +183,7 @@ def _as_they_come(model: nn.Module, refusal: str) -> tuple[LayerFate, ...]:
     for name, module in model.named_modules():
         if name and not list(module.children()):
             kind, becomes = what_becomes_of(module)
-            found.append(LayerFate(name, kind, (), "REFUSED, see below" if f" {name} (" in refusal else becomes))
+            found.append(LayerFate(name, kind, (), "refused" if f" {name} (" in refusal else becomes))
     return tuple(found)
 
 
@@ -187,25 +196,13 @@ def what_becomes_of(module: nn.Module) -> tuple[str, str]:
         return "ReLU", f"levels 0 to {quant.levels}; an IF neuron"
     if is_sign(module):
         return "sign", "a neuron of one step"
-    weight = getattr(module, "weight", None)
-    if hasattr(module, "weight_quant") and isinstance(weight, Tensor):
-        kind = "linear" if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
+    kind = kind_of(module)
+    if kind is not None and hasattr(module, "weight_quant"):
         bits = weight_bits(module)
-        return kind, f"{'integers' if bits <= 8 else 'weights'} of {bits} bit{'s' * (bits > 1)}"
-    name = type(module).__name__
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
-        return name.lower(), "integers"
-    if isinstance(module, nn.ReLU | nn.ReLU6):
-        return name, "levels; an IF neuron"
-    if "BatchNorm" in name:
-        return "batch norm", "part of the thresholds"
-    if "MaxPool" in name:
-        return "max pool", "a maximum of spikes, exact when deferred"
-    if "AvgPool" in name:
-        return "average pool", "a sum of spikes; the divisor goes into thresholds"
-    if "Dropout" in name or name == "Identity":
-        return name.lower(), "passes"
-    return name.lower(), "moves, adds or scales values"
+        return kind.name, f"{'integers' if bits <= 8 else 'weights'} of {bits} bit{'s' * (bits > 1)}"
+    if kind is None or refused(module) is not None:
+        return type(module).__name__, "refused"
+    return kind.name, DOES[kind.does].rpartition(": ")[2]
 
 
 @torch.no_grad()
