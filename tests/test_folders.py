@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,25 @@ def test_what_is_taken_otherwise_is_said_once(tmp_path: Path) -> None:
     assert [w.category for w in said] == [qsnn.QsnnWarning]
     text = str(said[0].message)
     assert "6 of 12 images are of 16 or 32 bits: 4095 is white; 6 of 12 images are with transparency" in text
+
+
+def test_colours_of_16_bits_are_halved_and_it_is_said(tmp_path: Path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    values = np.linspace(0, 65535, 16 * 16 * 3).reshape(16, 48).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    for i in range(6):
+        path = tmp_path / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    with pytest.warns(qsnn.QsnnWarning, match="6 of 6 images are of 16 bits a colour: the upper 8 are kept"):
+        qsnn.load_data(tmp_path)
+    pixels = read_pixels(str(path), channels=3).permute(1, 2, 0).reshape(16, 48)
+    assert torch.equal(pixels, torch.from_numpy((values >> 8).astype(np.uint8)))
 
 
 def test_the_same_image_gives_the_same_bytes_as_before(tmp_path: Path) -> None:

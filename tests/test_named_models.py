@@ -129,5 +129,5 @@ def test_a_function_of_your_own() -> None:
         build_model(f"{__name__}:broken", (2,), 3)
     with pytest.raises(ValueError, match=r"confused\(num_classes=3\) raised TypeError"):
         build_model(f"{__name__}:confused", (2,), 3)
-    with pytest.raises(ValueError, match=r"is a str, expected a function"):
+    with pytest.raises(ValueError, match=r"is a str, which is not callable; name a function"):
         build_model(f"{__name__}:__name__", (2,), 3)

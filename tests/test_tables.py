@@ -66,6 +66,13 @@ def test_every_way_of_giving_the_same_is_the_same() -> None:
             assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
+def test_batches_of_numpy_arrays() -> None:
+    ((x, y),) = qsnn.batches([(ROWS, CLASSES)])
+    assert x.dtype == torch.float32 and y.dtype == torch.int64 and torch.equal(x, torch.tensor(ROWS).float())
+    whole = qsnn.batches(TensorDataset(torch.tensor(ROWS), torch.tensor(CLASSES)), 64)
+    assert torch.equal(torch.cat([part for part, _ in whole]), x)
+
+
 def test_numbers_to_predict_stay_numbers() -> None:
     data = qsnn.from_arrays(ROWS[:, :5], ROWS[:, 5:] + ROWS[:, :1])
     assert data.classes == () and repr(data).endswith("vectors of 5, numbers to predict)")

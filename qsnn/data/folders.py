@@ -216,6 +216,7 @@ def _say_what_is_taken(folder: Path, headers: dict[str, Header], scale: float) -
     kinds = {
         f"of 16 or 32 bits: {scale:g} is white": sum(header.deep for header in headers.values()),
         "with transparency: they are laid on white": sum(header.alpha for header in headers.values()),
+        "of 16 bits a colour: the upper 8 are kept": sum(header.halved for header in headers.values()),
         "animated: the first image counts": sum(header.animated for header in headers.values()),
     }
     said = "; ".join(f"{count:,} of {len(headers):,} images are {what}" for what, count in kinds.items() if count)

@@ -275,7 +275,7 @@ def _batches(
     for batch in raw:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"expected a batch (images, labels), got {type(batch).__name__}; pass a pair of tensors")
-        images, labels = batch
+        images, labels = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in batch)
         if not isinstance(data, ImageSet):  # whose images are right by construction; a look would stall a GPU
             check_images(images)
             if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:

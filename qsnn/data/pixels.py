@@ -35,6 +35,8 @@ class Header:
     """Partly transparent."""
     animated: bool
     """Several images in one file."""
+    halved: bool
+    """Colours of 16 bits, of which Pillow gives the upper 8."""
 
 
 def read_header(path: str) -> Header:
@@ -48,7 +50,8 @@ def read_header(path: str) -> Header:
         alpha = mode in _ALPHA or transparent
         grey = mode in ("1", "L", "LA", "La", *_DEEP) or (mode == "P" and _grey_palette(image))
         animated = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photograph and its preview
-        return Header(image.size[::-1], grey, mode in _DEEP, alpha, bool(animated))
+        halved = mode not in _DEEP and any(";16" in str(tile[3]) for tile in image.tile)
+        return Header(image.size[::-1], grey, mode in _DEEP, alpha, bool(animated), halved)
 
 
 def read_pixels(

@@ -210,9 +210,11 @@ def _right(model: nn.Module, data: Data, seconds: float) -> tuple[int | None, in
     """Right answers among the first test images, how many those are, and the seconds that each took."""
     right = seen = 0
     classes = bool(data.classes)
+    device = device_of(model)
+    size = 50 if device.type == "cpu" else 250  # what a core's cache holds is a fifth faster
     begun = time.perf_counter()
     with evaluating(model):
-        for images, labels in batches(data.test, 250, device=device_of(model)):
+        for images, labels in batches(data.test, size, device=device):
             logits = answer(model, laid_out(images, torch.channels_last))
             classes = classes and isinstance(logits, Tensor) and logits.dim() == 2 and labels.dim() == 1
             if classes:

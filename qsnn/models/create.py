@@ -125,7 +125,7 @@ def _call_named(name: str, num_classes: int | None, options: dict[str, Any]) -> 
     if isinstance(function, nn.Module):
         return copy.deepcopy(function)
     if not callable(function):
-        raise ValueError(f"{name!r} is a {type(function).__name__}, expected a function that returns the network")
+        raise ValueError(f"{name!r} is a {type(function).__name__}, which is not callable; name a function that returns the network")
     if num_classes is not None and "num_classes" not in options and _takes(function, "num_classes"):
         options = {**options, "num_classes": num_classes}
     try:
