@@ -19,6 +19,7 @@ from qsnn.graph.arrived import (
     evaluating,
     frozen_norms,
     set_training_flags_,
+    to_float32_,
     training_flags,
 )
 
@@ -181,6 +182,15 @@ def test_other_precisions_run_in_float32(dtype: torch.dtype, tolerance: float) -
     with pytest.warns(QsnnWarning):
         assert qsnn.accuracy(model, [(X, torch.zeros(5, dtype=torch.long))]) >= 0
     assert isinstance(qsnn.QsnnWarning("said"), UserWarning)
+
+
+def test_in_place_it_is_the_same_module() -> None:
+    model = net().double()
+    weight = model.classifier.weight
+    with pytest.warns(QsnnWarning, match="float64 runs in float32"):
+        to_float32_(model)
+    assert model.classifier.weight is weight and weight.dtype == torch.float32
+    to_float32_(model)  # nothing to say
 
 
 def test_it_is_said_once() -> None:

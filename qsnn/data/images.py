@@ -244,6 +244,10 @@ def batches(
     Raises:
         TypeError: data is neither of the two.
         ValueError: an option out of range, augment without a generator, no data, or a batch that is not as above.
+
+    >>> data = ImageSet(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.arange(5), (0.5,), (0.25,))
+    >>> [(tuple(images.shape), labels.tolist()) for images, labels in batches(data, 3)]
+    [((3, 1, 8, 8), [0, 1, 2]), ((2, 1, 8, 8), [3, 4])]
     """
     if isinstance(data, (Data, Tensor)) or not isinstance(data, Sized if isinstance(data, Dataset) else Iterable):
         hint = "pass a part: data.train" if isinstance(data, Data) else "pass [(images, labels)] or a loader"

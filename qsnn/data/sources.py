@@ -72,6 +72,9 @@ def load_data(
         ValueError: a name that is neither known nor a folder, a damaged file, or an option out of range.
         FileNotFoundError: files that are missing and cannot be downloaded, or a folder without classes.
         ImportError: torchvision is missing, or does not fit the installed torch.
+
+    >>> load_data("digits")
+    Data(digits: 1,131 train, 126 val, 540 test images of 1x8x8, 10 classes)
     """
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"expected 0 < val_fraction < 1, got {val_fraction}; 0.1 holds out a tenth")

@@ -61,12 +61,18 @@ def arrived(model: nn.Module) -> nn.Module:
     new = _copy(model)
     for module in new.modules():
         _plain_(module)
-    if dtypes:
-        warnings.warn(f"a model of {', '.join(dtypes)} runs in float32", QsnnWarning, stacklevel=3)
-        new.float()
+    to_float32_(new)
     if recipe_of(model):  # a torch.fx graph drops it when it is copied
         set_recipe(new, recipe_of(model))
     return new
+
+
+def to_float32_(model: nn.Module) -> None:
+    """Turn a float network of another precision into float32, in place, and say so; for training in place."""
+    dtypes = _other_dtypes(model)
+    if dtypes:
+        warnings.warn(f"a model of {', '.join(dtypes)} runs in float32", QsnnWarning, stacklevel=4)
+        model.float()
 
 
 @contextmanager

@@ -23,6 +23,9 @@ def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: An
         source: a Dataset or an iterable of (images, labels).
         batch_size: images a call.
         options: passed to the model, e.g. ``timesteps=4``.
+
+    >>> accuracy(nn.Flatten(), [(torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))])
+    75.0
     """
     model = arrived(model)
     with evaluating(model):

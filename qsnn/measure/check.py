@@ -119,6 +119,12 @@ def check(
     Raises:
         TypeError: not a module, not a data set.
         ValueError: the network and the data do not fit together.
+
+    >>> from qsnn.data.sources import load_data
+    >>> digits = load_data("digits")
+    >>> found = check(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), digits)
+    >>> found.ready, found.certificate, [layer.kind for layer in found.layers]
+    (True, 'EXACT', ['input', 'flatten', 'linear', 'ReLU', 'linear'])
     """
     if not isinstance(data, Data):
         raise TypeError(f"expected a Data, got {type(data).__name__}; call check(model, load_data(...))")

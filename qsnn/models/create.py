@@ -49,6 +49,10 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
         options: passed on to the function, e.g. ``pooling="max"``.
     Raises:
         ValueError: an unknown name (the message lists the known ones), or a function that cannot be found.
+
+    >>> from qsnn.data.sources import load_data
+    >>> create_model("resnet20", load_data("digits"))(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
     """
     shape = None if data is None else tuple(data.shape)
     classes = None if data is None else data.num_classes or None
@@ -125,7 +129,9 @@ def _call_named(name: str, num_classes: int | None, options: dict[str, Any]) -> 
     if isinstance(function, nn.Module):
         return copy.deepcopy(function)
     if not callable(function):
-        raise ValueError(f"{name!r} is a {type(function).__name__}, which is not callable; name a function that returns the network")
+        raise ValueError(
+            f"{name!r} is a {type(function).__name__}, which is not callable; name a function that returns the network"
+        )
     if num_classes is not None and "num_classes" not in options and _takes(function, "num_classes"):
         options = {**options, "num_classes": num_classes}
     try:

@@ -57,6 +57,14 @@ def load_weights(model: nn.Module, path: str | Path, *, key: str | None = None) 
             sets of weights fit, or a value is NaN or infinite.
     Warns:
         QsnnWarning: the file holds more than was taken.
+
+    >>> import tempfile
+    >>> trained, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     torch.save({"state_dict": nn.DataParallel(trained).state_dict(), "epoch": 3}, f"{folder}/best.pth")
+    ...     load_weights(model, f"{folder}/best.pth")
+    >>> torch.equal(model.weight, trained.weight)
+    True
     """
     where = f"cannot load {path} into {type(model).__name__}"
     content = read_checkpoint(path, where)
