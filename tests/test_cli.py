@@ -469,7 +469,7 @@ def test_names_that_are_not_known(
         error = refused(command, "--data", "imagenet", *out)
         assert "unknown data set 'imagenet'" in error and "use one of digits, mnist, fashion-mnist, cifar10" in error
         for model, message in (
-            ("resnet-152", "unknown model 'resnet-152'; known: vgg-small, study, resnet-small, resnet18, vgg16"),
+            ("resnet-152", "unknown model 'resnet-152'; known: vgg-small, study, resnet-small, resnet18, resnet20"),
             ("no_such_module:make", "cannot find 'no_such_module:make' (No module named 'no_such_module')"),
             (tiny.replace("make", "nothing"), "cannot find 'tiny_model:nothing' (module 'tiny_model' has no attribute"),
             ("broken_model:make", "cannot find 'broken_model:make' (invalid syntax"),

@@ -13,8 +13,9 @@ from torch import nn
 from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
 from qsnn.cli.run import RunConfig
 from qsnn.cli.run import run as run_flow
+from qsnn.data.fitting import describe
 from qsnn.data.images import Data
-from qsnn.data.sources import load_data
+from qsnn.data.sources import NAMES, load_data, load_recorded
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
 from qsnn.folded.fold import fold as to_integers
@@ -22,7 +23,7 @@ from qsnn.graph.recipe import recipe_of
 from qsnn.measure.accuracy import accuracy
 from qsnn.measure.certify import certify
 from qsnn.measure.summary import summary
-from qsnn.models.create import create_model
+from qsnn.models.create import create_fitting
 from qsnn.quant.quantize import QuantizeConfig
 from qsnn.quant.quantize import quantize as to_qann
 from qsnn.report.terminal import table
@@ -54,6 +55,8 @@ def train(
     model: str = "vgg-small",
     weights: Path | None = None,
     frames: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     tensorboard: Path | None = None,
@@ -66,14 +69,16 @@ def train(
         out: File to write.
         model: Name of the network, or your own as package.module:function.
         frames: Frames of a recording of an event set, one for each time step; default 2.
+        mean: Subtracted from each channel, of pixels on [0, 1]; default the data set's own.
+        std: Each channel is divided by it; default the data set's own.
         weights: Trained float weights to start from; with --epochs 0 they are only wrapped into a checkpoint.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         tensorboard: Folder for TensorBoard.
         config: Training options.
     """
-    place, found = start(device), load_data(data, root=data_root, timesteps=frames)
-    teacher = create_model(model, found, seed=config.seed)
+    place, found = start(device), load_data(data, root=data_root, timesteps=frames, mean=mean, std=std)
+    teacher, found = create_fitting(model, found, seed=config.seed)
     if weights is not None:
         load_weights(teacher, weights)
     begun = None if weights is None else file_hash(weights)
@@ -189,11 +194,14 @@ def fold(file: _FILE, out: Path) -> None:
 
 
 def info(file: _FILE) -> None:
-    """Print what a checkpoint holds: how it was made, from what, and what it weighs.
+    """Print what a checkpoint holds, how it was made and what it weighs; or what a folder of images holds.
 
     Args:
-        file: A checkpoint of qsnn.
+        file: A checkpoint of qsnn, a folder of images, or the name of a data set.
     """
+    if file.is_dir() or str(file) in NAMES or file.suffix == ".npz":
+        print(describe(load_data(file if file.is_dir() or file.suffix == ".npz" else str(file))))
+        return
     recipe = read_recipe(file)
     for key, value in recipe.items():
         print(f"{key}: {value}")
@@ -246,7 +254,7 @@ def data_of(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
     name = recipe.get("data", {}).get("name")
     if name is None:
         raise ValueError(f"{file} does not say which data set it was made for; use the Python interface")
-    return load_data(name, root=root, timesteps=recipe["data"].get("frames"))
+    return load_recorded(recipe["data"], recipe.get("input_shape"), root=root)
 
 
 def _certify(snn: SNN, qann: nn.Module, file: Path, root: Path | None) -> None:

@@ -18,7 +18,7 @@ from qsnn.distillation.distill import DistillConfig, distill
 from qsnn.folded.fold import fold
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
-from qsnn.models.create import create_model
+from qsnn.models.create import create_fitting
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
@@ -47,6 +47,10 @@ class RunConfig:
     """Name of the float network, or your own as package.module:function."""
     weights: Path | None = None
     """Trained float weights; the teacher is then not trained."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted from each channel, of pixels on [0, 1], as the weights want it; by default the data set's own."""
+    std: tuple[float, ...] | None = None
+    """Each channel is divided by it; by default the data set's own."""
     weight_bits: int = 4
     """Bits of the weights."""
     levels: int = 2
@@ -99,7 +103,8 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
         say: takes one line for each stage.
     """
     frames = config.timesteps if config.data in EVENTS else None  # of a recording, one a step
-    data = load_data(config.data, root=config.data_root, timesteps=frames)
+    data = load_data(config.data, root=config.data_root, timesteps=frames, mean=config.mean, std=config.std)
+    _, data = create_fitting(config.model, data, seed=config.seed)
     flow = _Flow(config, data, say)
     return flow.run()
 
@@ -125,7 +130,7 @@ class _Flow:
         weights = None if self.config.weights is None else file_hash(self.config.weights)
         teacher = self.stages.run(
             "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,
-            train=asdict(self.teacher_config),
+            train=asdict(self.teacher_config), normalisation=[list(self.data.mean), list(self.data.std)],
         )  # fmt: skip
         qann = self.stages.run(
             "qann", lambda state: self._qann(teacher, state), parent=teacher,
@@ -148,7 +153,7 @@ class _Flow:
         return RunResult(results, str(certificate), certificate.exact, files)
 
     def _teacher(self, state: Path) -> nn.Module:
-        teacher = create_model(self.config.model, self.data, seed=self.config.seed)
+        teacher, _ = create_fitting(self.config.model, self.data, seed=self.config.seed)
         if self.config.weights is not None:
             load_weights(teacher, self.config.weights)
             return teacher.eval()

@@ -13,6 +13,7 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.graph.arrived import arrived
 from qsnn.graph.compare import same_answers
 from qsnn.graph.kinds import does
 from qsnn.graph.pools import moved_max_pools
@@ -124,6 +125,7 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
         raise TypeError(f"expected a QuantizeConfig, got {type(config).__name__}; call quantize(model, data, config)")
     if data is None:
         raise ValueError("quantize needs data to calibrate on: quantize(model, data, config)")
+    model = arrived(model)
     frames = calibration_images(getattr(data, "train", data), config.calibration_images)
     in_time = takes_frames(model, frames)
     images = frames.mean(1) if in_time else frames

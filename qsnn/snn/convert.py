@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.pools import moved_max_pools, reroute
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
@@ -139,6 +140,7 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
             f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
             f"convert(model, data, ConvertConfig(...)) to calibrate"
         )
+    model = arrived(model)
     images = None
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)
@@ -168,6 +170,7 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
         recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": config.correction != "none"}
         set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
     snn.train(model.training)
+    set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
     return snn
 
 
