@@ -17,9 +17,11 @@ from qsnn.files import header, write_atomic
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
+from qsnn.models.weights import load_weights as load_weights
 from qsnn.quant.activations import level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantized_structure
-from qsnn.snn.convert import ConvertConfig, spiking_structure
+from qsnn.snn.config import ConvertConfig
+from qsnn.snn.convert import spiking_structure
 from qsnn.snn.network import TimeLoop
 from qsnn.snn.neurons import IFNode
 
@@ -85,27 +87,6 @@ def load(path: str | Path) -> nn.Module:
     model.eval()
     set_recipe(model, recipe)
     return model
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a float state_dict, a safetensors file or a ``torch.save`` of tensors alone, into ``model``, in place.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or its names or shapes do not fit the model.
-    """
-    raw = _bytes(path)
-    try:
-        if header(raw) is not None:
-            tensors: Any = load_tensors(raw)
-        else:
-            tensors = torch.load(path, weights_only=True, map_location="cpu")
-        if not isinstance(tensors, dict):
-            raise ValueError(f"expected a state_dict, got {type(tensors).__name__}")
-        model.load_state_dict(tensors.get("state_dict", tensors))
-    except Exception as error:  # torch.load raises many kinds for a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot load {path} into {type(model).__name__}: {reason}") from error
 
 
 def resume_file(path: str | Path, *key: Any) -> Path:

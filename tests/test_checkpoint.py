@@ -240,7 +240,7 @@ def test_weights_that_do_not_fit(teacher: nn.Module, tmp_path: Path) -> None:
     torch.save({**teacher.state_dict(), "0.weight": torch.zeros(2, 1, 3, 3)}, tmp_path / "shapes")
     torch.save(torch.zeros(3), tmp_path / "tensor")
     target = copy.deepcopy(teacher)
-    for name, message in (("names", "Missing key"), ("shapes", "size mismatch for 0.weight"), ("tensor", "state_dict")):
+    for name, message in (("names", "none of the names"), ("shapes", "0.weight is "), ("tensor", "state_dict")):
         with pytest.raises(ValueError, match=rf"cannot load .*{name} into VggSmall: .*{message}") as caught:
             qsnn.load_weights(target, tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -13,6 +13,7 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.graph.arrived import arrived
 from qsnn.graph.compare import same_answers
 from qsnn.graph.kinds import does
 from qsnn.graph.pools import moved_max_pools
@@ -110,13 +111,21 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
         data: a :class:`~qsnn.Data` (its training images are used), a Dataset, or an iterable of (images, labels).
         config: precision and calibration.
     Raises:
-        ValueError: nothing to quantize, a layer that is not supported (all of them are named), or no data.
+        ValueError: nothing to quantize, a layer that is not supported (all of them are named), a copy that does not
+            answer as the model does, or no data.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> qann = qsnn.quantize(qsnn.create_model("study", data), data, qsnn.QuantizeConfig(weight_bits=1, levels=2))
+    >>> qsnn.integer_weights(qann.get_submodule("3"))[0].unique()
+    tensor([-1,  1], dtype=torch.int8)
     """
     config = config or QuantizeConfig()
     if not isinstance(config, QuantizeConfig):
         raise TypeError(f"expected a QuantizeConfig, got {type(config).__name__}; call quantize(model, data, config)")
     if data is None:
         raise ValueError("quantize needs data to calibrate on: quantize(model, data, config)")
+    model = arrived(model)
     frames = calibration_images(getattr(data, "train", data), config.calibration_images)
     in_time = takes_frames(model, frames)
     images = frames.mean(1) if in_time else frames

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.pools import moved_max_pools, reroute
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
@@ -28,83 +29,11 @@ from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
 from qsnn.snn.backward import AveragePool2d
-from qsnn.snn.calibrate import CORRECTIONS, INITIALS, TARGETS, THRESHOLDS, correct_
+from qsnn.snn.calibrate import correct_
+from qsnn.snn.config import ConvertConfig
 from qsnn.snn.equations import Dynamics
-from qsnn.snn.network import FIRINGS, SNN
+from qsnn.snn.network import SNN
 from qsnn.snn.neurons import IFNode, PlusMinus, Repeat, amplified
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """How the spiking network runs where a call does not say otherwise, and what its neurons are."""
-
-    timesteps: int = 2
-    """Simulation steps T; also what a calibration is made for."""
-    firing: str = "online"
-    """"online": a neuron fires while its input arrives; "deferred": it integrates all T inputs, then fires."""
-    threshold: str = "mse"
-    """Thresholds of plain ReLUs: "mse" (least error after T steps), "max" or "percentile" of each channel."""
-    percentile: float = 99.9
-    """Of "percentile" [%]."""
-    initial: str = "mse"
-    """Of threshold "mse": "mse" (v₀ and a change of the bias in front are chosen with θ) or "half" (v₀ = θ/2)."""
-    correction: str = "weights"
-    """With data, on the spikes that arrive: "weights" (least squares; only float ones), "bias", "none"."""
-    targets: str = "sums"
-    """A layer in front of an addition is corrected to what the sum should be ("sums"), or for itself ("layers")."""
-    calibration_images: int = 256
-    """Training images of a calibration."""
-    reset: str = "soft"
-    """After a spike: "soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards 0)."""
-    reset_tau: float = 1.0
-    """Time constant of reset "decay" [steps]."""
-    tau: tuple[float, ...] = ()
-    """Time constant of the leak [steps]: none, one for all neurons, or one for each spiking layer in order."""
-    tau_growth: float = 1.0
-    """Factor on the time constant from each spiking layer to the next [1]."""
-    tau_slope: float = 0.0
-    """Added to the time constant from each spiking layer to the next [steps]; before the factor."""
-    signed: bool = False
-    """Spikes of -1 take back spikes that came too early (ST-BIF)."""
-    state_bits: str | None = None
-    """What holds the membrane: "int8", "int16", "fp16"; None: float."""
-    strict: bool = False
-    """Refuse max pools of online spikes, whose error does not vanish with T."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run.
-
-        Raises:
-            ValueError: which option, and what it may be.
-        """
-        if not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise ValueError(f"timesteps must be a whole number of at least 1, got {self.timesteps!r}")
-        if self.firing not in FIRINGS:
-            raise ValueError(f"firing must be 'online' or 'deferred', got {self.firing!r}")
-        if self.threshold not in THRESHOLDS:
-            raise ValueError(f"threshold must be one of {', '.join(THRESHOLDS)}, got {self.threshold!r}")
-        for name, known in (("correction", CORRECTIONS), ("initial", INITIALS), ("targets", TARGETS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not 0 < self.percentile <= 100 or self.calibration_images < 1 or not self.tau_growth > 0:
-            raise ValueError(
-                f"expected 0 < percentile <= 100, calibration_images >= 1 and tau_growth > 0, got {self.percentile}, "
-                f"{self.calibration_images}, {self.tau_growth}"
-            )
-        if self.firing == "deferred" and not self.dynamics(0).plain:
-            raise ValueError(
-                "deferred firing is defined for the soft reset without leak, signed spikes or a membrane of few bits; "
-                "use firing='online'"
-            )
-
-    def dynamics(self, place: int) -> Dynamics:
-        """The equation of the spiking layer that stands ``place`` layers behind the first."""
-        tau = None
-        if self.tau:
-            tau = (self.tau[min(place, len(self.tau) - 1)] + place * self.tau_slope) * self.tau_growth**place
-        return Dynamics(
-            reset=self.reset, reset_tau=self.reset_tau, tau=tau, signed=self.signed, state_bits=self.state_bits
-        )
 
 
 @overload
@@ -138,6 +67,13 @@ def convert(
         ValueError: nothing to convert, a quantizer without a step, plain ReLUs without data, or what has no faithful
             spiking form (all of it is named).
         TypeError: ``config`` is not a ConvertConfig.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> snn = qsnn.convert(qsnn.quantize(qsnn.create_model("study", data), data), qsnn.ConvertConfig(timesteps=2))
+    >>> images, labels = next(qsnn.batches(data.test, 4))
+    >>> snn(images).shape  # the answer after one step, and after two
+    torch.Size([2, 4, 10])
     """
     if isinstance(data, ConvertConfig) and config is None:
         data, config = None, data
@@ -152,6 +88,7 @@ def convert(
     if not steps:
         raise ValueError("expected timesteps such as (1, 2, 4), got none")
     configs = [replace(config, timesteps=step) for step in dict.fromkeys(steps)]
+    model = arrived(model)
     images = None
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)
@@ -183,6 +120,7 @@ def convert(
             recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": corrected}
             set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
         snn.train(model.training)
+        set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
     return snns[0] if timesteps is None else {snn.timesteps: snn for snn in snns}
 
 
