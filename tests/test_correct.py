@@ -134,7 +134,7 @@ def test_behind_a_relu_only_what_it_lets_through_is_fitted() -> None:
         with torch.no_grad():
             fit_layer_(layer, x[:, :1], wanted - layer(x[:, :1]), "weights", rectified=rectified)
             errors.append(float((layer(x[:, :1]).relu() - wanted.relu()).square().mean()))
-    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] < 0.98 * errors[0]
 
 
 def test_weights_are_pulled_to_where_steps_are_even() -> None:

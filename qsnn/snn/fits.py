@@ -82,7 +82,7 @@ def fit_layer_(
     best, least = _RIDGES[0], float("inf")
     for ridge in _RIDGES:
         change = _solved(*fit, ridge, pull, 0.75)
-        squares, products = check  # the error on images that were not fitted, but for a constant
+        squares, products = _pulled(*check, pull, 0.25)  # the error on images that were not fitted, but for a constant
         error = float((change * (squares @ change - 2 * products)).sum())
         if error < least:
             best, least = ridge, error
@@ -145,9 +145,16 @@ def _solved(
     diagonal = squares.diagonal(dim1=1, dim2=2)
     diagonal[:, :-1] += ridge * diagonal[:, :-1].mean(1, keepdim=True).clamp(min=1e-12)
     diagonal[:, -1].clamp_(min=1.0)  # no images, no bias
-    if pull is not None:
-        squares, products = squares + part * pull[0], products - part * (pull[0] @ pull[1])
-    return torch.linalg.solve(squares, products)
+    return torch.linalg.solve(*_pulled(squares, products, pull, part))
+
+
+def _pulled(
+    squares: Tensor, products: Tensor, pull: tuple[Tensor, Tensor] | None, part: float
+) -> tuple[Tensor, Tensor]:
+    """Sums with a part of the pull in them."""
+    if pull is None:
+        return squares, products
+    return squares + part * pull[0], products - part * (pull[0] @ pull[1])
 
 
 def _patches(layer: Any, x: Tensor) -> Tensor:
