@@ -181,3 +181,11 @@ def test_wrong_students_are_refused(qann: nn.Module, snn: qsnn.SNN, digits: qsnn
 def test_impossible_training(options: dict) -> None:
     with pytest.raises(ValueError, match=r"epochs|optimizer|kd_temperature"):
         qsnn.TrainConfig(**options)
+
+
+def test_frozen_batch_norms_stay_frozen(digits: qsnn.Data) -> None:
+    model = qsnn.create_model("study", digits).train()
+    model[1].eval()
+    before = model[1].running_mean.clone(), model[4].running_mean.clone()
+    qsnn.fit(model, digits, qsnn.TrainConfig(epochs=1, train_images=128))
+    assert torch.equal(model[1].running_mean, before[0]) and not torch.equal(model[4].running_mean, before[1])

@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from qsnn.data.images import Data, batch_sizes, batches
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.graph.arrived import frozen_norms, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import answer, count_right
@@ -127,6 +128,8 @@ def fit(
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
+    to_float32_(model)
+    frozen = frozen_norms(model)
     loader = _Loader(data, config, device_of(model))
     state = read_state(resume, asdict(config))
     if state is not None:
@@ -149,7 +152,7 @@ def fit(
     )
     with bar, torch.random.fork_rng(), board:
         for epoch in range(len(done.history), config.epochs):
-            lay_out_(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
+            lay_out_(_awake_(model, frozen), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
             with shared(step) as shared_step:
                 run = torch.compile(shared_step) if config.compile else shared_step
                 for images, labels, weight in loader.epoch(epoch, done.batch):
@@ -210,6 +213,14 @@ class _Loader:
             torch.manual_seed((seed * len(self) + batch) * self.world + self.rank)
             # DDP takes the mean over processes, whose shares of the batch may differ by one image
             yield laid_out(images, torch.channels_last), labels, len(images) * self.world / self.sizes[batch]
+
+
+def _awake_(model: nn.Module, frozen: list[str]) -> nn.Module:
+    """Training mode, but for batch norms that their owner had frozen."""
+    model.train()
+    for name in frozen:
+        model.get_submodule(name).eval()
+    return model
 
 
 def _leave_file(model: nn.Module) -> None:
