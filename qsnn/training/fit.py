@@ -152,7 +152,8 @@ def fit(
     )
     with bar, torch.random.fork_rng(), board:
         for epoch in range(len(done.history), config.epochs):
-            lay_out_(_awake_(model, frozen), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
+            # convolutions and batch norm run faster in channels-last on a CPU
+            lay_out_(_awake_(model, frozen), torch.channels_last)
             with shared(step) as shared_step:
                 run = torch.compile(shared_step) if config.compile else shared_step
                 for images, labels, weight in loader.epoch(epoch, done.batch):
