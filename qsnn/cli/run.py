@@ -20,6 +20,7 @@ from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
 from qsnn.models.create import create_model
+from qsnn.options import Epochs, Levels, Part, Seed, Timesteps, WeightBits, check_options
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
@@ -47,19 +48,19 @@ class RunConfig:
     """Name of the float network, or your own as package.module:function."""
     weights: Path | None = None
     """Trained float weights; the teacher is then not trained."""
-    weight_bits: int = 4
+    weight_bits: WeightBits = 4
     """Bits of the weights."""
-    levels: int = 2
+    levels: Levels = 2
     """Nonzero activation levels L."""
-    timesteps: int = 2
+    timesteps: Timesteps = 2
     """Time steps T of the student."""
-    max_timesteps: int = 8
+    max_timesteps: Timesteps = 8
     """Largest T of the benchmark."""
-    label_smoothing: float = 0.1
+    label_smoothing: Part = 0.1
     """Label smoothing of the student's cross entropy."""
-    epochs: tuple[int, int, int] | None = None
+    epochs: tuple[Epochs, Epochs, Epochs] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, order and augmentation."""
     data_root: Path | None = None
     """Folder of the data sets; default $QSNN_DATA, else a cache folder."""
@@ -74,8 +75,7 @@ class RunConfig:
         Raises:
             ValueError: which option, and what it may be.
         """
-        if self.max_timesteps < 1:
-            raise ValueError(f"max_timesteps must be a whole number of at least 1, got {self.max_timesteps}")
+        check_options(self)
 
 
 @dataclass(frozen=True)

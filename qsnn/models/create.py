@@ -46,13 +46,22 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
 
 
 def build_model(
-    name: str, shape: tuple[int, ...] | None, num_classes: int | None, *, seed: int = 0, **options: Any
+    name: str,
+    shape: tuple[int, ...] | None,
+    num_classes: int | None,
+    *,
+    seed: int = 0,
+    function: Callable[..., nn.Module] | None = None,
+    **options: Any,
 ) -> nn.Module:
-    """Like :func:`create_model`, from an image shape (C, H, W) and a number of classes; ``load`` calls it."""
+    """Like :func:`create_model`, from an image shape (C, H, W) and a number of classes; ``load`` calls it.
+
+    A ``function`` is called in the place of importing the one that ``package.module:function`` names.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if ":" in name:
-            model = _call_named(name, num_classes, options)
+            model = _call(function or _named(name), name, num_classes, options)
         elif name in MODELS:
             if shape is None or num_classes is None:
                 raise ValueError(f"create_model({name!r}) needs data: create_model({name!r}, load_data('digits'))")
@@ -78,14 +87,17 @@ def build_model(
     return model
 
 
-def _call_named(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
+def _named(name: str) -> Any:
     module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(
             f"cannot find {name!r} ({error}); expected package.module:function on Python's path"
         ) from error
+
+
+def _call(function: Any, name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     try:
         model = function(**options) if num_classes is None else function(num_classes=num_classes, **options)
     except TypeError:
