@@ -164,6 +164,34 @@ def _answers(model: nn.Module, recipe: dict[str, Any]) -> None:
         raise ValueError(f"does not answer with {classes} classes")
 
 
+def check_data(recipe: dict[str, Any], data: Any, path: str | Path) -> None:
+    """Refuse data that a network was not trained for: other classes, another normalisation or image shape.
+
+    Args:
+        recipe: of the network.
+        data: a :class:`~qsnn.Data`.
+        path: of its file, which messages begin with.
+    Raises:
+        ValueError: what differs.
+    """
+    asked, name = recipe.get("data") or {}, shown(str(data.name))
+    classes, found = list(asked.get("classes", data.classes)), list(data.classes)
+    if classes != found:
+        odd = {"without": [c for c in classes if c not in found], "with": [c for c in found if c not in classes]}
+        differ = [f"{what} {', '.join(map(shown, some[:5]))}" for what, some in odd.items() if some]
+        raise ValueError(
+            f"{path} was trained for {len(classes)} classes, and {name} has {len(found)}, "
+            f"{' and '.join(differ) or 'in another order'}; name them as they were, or train again"
+        )
+    for what in ("mean", "std"):
+        old, new = list(asked.get(what, getattr(data, what))), list(getattr(data, what))
+        if len(old) != len(new) or any(abs(a - b) > 1e-6 for a, b in zip(old, new, strict=True)):
+            raise ValueError(f"{path} was trained on images with the {what} {old}, and {name} has {new}; train again")
+    shape = recipe.get("input_shape")
+    if shape is not None and tuple(shape) != tuple(data.shape):
+        raise ValueError(f"{path} was trained on images of {tuple(shape)}, and {name} has {tuple(data.shape)}")
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a float state_dict, a safetensors file or a ``torch.save`` of tensors alone, into ``model``, in place.
 

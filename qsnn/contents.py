@@ -11,13 +11,9 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from qsnn.distillation.distill import DistillConfig
 from qsnn.models.create import MODELS, build_model
 from qsnn.models.spiking import SPIKING, build_spiking
-from qsnn.options import Timesteps, WeightBits, problem
-from qsnn.quant.quantize import QuantizeConfig
-from qsnn.snn.convert import ConvertConfig
-from qsnn.training.fit import TrainConfig
+from qsnn.options import CONFIGS, Timesteps, WeightBits, config_class, problem
 
 KINDS = ("teacher", "qann", "snn", "student", "folded")
 LARGEST_IMAGE = 2**22
@@ -29,10 +25,6 @@ _Real = Annotated[float, Meta(ge=-1e30, le=1e30)]
 _Positive = Annotated[float, Meta(gt=0, le=1e30)]
 _Side = Annotated[int, Meta(ge=1, le=LARGEST_IMAGE)]
 _Classes = Annotated[int, Meta(ge=1, le=2**20)]
-_CONFIGS: dict[str, type] = {
-    "quantize": QuantizeConfig, "convert": ConvertConfig, "distill": DistillConfig, "train": TrainConfig,
-    "mutual": DistillConfig,
-}  # fmt: skip
 
 
 class _Model(msgspec.Struct, forbid_unknown_fields=True):
@@ -48,7 +40,7 @@ class _Data(msgspec.Struct, forbid_unknown_fields=True):
     name: _Name
     mean: list[_Real]
     std: list[_Positive]
-    classes: Annotated[list[_Name], Meta(min_length=1, max_length=2**20)]
+    classes: Annotated[list[_Name], Meta(max_length=2**20)]
     frames: Timesteps | None = None
 
 
@@ -96,12 +88,12 @@ def check_recipe(recipe: dict[str, Any]) -> Recipe:
             data = msgspec.convert(known.data, _Data)
             if len(data.mean) != len(data.std):
                 raise ValueError(f"data: {len(data.mean)} means and {len(data.std)} standard deviations")
-            if known.num_classes not in (None, len(data.classes)):
+            if data.classes and known.num_classes not in (None, len(data.classes)):
                 raise ValueError(f"num_classes is {known.num_classes}, but data has {len(data.classes)} classes")
-        for name, config in _CONFIGS.items():
+        for name in CONFIGS:
             found = getattr(known, name)
             if found is not None:
-                config(**found)
+                config_class(name)(**found)
     except (msgspec.ValidationError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"holds metadata that are not right: {error}") from None
     if known.input_shape and math.prod(known.input_shape) > LARGEST_IMAGE:

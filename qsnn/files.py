@@ -150,8 +150,6 @@ def _place(raw: bytes, checksum: str) -> int | None:
 def target_of(path: str | Path, *inputs: str | Path | None) -> Path:
     """Return the file that writing ``path`` writes, ``~`` and links followed; make its folder.
 
-    Commands call it before the work, not after.
-
     Args:
         path: a regular file, or a new name.
         inputs: files that are read, of which it may be none.
@@ -175,6 +173,16 @@ def target_of(path: str | Path, *inputs: str | Path | None) -> Path:
     if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
         raise ValueError(f"{path} cannot be written: no permission ({target.parent})")
     return target
+
+
+def output(path: str | Path, *inputs: str | Path | None) -> Path:
+    """Return the path as it was given, ``~`` expanded, once it can be written; before the work, not after it.
+
+    Raises:
+        ValueError: as :func:`target_of` says.
+    """
+    target_of(path, *inputs)
+    return as_path(path)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Hashable
 from dataclasses import fields
 from functools import cache
@@ -50,6 +51,21 @@ Steps = Annotated[float, Meta(gt=0, le=1e6)]
 """Time constant [steps]."""
 Slope = Annotated[float, Meta(ge=-1e6, le=1e6)]
 """What is added from layer to layer [steps]."""
+
+CONFIGS = {
+    "quantize": ("qsnn.quant.quantize", "QuantizeConfig"),
+    "convert": ("qsnn.snn.convert", "ConvertConfig"),
+    "train": ("qsnn.training.fit", "TrainConfig"),
+    "distill": ("qsnn.distillation.distill", "DistillConfig"),
+    "mutual": ("qsnn.distillation.distill", "DistillConfig"),
+}
+"""Where the configs stand that a checkpoint keeps, by its key: by name, for some stand below the checkpoint's room."""
+
+
+def config_class(key: str) -> Any:
+    """The config that a checkpoint keeps under ``key``."""
+    module, name = CONFIGS[key]
+    return getattr(importlib.import_module(module), name)
 
 
 @cache

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
+from qsnn.checkpoint import check_data, file_hash, load, load_weights, read_recipe, resume_file, save
+from qsnn.cli.inputs import held_by_first
 from qsnn.data.events import EVENTS
 from qsnn.data.images import Data
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill
+from qsnn.files import as_path, target_of
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.measure.benchmark import Benchmark, benchmark
@@ -24,7 +26,7 @@ from qsnn.options import Epochs, Levels, Part, Seed, Timesteps, WeightBits, chec
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
-from qsnn.report.records import Record, append, environment, now
+from qsnn.report.records import Record, append_once, check_records, environment, now
 from qsnn.snn.convert import ConvertConfig, convert
 from qsnn.snn.network import SNN
 from qsnn.training.fit import TrainConfig, fit
@@ -101,13 +103,20 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
     frames = config.timesteps if config.data in EVENTS else None  # of a recording, one a step
     data = load_data(config.data, root=config.data_root, timesteps=frames)
     flow = _Flow(config, data, say)
-    return flow.run()
+    with held_by_first(flow.out / "run"):
+        result = flow.run()
+        gone = [str(path) for path in result.files if not path.exists()]
+        if gone:
+            raise FileNotFoundError(f"{', '.join(gone)} vanished while the flow ran; start it again")
+    return result
 
 
 class _Flow:
     def __init__(self, config: RunConfig, data: Data, say: Say) -> None:
         self.config, self.data, self.say, self.device = config, data, say, start(config.device)
-        self.out = Path(config.out)
+        self.out = as_path(config.out)
+        target_of(self.out / "records.jsonl", config.weights)
+        check_records(self.out / "records.jsonl")
         self.stages: list[tuple[str, float]] = []
         epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
@@ -166,7 +175,7 @@ class _Flow:
             recipe = read_recipe(path)
             if recipe.get("stage") == _plain(key):
                 self.say(f"{name}: done before, loaded {path}")
-                return load(path).to(self.device)
+                return self._loaded(path)
         started = time.perf_counter()
         model = make(state)
         set_recipe(model, {**recipe_of(model), "stage": key})
@@ -174,7 +183,12 @@ class _Flow:
         state.unlink(missing_ok=True)
         self.stages.append((name, time.perf_counter() - started))
         self.say(f"{name}: {self.stages[-1][1]:.1f} s, wrote {path}")
-        return load(path).to(self.device)
+        return self._loaded(path)
+
+    def _loaded(self, path: Path) -> nn.Module:
+        model = load(path, model=self.config.model if ":" in self.config.model else None)
+        check_data(recipe_of(model), self.data, path)
+        return model.to(self.device)
 
     def _teacher(self, state: Path) -> nn.Module:
         teacher = create_model(self.config.model, self.data, seed=self.config.seed)
@@ -219,7 +233,7 @@ class _Flow:
         world = environment(self.device.type)
         for result in results:
             metrics = _plain({**result.metrics(), "certificate": certificate.verdict})
-            append(records, Record(
+            append_once(records, Record(
                 name=f"run/{result.name}", data=Path(self.data.name).name, seed=self.config.seed, n=result.n,
                 metrics=metrics,
                 config=config, environment=world, time=now(),
