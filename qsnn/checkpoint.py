@@ -124,9 +124,12 @@ def load(
 def _allowed(path: str | Path, name: str, given: Named | Sequence[Named] | None) -> Named | None:
     """What the caller gave for the model that a file names; None for one of ours."""
     named: Sequence[Any] = [] if given is None else [given] if isinstance(given, str) or callable(given) else given
-    for one in named:
+    for one in named if isinstance(named, list | tuple) else [named]:
         if not isinstance(one, str) and not callable(one):
-            raise TypeError(f"expected a function that builds the model, or its name, got {type(one).__name__}")
+            raise TypeError(
+                f"expected a function that builds the model, or its name, got {type(one).__name__}; call load(path, "
+                f"model=function)"
+            )
     wanted = shown(name)
     if ":" not in name:
         if named:
@@ -135,7 +138,7 @@ def _allowed(path: str | Path, name: str, given: Named | Sequence[Named] | None)
     for one in named:
         if one == name if isinstance(one, str) else _is_named(one, name):
             return one  # type: ignore[no-any-return]
-    got = ", ".join(one if isinstance(one, str) else f"{one.__module__}:{one.__qualname__}" for one in named)
+    got = ", ".join(one if isinstance(one, str) else getattr(one, "__qualname__", repr(one)) for one in named)
     raise ValueError(
         f"{path} is built by {wanted!r}, which is not qsnn's own{f', and not by {got}' if got else ''}; if you trust "
         f"it, name it: load(path, model=function), or --model {wanted}"

@@ -105,7 +105,7 @@ def problem(name: str, value: Any, hint: Any) -> str | None:
     try:
         # numpy's float64 is a float, but msgspec takes exactly Python's
         msgspec.convert(float(value) if isinstance(value, float) else value, hint)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, RecursionError, TypeError, AttributeError) as error:  # the last two: no JSON type
         shown = f"{value!r:.80}"
         wanted = _words(hint)
         return f"{name} must be {wanted}, got {shown}" if wanted else f"{name}: {error}, got {shown}"
@@ -168,4 +168,4 @@ def _range(hint: Any) -> tuple[Any, Meta | None]:
 
 
 def _number(value: float | None) -> str:
-    return f"{value:,}" if isinstance(value, int) and value < 10_000_000 else f"{value or 0:g}"
+    return f"{value:,}" if isinstance(value, int) and value < 10**10 else f"{value or 0:g}"

@@ -83,10 +83,13 @@ class QuantizeConfig:
             ValueError: a type or a range that is not the field's, or two options that contradict each other.
         """
         check_options(self)
-        for bits in (self.weight_bits, *([] if self.first_last_bits is None else [self.first_last_bits])):
-            weight_quantizer(bits)
-        for bits in self.overrides.values():
-            weight_quantizer(bits)
+        given = {"weight_bits": self.weight_bits, "first_last_bits": self.first_last_bits, **self.overrides}
+        for name, bits in given.items():
+            if bits is not None:
+                try:
+                    weight_quantizer(bits)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         if self.act_form not in ACT_FORMS:
             raise ValueError(f"act_form must be one of {', '.join(ACT_FORMS)}, got {self.act_form!r}")
         if self.weight_form not in ("xnor", "sign"):

@@ -130,13 +130,14 @@ class SNN(nn.Module):
         Raises:
             ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
         """
-        frames = images.dim() == 5
+        frames = isinstance(images, Tensor) and images.dim() == 5
         if timesteps is None:
             timesteps = images.shape[1] if frames else self.timesteps
         steps, firing = self._checked(timesteps, self.firing if firing is None else firing)
         shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
         images = in_order(images, steps) if frames else images
-        check_images(images, None if shape is None else tuple(shape))
+        dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
+        check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))
         with self.running(steps, firing, in_time=frames):
             return self.network(images).unflatten(0, (steps, -1))
 
