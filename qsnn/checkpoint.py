@@ -17,7 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from qsnn.contents import check_header, check_recipe, check_size, check_state, check_values
-from qsnn.files import as_path, header, opened, read_bytes, sealed, shown, target_of, unsealed, write_atomic
+from qsnn.files import as_path, header, metadata, opened, read_bytes, sealed, shown, target_of, unsealed, write_atomic
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
@@ -283,9 +283,8 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     found = header(raw)
     if found is None:
         raise ValueError(f"{path} is no safetensors file, or a truncated one ({len(raw)} bytes)")
-    meta = found.get("__metadata__")
-    text = meta.get(_KEY) if isinstance(meta, dict) else None
-    if not isinstance(text, str):
+    text = metadata(found, _KEY)
+    if text is None:
         raise ValueError(
             f"{path} was not written by qsnn; for weights of your own: qsnn train --model ... --weights {path}"
         )

@@ -92,6 +92,13 @@ def header(raw: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def metadata(found: dict[str, Any] | None, key: str) -> str | None:
+    """The text under ``key`` in the metadata of a header, or None where there is none."""
+    meta = (found or {}).get("__metadata__")
+    text = meta.get(key) if isinstance(meta, dict) else None
+    return text if isinstance(text, str) else None
+
+
 def unsealed(recipe: dict[str, Any]) -> str:
     """The JSON of a file's metadata, with a place for the checksum that :func:`sealed` fills."""
     return json.dumps({"checksum": _UNSEALED, **recipe})

@@ -100,6 +100,26 @@ def check_option(name: str, value: Any, hint: Any) -> None:
         raise ValueError(text)
 
 
+def expect(call: str, name: str, value: Any, kind: type | tuple[type, ...] | str) -> None:
+    """Refuse a foreign object in the place of a network, data or a name.
+
+    Args:
+        call: the call that was meant.
+        name: of the argument.
+        value: what came.
+        kind: the type that it must be of; or, as a string, the attributes that it must have.
+    Raises:
+        TypeError: what was expected, what came, and the call.
+    """
+    if isinstance(kind, str):
+        fits, wanted = all(hasattr(value, attribute) for attribute in kind.split()), f"with {kind.replace(' ', ', ')}"
+    else:
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        fits, wanted = isinstance(value, kinds), "as " + " or ".join(one.__name__ for one in kinds)
+    if not fits:
+        raise TypeError(f"expected {name} {wanted}, got {type(value).__name__}; call {call}")
+
+
 def problem(name: str, value: Any, hint: Any) -> str | None:
     """What is wrong with the value of an option, in words; None where nothing is."""
     try:

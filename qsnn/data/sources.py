@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from qsnn.data.events import EVENTS, load_events
 from qsnn.data.images import Data, ImageSet, hold_out, normalise
+from qsnn.options import expect
 
 # name: torchvision's class, mean and standard deviation of the training pixels on [0, 1], augmentation in training
 _TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] = {
@@ -103,6 +104,7 @@ def load_data(
         FileNotFoundError: files that are missing and cannot be downloaded, or a folder without classes.
         ImportError: torchvision is missing, or does not fit the installed torch.
     """
+    expect("load_data('digits')", "name", name, (str, os.PathLike))
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"expected 0 < val_fraction < 1, got {val_fraction}; 0.1 holds out a tenth")
     if image_size is not None and (image_size < 1 or name in NAMES):

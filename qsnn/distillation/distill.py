@@ -25,7 +25,19 @@ from qsnn.distillation.losses import (
 from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
 from qsnn.graph.hooks import recorded
 from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
-from qsnn.options import BatchSize, Epochs, Factor, Images, LearningRate, Part, Seed, Timesteps, Weight, check_options
+from qsnn.options import (
+    BatchSize,
+    Epochs,
+    Factor,
+    Images,
+    LearningRate,
+    Part,
+    Seed,
+    Timesteps,
+    Weight,
+    check_options,
+    expect,
+)
 from qsnn.snn.equations import firing_function, per_channel
 from qsnn.snn.network import SNN, TimeLoop, train_neurons_
 from qsnn.snn.neurons import IFNode
@@ -200,7 +212,10 @@ def distill_together(
     Source:
         Zhang et al., "Deep Mutual Learning", CVPR 2018.
     """
-    config = config or DistillConfig()
+    call = "distill(student, teacher, data)"
+    expect(call, "teacher", teacher, (nn.Module, list, tuple))
+    expect(call, "data", data, "train val")
+    config = DistillConfig() if config is None else config
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     _check(student, teachers, config)
     recipe = child_recipe(student, "student", distill=asdict(config))

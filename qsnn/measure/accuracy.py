@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsnn.data.images import batches, summed
 from qsnn.graph.trace import device_of
+from qsnn.options import expect
 from qsnn.snn.network import time_loop
 
 
@@ -23,6 +24,7 @@ def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: An
         batch_size: images a call.
         options: passed to the model, e.g. ``timesteps=4``.
     """
+    expect("accuracy(model, data.test)", "model", model, nn.Module)
     training = model.training
     right, seen = count_right(model.eval(), source, batch_size, (0, 1), **options)
     model.train(training)

@@ -18,6 +18,7 @@ from qsnn.measure.accuracy import interval
 from qsnn.measure.counting import Counter, LiveMemory
 from qsnn.measure.energy import Estimate, LayerCost, estimates
 from qsnn.measure.summary import LayerSummary, Summary, summary
+from qsnn.options import Timesteps, check_option, expect
 from qsnn.snn.network import SNN, TimeLoop
 
 _STATE_BITS = {"int8": 8, "int16": 16, "fp16": 16}
@@ -134,8 +135,8 @@ def benchmark(
     Raises:
         ValueError: T < 1, no images, or a margin outside [0, 1] or of a network that has no steps.
     """
-    if not isinstance(timesteps, int) or timesteps < 1:
-        raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
+    expect("benchmark(model, data.test)", "model", model, nn.Module)
+    check_option("timesteps", timesteps, Timesteps)
     started = time.perf_counter()
     kind = getattr(model, "qsnn_recipe", {}).get("kind", type(model).__name__)
     bits = _level_bits(model)

@@ -14,6 +14,7 @@ from qsnn.data.images import batches, summed
 from qsnn.folded.fold import fold
 from qsnn.graph.hooks import recorded
 from qsnn.graph.trace import device_of
+from qsnn.options import expect
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
 from qsnn.snn.network import SNN
@@ -111,6 +112,7 @@ def certify(
     """
     if not isinstance(snn, SNN):
         raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")
+    expect("certify(snn, qann, data.test)", "qann", qann, nn.Module)
     folded = snn if snn.folded else fold(snn)
     reference = _Reference(qann)
     counts = {name: folded.network.get_submodule(folded.probes.get(name, name)) for name, _ in folded.neurons()}

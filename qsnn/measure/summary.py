@@ -13,6 +13,7 @@ from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
 from qsnn.folded.neurons import Current, IntegerIF
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import device_of, module_of
+from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.weights import weight_bits
 from qsnn.snn.network import TimeLoop
@@ -117,6 +118,7 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     Raises:
         ValueError: no shape is given and none is recorded.
     """
+    expect("summary(model)", "model", model, nn.Module)
     shape = shape or input_shape_of(model)
     if shape is None:
         raise ValueError("summary needs the image shape: summary(model, (C, H, W))")

@@ -13,6 +13,7 @@ from qsnn.data.images import Data
 from qsnn.graph.recipe import data_recipe, recipe_of, set_recipe
 from qsnn.models.ann import _resnet18, _resnet_small, _study, _vgg16, _vgg_small
 from qsnn.models.spiking import SPIKING, build_spiking
+from qsnn.options import expect
 from qsnn.snn.network import TimeLoop
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -39,6 +40,8 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
     Raises:
         ValueError: an unknown name (the message lists the known ones), or a function that cannot be found.
     """
+    expect("create_model('study', load_data('digits'))", "name", name, str)
+    expect("create_model('study', load_data('digits'))", "data", data, (Data, type(None)))
     shape = None if data is None else tuple(data.shape)
     model = build_model(name, shape, None if data is None else data.num_classes, seed=seed, **options)
     set_recipe(model, {**recipe_of(model), "data": data_recipe(data)})

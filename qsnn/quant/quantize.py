@@ -33,7 +33,7 @@ from qsnn.graph.trace import (
     trace,
     unshare,
 )
-from qsnn.options import ActBits, Factor, Images, InputBits, Levels, WeightBits, check_options
+from qsnn.options import ActBits, Factor, Images, InputBits, Levels, WeightBits, check_options, expect
 from qsnn.quant.activations import HalfActQuant, LevelActQuant, LevelQuant, SignActQuant, level_quant
 from qsnn.quant.calibrate import calibrate_, calibration_images
 from qsnn.quant.weights import weight_quantizer
@@ -120,7 +120,8 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     Raises:
         ValueError: nothing to quantize, a layer that is not supported (all of them are named), or no data.
     """
-    config = config or QuantizeConfig()
+    expect("quantize(model, data)", "model", model, nn.Module)
+    config = QuantizeConfig() if config is None else config
     if not isinstance(config, QuantizeConfig):
         raise TypeError(f"expected a QuantizeConfig, got {type(config).__name__}; call quantize(model, data, config)")
     if data is None:
@@ -155,6 +156,9 @@ def quantized_structure(model: nn.Module, config: QuantizeConfig) -> fx.GraphMod
             f"nothing to quantize in {type(model).__name__}: it holds {len(weighted)} convolution or linear layers "
             f"and {len(relus)} ReLUs, and needs both"
         )
+    idle = [pattern for pattern in config.overrides if not fnmatch.filter(weighted, pattern)]
+    if idle:
+        raise ValueError(f"overrides: {', '.join(map(repr, idle))} match no layer; there are {', '.join(weighted)}")
     with torch.random.fork_rng():  # a new layer draws weights, which are then overwritten
         for name in weighted:
             replace_module(network, name, _quantized_layer(network.get_submodule(name), name, weighted, config))

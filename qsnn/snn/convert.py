@@ -12,7 +12,7 @@ from torch import fx, nn
 from qsnn.data.images import summed
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
 from qsnn.graph.trace import BATCH_NORMS, LAYERS, RELUS, add_module, call_nodes, module_of, replace_module
-from qsnn.options import Factor, Images, Percent, Slope, Steps, Timesteps, check_options
+from qsnn.options import Factor, Images, Percent, Slope, Steps, Timesteps, check_options, expect
 from qsnn.quant.activations import level_quant
 from qsnn.quant.calibrate import calibration_images
 from qsnn.snn.backward import AveragePool2d
@@ -114,7 +114,8 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
     """
     if isinstance(data, ConvertConfig) and config is None:
         data, config = None, data
-    config = config or ConvertConfig()
+    expect("convert(qann), or convert(model, data)", "model", model, nn.Module)
+    config = ConvertConfig() if config is None else config
     if not isinstance(config, ConvertConfig) or isinstance(data, nn.Module | dict):
         got = type(data if isinstance(config, ConvertConfig) else config).__name__
         raise TypeError(

@@ -22,7 +22,19 @@ from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import answer, count_right
-from qsnn.options import BatchSize, Epochs, Factor, Images, LearningRate, Part, Seed, Share, Weight, check_options
+from qsnn.options import (
+    BatchSize,
+    Epochs,
+    Factor,
+    Images,
+    LearningRate,
+    Part,
+    Seed,
+    Share,
+    Weight,
+    check_options,
+    expect,
+)
 from qsnn.training.processes import average_buffers_, is_main, rank_and_world, shared, total_of, wait
 from qsnn.training.resume import Epoch, read_state, refuse_not_finite, save_state
 from qsnn.training.resume import Progress as Done
@@ -126,7 +138,10 @@ def fit(
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (the KL term).
     """
-    config = config or TrainConfig()
+    expect("fit(model, data)", "model", model, nn.Module)
+    expect("fit(model, data)", "data", data, "train val")
+    expect("fit(model, data, teacher=model)", "teacher", teacher, (nn.Module, type(None)))
+    config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
     device, (rank, world) = device_of(model), rank_and_world()

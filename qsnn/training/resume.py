@@ -15,7 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from qsnn.files import header, opened, read_bytes, sealed, unsealed, write_atomic
+from qsnn.files import header, metadata, opened, read_bytes, sealed, unsealed, write_atomic
 
 _KEY = "qsnn.fit"
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -162,8 +162,8 @@ def read_state(path: str | Path | None, config: dict[str, Any]) -> State | None:
     if path is None or not Path(path).exists():
         return None
     path, raw = Path(path), read_bytes(path)
-    text = ((header(raw) or {}).get("__metadata__") or {}).get(_KEY)
-    if not isinstance(text, str):
+    text = metadata(header(raw), _KEY)
+    if text is None:
         raise ValueError(f"{path} is no state of a training run; delete it to start over")
     try:
         meta = opened(path, raw, text)
