@@ -475,3 +475,51 @@ def test_foreign_objects_in_the_place_of_files_and_models(
             FOREIGN[name](value)
         assert str(caught.value) and "\n" not in str(caught.value), (value, caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def public_calls(model: dict[str, Any], data: qsnn.Data) -> dict[str, Callable[[Any], Any]]:
+    short = qsnn.TrainConfig(epochs=0)
+    return {
+        "quantize(x)": lambda x: qsnn.quantize(x, data),
+        "quantize(model, x)": lambda x: qsnn.quantize(model["teacher"], x),
+        "quantize(model, data, x)": lambda x: qsnn.quantize(model["teacher"], data, x),
+        "convert(x)": lambda x: qsnn.convert(x),
+        "convert(model, x)": lambda x: qsnn.convert(model["teacher"], x),
+        "distill(x)": lambda x: qsnn.distill(x, model["qann"], data, qsnn.DistillConfig(epochs=0)),
+        "distill(snn, x)": lambda x: qsnn.distill(model["snn"], x, data, qsnn.DistillConfig(epochs=0)),
+        "distill(snn, qann, x)": lambda x: qsnn.distill(model["snn"], model["qann"], x),
+        "distill(snn, qann, data, x)": lambda x: qsnn.distill(model["snn"], model["qann"], data, x),
+        "fit(x)": lambda x: qsnn.fit(x, data, short),
+        "fit(model, x)": lambda x: qsnn.fit(model["teacher"], x, short),
+        "fit(model, data, x)": lambda x: qsnn.fit(model["teacher"], data, x),
+        "fit(teacher=x)": lambda x: qsnn.fit(model["teacher"], data, short, teacher=x),
+        "fold(x)": lambda x: qsnn.fold(x),
+        "benchmark(x)": lambda x: qsnn.benchmark(x, data.test),
+        "benchmark(snn, x)": lambda x: qsnn.benchmark(model["snn"], x),
+        "benchmark(timesteps=x)": lambda x: qsnn.benchmark(model["snn"], data.test, timesteps=x),
+        "certify(x)": lambda x: qsnn.certify(x, model["qann"], data.test),
+        "certify(snn, x)": lambda x: qsnn.certify(model["snn"], x, data.test),
+        "certify(snn, qann, x)": lambda x: qsnn.certify(model["snn"], model["qann"], x),
+        "accuracy(x)": lambda x: qsnn.accuracy(x, data.test),
+        "accuracy(qann, x)": lambda x: qsnn.accuracy(model["qann"], x),
+        "summary(x)": lambda x: qsnn.summary(x),
+        "create_model(x)": lambda x: qsnn.create_model(x, data),
+        "create_model(name, x)": lambda x: qsnn.create_model("study", x),
+        "load_data(x)": lambda x: qsnn.load_data(x),
+    }
+
+
+def test_foreign_objects_in_the_place_of_networks_and_data(
+    originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each ends with a TypeError or ValueError of one line; none is taken for what it is not."""
+    monkeypatch.chdir(tmp_path)
+    absent = {"quantize(model, data, x)", "distill(snn, qann, data, x)", "fit(model, data, x)", "fit(teacher=x)"}
+    calls = public_calls({kind: qsnn.load(originals[kind]) for kind in KINDS}, qsnn.load_data("digits"))
+    for name, call in calls.items():
+        for value in (None, 3, -1.5, True, "text", {}, {"a": 1}, [], [1], (), object(), torch.zeros(2), b"x"):
+            if (value is None and name in absent) or (name == "benchmark(timesteps=x)" and isinstance(value, int)):
+                continue
+            with pytest.raises((TypeError, ValueError)) as caught:
+                call(value)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) > 10, (name, value)

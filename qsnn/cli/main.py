@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from qsnn.cli import commands
+from qsnn.files import shown
 from qsnn.training.fit import CHECKPOINT_SECONDS
 from qsnn.training.processes import stop
 
@@ -34,7 +35,7 @@ def main(args: list[str] | None = None) -> None:
             _parse(args)()
             stop()
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"qsnn: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"qsnn: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from qsnn.data.images import check_images
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import value_shapes
+from qsnn.options import Timesteps, check_option
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.neurons import IFNode, PlusMinus
 
@@ -104,8 +105,7 @@ class SNN(nn.Module):
         self.timesteps, self.firing = self._checked(timesteps, firing)
 
     def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:
-        if not isinstance(timesteps, int) or timesteps < 1:
-            raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
+        check_option("timesteps", timesteps, Timesteps)
         if firing not in FIRINGS:
             raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
         if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from qsnn.files import header, metadata, opened, read_bytes, sealed, unsealed, write_atomic
 
 _KEY = "qsnn.fit"
+_KEPT = {"SGD": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
+"""What each optimizer keeps of a parameter."""
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 _Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
@@ -137,13 +139,18 @@ class State:
             ValueError: the state is another optimizer's.
         """
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        keys = _KEPT[type(optimizer).__name__]
         for index, state in self.optimizer.items():
-            for name, value in state.items():
-                if index >= len(parameters) or value.shape not in (parameters[index].shape, torch.Size([])):
-                    raise ValueError(
-                        f"{self.path} is the state of another network: optimizer.{index}.{name} has the shape "
-                        f"{tuple(value.shape)}; delete it to start over"
-                    )
+            own = parameters[index].shape if index < len(parameters) else None
+            fits = set(state) == keys and all(
+                value.shape == (torch.Size() if name == "step" else own) and value.is_floating_point()
+                for name, value in state.items()
+            )
+            if not fits or bool((state.get("exp_avg_sq", torch.zeros(())) < 0).any()):
+                raise ValueError(
+                    f"{self.path} is the state of another training: what it holds of parameter {index} does not fit; "
+                    f"delete it to start over"
+                )
         optimizer.load_state_dict({"state": self.optimizer, "param_groups": optimizer.state_dict()["param_groups"]})
         scheduler.last_epoch = self.step
         for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
