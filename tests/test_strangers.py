@@ -90,7 +90,7 @@ def test_nothing_that_a_file_names_is_run(
 
 def test_what_would_give_a_model_of_ones_own_is_said(tmp_path: Path) -> None:
     path = forged(tmp_path / "own", "teacher", model={"name": "package.module:function", "options": {}})
-    with pytest.raises(ValueError, match=r"own is built by 'package\.module:function', which is not qsnn's own; if ") as e:
+    with pytest.raises(ValueError, match=r"own is built by 'package\.module:function', which is not qsnn's own") as e:
         qsnn.load(path)
     assert str(e.value).endswith("name it: load(path, model=function), or --model package.module:function")
     with pytest.raises(ValueError, match=r"and not by VggSmall; if you trust it"):
