@@ -163,7 +163,7 @@ def _answers(model: nn.Module, recipe: dict[str, Any]) -> None:
     with torch.no_grad():
         image = torch.zeros(1, *shape, device=device)
         logits = model(image, timesteps=1) if isinstance(model, SNN | TimeLoop) else model(image)
-    if classes is not None and (not isinstance(logits, torch.Tensor) or logits.shape[-1] != classes):
+    if classes is not None and isinstance(logits, torch.Tensor) and logits.shape[-1] != classes:
         raise ValueError(f"does not answer with {classes} classes")
 
 
@@ -260,7 +260,7 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
             model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)
         return model
     if "quantize" in recipe:
-        model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]))
+        model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]), tuple(shape or ()))
     if recipe["kind"] == "qann":
         return model
     for name, module in model.named_modules():
@@ -268,7 +268,7 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
         if quant is not None:
             step = tensors.get(f"network.{name}.step", torch.ones(()))  # any step builds the same spiking network
             quant.scaling_impl.value.data.fill_(float(step) * quant.levels)
-    snn = spiking_structure(model, ConvertConfig(**recipe["convert"]))
+    snn = spiking_structure(model, ConvertConfig(**recipe["convert"]), tuple(shape or ()))
     for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
         for what in ("threshold", "initial", "tau"):  # a trained one may be a value a channel
             value = tensors.get(f"network.{name}.{what}")

@@ -1,83 +1,274 @@
-"""What quantize, convert and fold share of torch.fx: tracing a model and naming the places in it."""
+"""A network as a graph of known layers: torch.fx follows it on two small batches, so that every size is a number."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _orig_module_call
+from torch.utils._pytree import tree_leaves
 
-ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-ADD_METHODS = ("add", "add_")
-VIEW_FUNCTIONS = (
-    torch.transpose,
-    torch.permute,
-    torch.reshape,
-    torch.chunk,
-    torch.split,
-    torch.unsqueeze,
-    torch.squeeze,
-)
-VIEW_METHODS = ("view", "reshape", "transpose", "permute", "contiguous", "chunk", "split")
-"""Operations that only move values to other places."""
-_SHAPE_ARITHMETIC = (
-    operator.getitem,
-    operator.floordiv,
-    operator.mul,
-    operator.add,
-    operator.sub,
-    operator.truediv,
-    int,
-)
+from qsnn.graph.call import Call, calling
+from qsnn.graph.kinds import CLASSES, kind_of, refused
+
+_BATCHES = (2, 3)
+"""Images of the two batches that a network is followed on: what differs between them is the batch size."""
+SPELLED = "qsnn_ending"
+"""Key in ``GraphModule.meta`` of a spelled network (a copy keeps it): what was taken off behind its last layer."""
 
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-RELUS = (nn.ReLU, nn.ReLU6)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
-AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-PASSED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
-"""Layers that hand values on as they are at inference."""
+class Following(fx.Proxy):
+    """A value while a network is followed: a node of the graph, and the tensor it has for the example batch.
+
+    Sizes are numbers, so that whatever a network computes from them is known. Only values of pixels are not.
+    """
+
+    value: Any = None
+    stale: str | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]  # networks ask isinstance(x, torch.Tensor)
+        return Tensor if isinstance(object.__getattribute__(self, "__dict__").get("value"), Tensor) else Following
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the example."""
+        return cast(torch.Size, self.value.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Of the example, as ``Tensor.size``."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Number of elements of the example."""
+        return self.shape.numel()
+
+    ndim = property(dim)
+    ndimension = dim
+    nelement = numel
+    dtype = property(lambda self: self.value.dtype)
+    device = property(lambda self: self.value.device)
+    is_cuda = property(lambda self: self.value.is_cuda)
+    requires_grad = property(lambda self: False)
+    training = property(lambda self: False)
+
+    T = property(lambda self: self._turned("T"))
+    mT = property(lambda self: self._turned("mT"))
+    data = property(lambda self: self.detach())
+
+    def _turned(self, name: str) -> Any:
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def is_contiguous(self, **options: Any) -> bool:
+        """Of the example."""
+        return bool(self.value.is_contiguous(**options))
+
+    def is_floating_point(self) -> bool:
+        """Of the example."""
+        return bool(self.value.is_floating_point())
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([operator.getitem(self, place) for place in range(len(self.value))])  # type: ignore[call-overload]
+
+    def __bool__(self) -> bool:
+        raise TypeError("the way through it depends on the values of an image")
+
+    __int__ = __float__ = __index__ = __bool__  # type: ignore[assignment]
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        raise TypeError("it writes into a part of a tensor in place; build the tensor with torch.cat instead")
+
+
+def _in_place(name: str) -> Callable[..., Any]:
+    def operation(self: Following, other: Any) -> Any:
+        return getattr(self, name)(other)
+
+    return operation
+
+
+for _operator, _method in (("add", "add_"), ("sub", "sub_"), ("mul", "mul_"), ("truediv", "div_")):
+    setattr(Following, f"__i{_operator}__", _in_place(_method))  # fx would forget that x += y changes x for all
 
 
 class Tracer(fx.Tracer):
-    """torch.fx's tracer that takes every layer of torch.nn, Brevitas and SpikingJelly, and ours, as one step."""
+    """torch.fx's tracer that runs every step on an example, and takes each layer of the table as one step."""
+
+    def __init__(self, example: Tensor) -> None:
+        super().__init__()
+        self.example = example
+        self.values: list[weakref.ref[Following]] = []
+        self.shapes: dict[fx.Node, Any] = {}
+        self._inside = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return whether ``m`` is one step of the graph."""
-        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.snn", "qsnn.folded"))
-        return ours or super().is_leaf_module(m, module_qualified_name)
+        """Return whether ``m`` is one step: a kind of the table, a layer of torch.nn, Brevitas or SpikingJelly."""
+        return is_step(m)
+
+    def proxy(self, node: fx.Node) -> Following:
+        """Return what stands for the value of a node."""
+        found = Following(node, self)
+        self.values.append(weakref.ref(found))
+        return found
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Follow a module, or run it where it is called on tensors: inside a step, or on what no image changes."""
+        if self._inside or not any(type(leaf) is Following for leaf in tree_leaves((args, kwargs))):
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return a parameter as it is; it becomes a node where a step on a value reads it."""
+        return attr_val
+
+    def create_arg(self, a: Any) -> Any:
+        """Return the node behind a value."""
+        if type(a) is Following:
+            if a.stale is not None:
+                raise ValueError(
+                    f"{a.stale} changes a tensor in place of which another part or view is used afterwards; write it "
+                    f"without inplace=True, or without the underscore"
+                )
+            return a.node
+        return super().create_arg(a)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        """Add a step and run it on the example; what no tensor comes of is a number, and no step."""
+        if kind == "placeholder":
+            if args:
+                return args[0]  # an input with a default keeps it
+            if str(target).startswith("*"):
+                return {} if str(target).startswith("**") else ()
+        value, changed = self._run(kind, target, args, kwargs)
+        if not isinstance(value, Tensor) and not (
+            isinstance(value, tuple | list) and value and all(isinstance(part, Tensor) for part in value)
+        ):
+            return value
+        found = cast(Following, super().create_proxy(kind, target, args, kwargs, *rest, **options))
+        found.value = value
+        self.shapes[found.node] = tuple(value.shape) if isinstance(value, Tensor) else [tuple(v.shape) for v in value]
+        for tensor in changed:
+            self._follow_change(tensor, found)
+        if isinstance(value, Tensor):
+            return found
+        return tuple(  # of several results each is a value of its own, and the user's code holds them in a tuple
+            self.create_proxy("call_function", operator.getitem, (found, place), {}) for place in range(len(value))
+        )
+
+    def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """What the step gives for the example, and which of its inputs it changed in place."""
+        if kind == "placeholder":
+            return self.example, []
+        if kind == "get_attr":
+            value: Any = self.root
+            for name in str(target).split("."):
+                value = getattr(value, name)
+            return value, []
+        given, named = (
+            fx.node.map_aggregate(part, lambda a: a.value if type(a) is Following else a) for part in (args, kwargs)
+        )
+        tensors = [leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, Tensor)]
+        before = [tensor._version for tensor in tensors]
+        self._inside = True
+        try:
+            with torch.no_grad():
+                if kind == "call_module":
+                    value = _orig_module_call(self.root.get_submodule(target), *given, **named)
+                elif kind == "call_method":
+                    value = getattr(given[0], target)(*given[1:], **named)
+                else:
+                    value = target(*given, **named)
+        finally:
+            self._inside = False
+        return value, [t for t, version in zip(tensors, before, strict=True) if t._version != version]
+
+    def _follow_change(self, changed: Tensor, result: Following) -> None:
+        """After a step in place: who reads the tensor from now on reads the result; a part of it cannot be read."""
+        place = changed.untyped_storage().data_ptr()
+        for reference in self.values:
+            other = reference()
+            if other is None or other is result or not isinstance(other.value, Tensor):
+                continue
+            if other.value.untyped_storage().data_ptr() != place:
+                continue
+            same = result.value is changed or (
+                other.value.data_ptr() == changed.data_ptr()
+                and other.value.shape == changed.shape
+                and other.value.stride() == changed.stride()
+            )
+            if same and other.value.shape == result.value.shape and other.value.stride() == result.value.stride():
+                other.node = result.node
+            else:
+                other.stale = result.node.name
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return a copy of ``model`` as an fx graph; parameters are copied, names stay.
+def is_step(module: nn.Module) -> bool:
+    """Return whether a module is one step of a graph: a question of its class, not of where the class was written."""
+    if kind_of(module) is not None or any(hasattr(module, name) for name in ("act_quant", "weight_quant", "step_mode")):
+        return True
+    if getattr(module, "is_spiking", False) or type(module).__module__.startswith("qsnn."):
+        return not any(True for _ in module.children()) and not isinstance(module, nn.Sequential)
+    return type(module).__module__.startswith("torch.nn.modules") and not isinstance(
+        module, nn.Sequential | nn.ModuleList | nn.ModuleDict
+    )
 
+
+def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, dict[str, tuple[Any, Any]]]:
+    """Return the graph of a model in eval mode, and each node's shape for the two example batches.
+
+    Args:
+        model: not changed.
+        shape: that of one image.
     Raises:
-        ValueError: the model's control flow depends on its input, or it takes more than one input.
+        ValueError: it takes another number of inputs, or its way depends on the values or the number of images.
     """
-    model = copy.deepcopy(model)
-    if isinstance(model, fx.GraphModule):
-        return model
-    try:
-        graph = Tracer().trace(model)
-    except Exception as error:  # fx raises many kinds; each means the same to the user
-        raise ValueError(
-            f"cannot follow {type(model).__name__} with torch.fx ({error}); "
-            f"a model must have one input and no control flow that depends on it"
-        ) from error
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    required = [node for node in inputs if not node.args]
-    if len(required) != 1:
-        raise ValueError(f"expected a model with one input, {type(model).__name__} takes {[n.name for n in required]}")
-    for extra in inputs:
-        if extra.args and not extra.users:
-            graph.erase_node(extra)
-    return fx.GraphModule(model, graph, type(model).__name__)
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():  # a hook is no layer; what it does shows when the answers are compared
+        module._forward_hooks.clear()
+    needed = [
+        parameter.name for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+    if len(needed) != 1:
+        raise ValueError(f"expected a model with one input, {type(model).__name__} takes {needed}")
+    first = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
+    found = []
+    for batch in _BATCHES:
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(batch, *shape, generator=generator).to(first.device, first.dtype)
+        tracer = Tracer(example)
+        try:
+            found.append((tracer.trace(model), tracer))
+        except ValueError:
+            raise
+        except Exception as error:  # fx and the user's own code raise many kinds; each means the same to the user
+            raise ValueError(
+                f"cannot follow {type(model).__name__} with torch.fx on images of shape {tuple(shape)} ({error}); a "
+                f"model must have one input and no control flow that depends on its values"
+            ) from error
+    (graph, tracer), (again, other) = found
+    nodes, twins = list(graph.nodes), list(again.nodes)
+    if list(map(_step, nodes)) != list(map(_step, twins)):
+        raise ValueError(f"the way through {type(model).__name__} depends on the number of images in a batch")
+    shapes = {n.name: (tracer.shapes.get(n), other.shapes.get(t)) for n, t in zip(nodes, twins, strict=True)}
+    return fx.GraphModule(tracer.root, graph, type(model).__name__), shapes
+
+
+def _step(node: fx.Node) -> tuple[str, str]:
+    return node.op, "" if node.op == "get_attr" else str(node.target)  # constants are numbered
 
 
 def module_of(network: fx.GraphModule, node: Any) -> nn.Module | None:
@@ -87,21 +278,41 @@ def module_of(network: fx.GraphModule, node: Any) -> nn.Module | None:
     return None
 
 
-def is_call(node: fx.Node, functions: tuple[Callable[..., Any], ...] = (), methods: tuple[str, ...] = ()) -> bool:
-    """Return whether a node calls one of these functions, or a method of one of these names."""
-    return (node.op == "call_function" and node.target in functions) or (
-        node.op == "call_method" and node.target in methods
-    )
-
-
-def shape_nodes(network: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes that stand for sizes, not tensors: ``x.size(0)``, ``x.shape[1] // 2`` and the like."""
-    found: set[fx.Node] = set()
+def call_nodes(network: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
+    """Yield every ``call_module`` node with its module, in graph order."""
     for node in network.graph.nodes:
-        size = is_call(node, (), ("size", "dim")) or (is_call(node, (getattr,)) and node.args[1] == "shape")
-        derived = is_call(node, _SHAPE_ARITHMETIC) and node.all_input_nodes
-        if size or (derived and all(source in found for source in node.all_input_nodes)):
-            found.add(node)
+        module = module_of(network, node)
+        if module is not None:
+            yield node, module
+
+
+def spelled(network: nn.Module) -> bool:
+    """Return whether a network is a graph of modules already, as :func:`qsnn.graph.spell.trace` makes it."""
+    return isinstance(network, fx.GraphModule) and SPELLED in network.meta
+
+
+def refuse(places: list[str], verb: str) -> None:
+    """Raise one error that names all places that have no spiking form, each with what to write instead.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if places:
+        raise ValueError(f"cannot {verb} {'; '.join(places)}. `qsnn check` lists every layer and what becomes of it")
+
+
+def unknown_layers(network: fx.GraphModule, known: Callable[[nn.Module], bool] = lambda module: False) -> list[str]:
+    """Return "place (class: what to write instead)" for every layer that the table does not name.
+
+    Args:
+        network: spelled.
+        known: whether a pass takes a module that is in no row (a quantized activation).
+    """
+    found = []
+    for node, module in call_nodes(network):
+        reason = refused(module)
+        if reason is not None and not (kind_of(module) is None and known(module)):
+            found.append(f"{node.target} ({reason})")
     return found
 
 
@@ -109,60 +320,20 @@ def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict
     """Return the shape of every node's value for one image, by name; nothing where the image shape is unknown."""
     if shape is None:
         return {}
-    probe: Any = copy.deepcopy(network)
-    weight = next(iter(network.parameters()))
-    for module in probe.modules():
-        if hasattr(module, "timesteps"):
-            module.timesteps = 1
-    ShapeProp(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
-    found = {node.name: node.meta.get("tensor_meta") for node in probe.graph.nodes}
-    return {name: tuple(meta.shape) for name, meta in found.items() if hasattr(meta, "shape")}
+    probe: Any = copy.deepcopy(network).eval()
+    weight = next((p for p in probe.parameters() if p.is_floating_point()), torch.zeros(()))
+    found: dict[str, tuple[int, ...]] = {}
 
+    class _Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and n.op != "get_attr":
+                found[n.name] = tuple(value.shape)
+            return value
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _as_module(node: fx.Node) -> list[nn.Module] | None:
-    """The modules that do what a functional call of an activation, pooling or dropout does, or None."""
-    if is_call(node, (F.relu, torch.relu, F.relu_, torch.relu_), ("relu", "relu_")):
-        return [nn.ReLU()]
-    if is_call(node, (F.relu6,)):
-        return [nn.ReLU6()]
-    if is_call(node, (F.dropout,)):
-        return [nn.Dropout(_argument(node, 1, "p", 0.5))]
-    if is_call(node, (F.adaptive_avg_pool2d,)):
-        return [nn.AdaptiveAvgPool2d(_argument(node, 1, "output_size", 1))]
-    if is_call(node, (F.avg_pool2d,)):
-        kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
-        padding, ceil = _argument(node, 3, "padding", 0), _argument(node, 4, "ceil_mode", False)
-        return [nn.AvgPool2d(kernel, stride, padding, ceil, _argument(node, 5, "count_include_pad", True))]
-    if is_call(node, (F.max_pool2d, torch.max_pool2d)):
-        kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
-        padding, dilation = _argument(node, 3, "padding", 0), _argument(node, 4, "dilation", 1)
-        ceil = node.kwargs.get("ceil_mode", node.args[5] if len(node.args) > 5 and node.args[5] is not None else False)
-        return [nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=bool(ceil))]
-    if is_call(node, (torch.mean,), ("mean",)):
-        dims, keep = _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False)
-        if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
-            return [nn.AdaptiveAvgPool2d(1)] + ([] if keep else [nn.Flatten()])
-    return None
-
-
-def modules_for_functions(network: fx.GraphModule) -> None:
-    """Turn functional activations, pooling and dropout into modules, named by their place in the graph, in place."""
-    for node in list(network.graph.nodes):
-        modules = _as_module(node)
-        if modules is None:
-            continue
-        last = node.all_input_nodes[0]
-        for module in modules:
-            name = add_module(network, node.name, module)
-            with network.graph.inserting_before(node):
-                last = network.graph.call_module(name, (last,))
-        node.replace_all_uses_with(last)
-        network.graph.erase_node(node)
-    network.recompile()
+    with torch.no_grad(), calling(Call()):
+        _Shapes(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
+    return found
 
 
 def unshare(network: fx.GraphModule) -> None:
@@ -182,6 +353,12 @@ def unshare(network: fx.GraphModule) -> None:
     network.recompile()
 
 
+def called_once(network: fx.GraphModule) -> set[str]:
+    """Return the names of the modules that are called by one node alone."""
+    names = [str(node.target) for node, _ in call_nodes(network)]
+    return {name for name in names if names.count(name) == 1}
+
+
 def add_module(network: fx.GraphModule, name: str, module: nn.Module) -> str:
     """Add a module under ``name``, or ``name_1``, ... where that is taken; return the name it got."""
     taken = dict(network.named_modules())
@@ -199,22 +376,6 @@ def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), child, module)
 
 
-def call_nodes(network: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
-    """Yield every ``call_module`` node with its module, in graph order."""
-    for node in network.graph.nodes:
-        module = module_of(network, node)
-        if module is not None:
-            yield node, module
-
-
-
-
-
-
-
-
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter or buffer, the CPU for a model that has none."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -222,5 +383,10 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+SPATIAL_3D = tuple(c for c in (*CLASSES["weighs"], *CLASSES["normalises"], *CLASSES["averages"]) if "3d" in c.__name__)
+"""Layers of volumes: a network that holds one takes five-dimensional images, which are then no frames in time."""
 
 
+def takes_frames(model: nn.Module, images: Tensor) -> bool:
+    """Return whether images are frames in time, (B, T, C, H, W), for this network."""
+    return images.dim() == 5 and not any(isinstance(module, SPATIAL_3D) for module in model.modules())
