@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.folded.fold import FOLD
+from qsnn.folded.kinds import FOLD
 from qsnn.graph.kinds import ADVICE, DOES, KINDS, does, kind_of, refused
 from qsnn.graph.modules import ClippedReLU
 from qsnn.graph.spell import trace
@@ -43,7 +43,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         x = self.way(self, x)
-        return x if isinstance(x, tuple | dict) or (x.dim() == 2 and x.shape[1] == 4) else self.last(torch.flatten(x, 1))
+        done = isinstance(x, tuple | dict) or (x.dim() == 2 and x.shape[1] == 4)
+        return x if done else self.last(torch.flatten(x, 1))
 
 
 def a(net: Net, x: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def _alias(net: Net, x: Tensor) -> Tensor:
 
 
 def _shapes(net: Net, x: Tensor) -> Tensor:
-    n, c, h, w = x.shape
+    n, _, h, w = x.shape
     x = a(net, x)
     return F.relu(b(net, x.view(n, 8, h * w).reshape(x.size(0), -1, h, w)))
 
@@ -145,7 +146,8 @@ FORMS: dict[str, Forward] = {
     "a map behind the ReLU": lambda n, x: F.relu(b(n, a(n, x) + n.position)),
     "map, pad, pool": lambda n, x: F.relu(b(n, F.avg_pool2d(F.pad(a(n, x) + n.position, (1, 1, 0, 0)), 2))),
     "functional layers": lambda n, x: F.relu(F.batch_norm(
-        F.conv2d(a(n, x), n.mix.weight, padding=1), n.norm.running_mean, n.norm.running_var, n.norm.weight, n.norm.bias)),
+        F.conv2d(a(n, x), n.mix.weight, padding=1), n.norm.running_mean, n.norm.running_var, n.norm.weight,
+        n.norm.bias)),
     # layers called twice, branches, heads
     "a shared layer": lambda n, x: F.relu(b(n, F.relu(b(n, a(n, x))))),
     "a branch from the input": lambda n, x: F.relu(b(n, torch.cat([a(n, x)[:, :5], x], 1))),

@@ -203,3 +203,27 @@ def on_terms(value: Value, change: Callable[[Term], Term | None]) -> Value | Non
     """The value with every term changed; None where one cannot be."""
     terms = [change(term) for term in value.terms]
     return None if any(term is None for term in terms) else replace(value, terms=tuple(t for t in terms if t))
+
+
+def real(node: fx.Node) -> Value:
+    """A value of the new graph that is no integer."""
+    return Value((Term(node, integer=False, bound=float("inf")),))
+
+
+def bias_of(value: Value) -> Tensor:
+    """The bias a step, 0 where there is none."""
+    return torch.zeros((), dtype=torch.float64) if value.bias is None else value.bias
+
+
+def scaled(value: Value, factor: Tensor) -> Value:
+    """The value times a gain."""
+    terms = tuple(replace(term, factors=(*term.factors, factor)) for term in value.terms)
+    return Value(terms, None if value.bias is None else value.bias * factor)
+
+
+def current_arguments(value: Value) -> tuple[list[Tensor], list[int], Tensor, list[tuple[int, ...]]]:
+    """What :class:`~qsnn.folded.neurons.Current` is made of."""
+    factors, shapes = zip(*(stacked(term.factors) for term in value.terms), strict=True)
+    bias = bias_of(value)
+    flat = bias.reshape(-1)
+    return list(factors), [term.divisor for term in value.terms], flat, [*shapes, tuple(bias.shape)]
