@@ -323,8 +323,8 @@ def test_outputs_are_refused_before_the_work(
 
     snn = forged(tmp_path / "snn", "snn")
     (tmp_path / "notes.txt").write_text("hello\n")
-    monkeypatch.setattr(qsnn.cli.commands, "run_benchmark", never)  # type: ignore[attr-defined]
-    monkeypatch.setattr(qsnn.cli.commands, "to_integers", never)  # type: ignore[attr-defined]
+    monkeypatch.setattr("qsnn.cli.benchmark.run_benchmark", never)
+    monkeypatch.setattr("qsnn.cli.commands.to_integers", never)
     cases: list[tuple[tuple[object, ...], str]] = [
         (("fold", snn, "--out", snn), "would be written over while it is read"),
         (("fold", snn, "--out", "/dev/null"), "is a device; only regular files are written"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import tyro
 from rich.console import Console
@@ -19,20 +18,15 @@ from qsnn.data.images import Data
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
-from qsnn.files import output, shown, write_atomic
+from qsnn.files import output, shown
 from qsnn.folded.fold import fold as to_integers
 from qsnn.graph.recipe import recipe_of, set_recipe
-from qsnn.measure.benchmark import benchmark as run_benchmark
 from qsnn.measure.certify import certify
 from qsnn.measure.summary import summary
 from qsnn.models.create import create_model
-from qsnn.options import Share, Timesteps, check_option
 from qsnn.quant.quantize import QuantizeConfig
 from qsnn.quant.quantize import quantize as to_qann
-from qsnn.report.curve import draw_curve
-from qsnn.report.page import write_report
-from qsnn.report.records import Record, append, check_records, environment, now
-from qsnn.report.terminal import energy_table, table
+from qsnn.report.terminal import table
 from qsnn.snn.convert import ConvertConfig
 from qsnn.snn.convert import convert as to_snn
 from qsnn.snn.network import SNN
@@ -220,92 +214,6 @@ def fold(file: _FILE, out: Path, model: _MODELS = ()) -> None:
         raise ValueError(f"{file} holds a spiking network from scratch, which has no integer form; benchmark it as is")
     save(to_integers(cast(SNN, snn)), out)
     print(f"wrote {out}")
-
-
-def benchmark(
-    files: tyro.conf.Positional[tuple[Path, ...]],
-    timesteps: int = 8,
-    firing: str | None = None,
-    html: Path | None = None,
-    figure: Path | None = None,
-    records: Path | None = None,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-    exit_margin: float | None = None,
-    model: _MODELS = (),
-    data: str | None = None,
-    data_root: Path | None = None,
-    device: str | None = None,
-) -> None:
-    """Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.
-
-    Args:
-        files: Checkpoints.
-        timesteps: Largest T.
-        firing: online or deferred; default what the network is made for.
-        html: Write a report here.
-        figure: Draw accuracy against T here (.png or .svg).
-        records: Append a record for each checkpoint here.
-        json_file: Write all numbers of all checkpoints here.
-        exit_margin: Also answer early, once the class in front leads by so much (0 to 1).
-        model: Functions that build networks of your own, package.module:function, where the files name them.
-        data: Folder of images, where the files name one.
-        data_root: Folder of the data sets; default $QSNN_DATA.
-        device: cpu, cuda or cuda:1; default a GPU where there is one.
-    """
-    if not files:
-        raise ValueError("expected at least one checkpoint: qsnn benchmark FILE ...")
-    stems = [file.stem for file in files]
-    names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-    check_option("timesteps", timesteps, Timesteps)
-    check_option("exit_margin", exit_margin, Share | None)
-    place = start(device)
-    outputs = [None if path is None else output(path, *files) for path in (html, figure, records, json_file)]
-    html, figure, records, json_file = outputs
-    if len(set(outputs) - {None}) < sum(path is not None for path in outputs):
-        raise ValueError("two of --html, --figure, --records and --json name one file; give each its own")
-    if records is not None:
-        check_records(records)
-    refuse_idle(model, files)
-    models = {name: loaded(file, model).to(place) for name, file in zip(names, files, strict=True)}
-    recipes = {name: recipe_of(model) for name, model in models.items()}
-    sets = {str(recipe.get("data", {}).get("name")) for recipe in recipes.values()}
-    if len(sets) > 1:
-        raise ValueError(f"expected checkpoints of one data set, got {', '.join(sorted(sets))}; benchmark them apart")
-    images = data_of(models[names[0]], files[0], data_root, data)
-    for recipe, file in zip(recipes.values(), files, strict=True):
-        check_data(recipe, images, file)
-    results = [
-        run_benchmark(
-            network, images.test, timesteps=timesteps, firing=firing, name=name,
-            exit_margin=exit_margin if hasattr(network, "firing") else None,
-        )
-        for name, network in models.items()
-    ]  # fmt: skip
-    Console().print(table(results))
-    Console().print(energy_table(results))
-    if json_file is not None:
-        write_atomic(json_file, json.dumps({r.name: {"n": r.n, **r.metrics()} for r in results}, indent=1))
-    world = environment(place.type)
-    title = f"{', '.join(names)} on {Path(images.name).name}"
-    if html is not None:
-        command = f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}"
-        write_report(
-            html, title=title, results=results, certificate=None, config=recipes, environment=world, command=command,
-            notes=[], stages=None,
-        )  # fmt: skip
-    if figure is not None:
-        draw_curve(results, figure, title=title)
-    if records is not None:
-        for result, recipe in zip(results, recipes.values(), strict=True):
-            seed = recipe.get("distill", recipe.get("train", {})).get("seed", 0)
-            append(records, Record(
-                name=f"benchmark/{result.name}", data=Path(images.name).name, seed=seed, n=result.n,
-                metrics=result.metrics(),
-                config=recipe, environment=world, time=now(),
-            ))  # fmt: skip
-    for path in (html, figure, records, json_file):
-        if path is not None:
-            print(f"wrote {path}")
 
 
 def info(file: _FILE, model: _MODELS = (), parent: Path | None = None) -> None:
