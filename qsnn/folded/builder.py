@@ -40,11 +40,11 @@ class Builder:
         return self.shapes[node.name][1:]
 
     def by_channel(self, x: Tensor, node: fx.Node) -> Tensor:
-        """A number, or one a channel (dimension 1), shaped for the value of ``node``."""
+        """A number (), or one a channel (C,), dimension 1: (C, 1, ...), as an image of the value of ``node`` needs it."""
         return x.reshape(-1, *[1] * (len(self.shape(node)) - 1)) if x.numel() > 1 else x.reshape(())
 
     def numbers(self, x: Tensor, node: fx.Node) -> Tensor:
-        """Numbers that a layer holds, shaped for one image of the value of ``node``."""
+        """Numbers that a layer holds, (1, *) or (*): (*) with as many dimensions as one image of ``node``."""
         rank = len(self.shape(node))
         x = x.detach().double()
         x = x[0] if x.dim() > rank else x.reshape(*[1] * (rank - x.dim()), *x.shape)

@@ -104,7 +104,11 @@ def normalises(folder: Builder, node: fx.Node, norm: Any, value: Value) -> Value
 
 
 def takes_maxima(folder: Builder, node: fx.Node, pool: nn.Module, value: Value) -> Value:
-    """A max pool, of spikes."""
+    """A max pool, of spikes.
+
+    Raises:
+        ValueError: it sees something else.
+    """
     term = value.terms[0]
     positive = all(bool((factor > 0).all()) for factor in term.factors)
     if not ((value.spikes_only or value.spikes_by_channel) and positive):

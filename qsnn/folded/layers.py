@@ -40,7 +40,7 @@ def layer_options(layer: nn.Module) -> dict[str, Any]:
 
 
 def weighted_sum(x: Tensor, weight: Tensor, options: dict[str, Any], bias: Tensor | None = None) -> Tensor:
-    """The sums of a linear layer, of a convolution, or (with output_padding) of a transposed convolution."""
+    """The sums of a linear layer, of a convolution, or (with output_padding) of a transposed one: (B, *) -> (B, *)."""
     if not options:
         return F.linear(x, weight, bias)
     if "output_padding" in options:
@@ -129,7 +129,11 @@ class FloatLayer(nn.Module):
         self.register_buffer("bias", None)
 
     def absorb_(self, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
-        """Let the layer give scale·(what it gave) + shift by output channel, in ``dtype``, in place."""
+        """Let the layer give scale·(what it gave) + shift by output channel, each (C,), in ``dtype``, in place.
+
+        Shape:
+            scale and shift: (C,), or (1,) for all channels.
+        """
         bias = 0.0 if self.bias is None else self.bias.double()
         weight = self.weight.double() * scale.view(-1, *[1] * (self.weight.dim() - 1))
         self.weight, self.bias = weight.to(dtype), (bias * scale + shift).expand(len(weight)).to(dtype)
@@ -137,7 +141,7 @@ class FloatLayer(nn.Module):
             self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # the faster layout of convolutions
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weighted sums, in the dtype of the weights."""
+        """(T·B, *) -> weighted sums (T·B, *), in the dtype of the weights."""
         return weighted_sum(x.to(self.weight.dtype), self.weight, self.options, self.bias)
 
 
@@ -149,7 +153,7 @@ class SumPool(nn.Module):
         self.kernel, self.stride, self.padding = kernel, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """Window sums."""
+        """(T·B, C, *) -> window sums (T·B, C, *)."""
         if len(self.kernel) == 2:
             return F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1)
         if len(self.kernel) == 3:

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 def shaped(x: Tensor, shape: Shape) -> Tensor:
-    """One number for all, or flat values in the shape in which they broadcast against an image."""
+    """(1,) -> (), and (n,) -> ``shape``: values in the shape in which they broadcast against an image."""
     return x.view(shape) if x.numel() > 1 else x.view(())
 
 
@@ -84,7 +84,7 @@ class CurrentIF(Current):
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
     def theta(self, dims: int) -> Tensor:
-        """θ, shaped to multiply a tensor of ``dims`` dimensions."""
+        """θ as () or (C, 1, ...), shaped to multiply a tensor of ``dims`` dimensions."""
         return per_channel(self.threshold, dims)
 
     def forward(self, *inputs: Tensor) -> Tensor:

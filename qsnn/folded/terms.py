@@ -76,7 +76,7 @@ def worth(value: Value) -> tuple[tuple[float, ...], int]:
 
 
 def product(factors: tuple[Tensor, ...]) -> Tensor:
-    """The product of factors in float64, in their order."""
+    """The product of factors in float64, in their order; () where there is none."""
     found = torch.ones((), dtype=torch.float64)
     for factor in factors:
         found = found * factor.double()
@@ -109,7 +109,7 @@ def compressed(x: Tensor) -> Tensor:
 
 
 def input_gains(layer: Any, term: Term) -> Tensor:
-    """What a unit of each input channel is worth, shaped to multiply the layer's weight."""
+    """What a unit of each input channel is worth, (C, 1, ...), shaped to multiply the layer's weight (C_out, C, *)."""
     gain = term.gain
     if gain.numel() == 1:
         return gain.view(())
@@ -129,6 +129,8 @@ def moved(module: nn.Module, x: Tensor, shape: tuple[int, ...], *, gain: bool) -
         x: a gain or a bias.
         shape: of one image before it is moved, with the rows that it takes of the batch first.
         gain: where zeros are put in, any gain will do; a bias is 0 there.
+    Shape:
+        x: broadcasts against one image, (C, *); returned: against the moved image.
     """
     if gain and x.numel() == 1:
         return x
@@ -145,7 +147,7 @@ def moved(module: nn.Module, x: Tensor, shape: tuple[int, ...], *, gain: bool) -
 
 
 def summed_over(dims: tuple[int, ...], keepdim: bool, x: Tensor) -> Tensor | None:
-    """A gain behind a sum over dimensions (of the value, the batch is 0); None where it differs along them."""
+    """A gain () or (C, *) behind a sum over dimensions (of the value, the batch is 0); None where it differs there."""
     if x.numel() == 1:
         return x
     for dim in dims:
@@ -211,18 +213,18 @@ def real(node: fx.Node) -> Value:
 
 
 def bias_of(value: Value) -> Tensor:
-    """The bias a step, 0 where there is none."""
+    """The bias a step, (C, *); () and 0 where there is none."""
     return torch.zeros((), dtype=torch.float64) if value.bias is None else value.bias
 
 
 def scaled(value: Value, factor: Tensor) -> Value:
-    """The value times a gain."""
+    """The value times a gain, () or (C, *)."""
     terms = tuple(replace(term, factors=(*term.factors, factor)) for term in value.terms)
     return Value(terms, None if value.bias is None else value.bias * factor)
 
 
 def current_arguments(value: Value) -> tuple[list[Tensor], list[int], Tensor, list[tuple[int, ...]]]:
-    """What :class:`~qsnn.folded.neurons.Current` is made of."""
+    """Factors (F, n), divisors, bias (n,) and shapes: what :class:`~qsnn.folded.neurons.Current` is made of."""
     factors, shapes = zip(*(stacked(term.factors) for term in value.terms), strict=True)
     bias = bias_of(value)
     flat = bias.reshape(-1)

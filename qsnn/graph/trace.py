@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.graph.call import Call, calling
+from qsnn.graph.hooks import kept_modes
 from qsnn.graph.kinds import CLASSES, kind_of, refused
 
 SPELLED = "qsnn_ending"
@@ -65,8 +66,7 @@ def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict
     """Return the shape of every node's value for one image, by name; nothing where the image shape is unknown."""
     if shape is None:
         return {}
-    probe: Any = copy.deepcopy(network).eval()
-    weight = next((p for p in probe.parameters() if p.is_floating_point()), torch.zeros(()))
+    weight = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     found: dict[str, tuple[int, ...]] = {}
 
     class _Shapes(fx.Interpreter):
@@ -76,8 +76,9 @@ def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict
                 found[n.name] = tuple(value.shape)
             return value
 
-    with torch.no_grad(), calling(Call()):
-        _Shapes(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
+    with torch.no_grad(), calling(Call()), kept_modes(network):
+        network.eval()
+        _Shapes(network).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
     return found
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from qsnn.data.images import batches
 from qsnn.data.memory import keep_freed_memory
 from qsnn.folded.fold import fold
-from qsnn.graph.hooks import recorded, watching
+from qsnn.graph.hooks import kept_modes, recorded, watching
 from qsnn.graph.trace import device_of, takes_frames
 from qsnn.options import expect
 from qsnn.quant.activations import is_sign, level_quant
@@ -257,7 +257,7 @@ class _Reference:
     """
 
     def __init__(self, qann: nn.Module) -> None:
-        self.usual = copy.deepcopy(qann).eval()
+        self.usual = qann
         model = copy.deepcopy(qann).eval()
         layers = dict(model.named_modules())
         read = {name: integer_weights(m) for name, m in layers.items() if hasattr(m, "weight_quant")}
@@ -299,7 +299,9 @@ class _Reference:
         weights = watching(self._weights, lambda name, module, args, output: self._values[name])
         with watching(activations, keep), weights:
             logits = tree_leaves(self.model(images.double()))
-        with recorded({name: self.usual.get_submodule(name) for name in self.levels}) as usual:
+        watched = {name: self.usual.get_submodule(name) for name in self.levels}
+        with kept_modes(self.usual), recorded(watched) as usual:
+            self.usual.eval()
             self.usual_logits = [leaf.double() for leaf in tree_leaves(self.usual(images))]
         integers, near, moved = {}, {}, {}
         for name in self.levels.keys() - self.steps.keys():

@@ -24,6 +24,9 @@ def calibrate_(qann: fx.GraphModule, images: Tensor, network: fx.GraphModule | N
     float network's on the way (in the layer's bias, or in the statistics of the batch norm behind it, there with the
     variance), so that each later layer is calibrated on what really arrives.
 
+    Shape:
+        images: (B, C, H, W), or whatever the network takes.
+
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019.
     """
     quants = [quant for module in qann.modules() if (quant := level_quant(module)) is not None]

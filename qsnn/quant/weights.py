@@ -72,7 +72,12 @@ class IntegerQuant(nn.Module):
 
 
 class IntegerWeightQuant(ExtendedInjector):
-    """Brevitas injector of :class:`IntegerQuant`; give ``bit_width``."""
+    r"""Brevitas injector of :class:`IntegerQuant`, :math:`s_c\,\mathrm{clip}(\mathrm{round}(w/s_c), -Q, Q)`.
+
+    Give ``bit_width``.
+
+    Source: Max 1960; Choi et al., MLSys 2019.
+    """
 
     proxy_class = WeightQuantProxyFromInjector
     tensor_quant = IntegerQuant
@@ -82,7 +87,10 @@ class IntegerWeightQuant(ExtendedInjector):
 
 
 class HalfWeightQuant(ExtendedInjector):
-    """Brevitas injector of :class:`HalfQuant` for weights."""
+    r"""Brevitas injector of :class:`HalfQuant` for weights, :math:`\mathrm{half}(w)`.
+
+    Source: IEEE 754-2019 (binary16).
+    """
 
     proxy_class = WeightQuantProxyFromInjector
     tensor_quant = HalfQuant

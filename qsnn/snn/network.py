@@ -177,7 +177,7 @@ def final_mean(z: Tensor) -> Tensor:
 def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tuple[nn.Parameter, Tensor | float]]:
     """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
 
-    Return these parameters with the least value that each may take.
+    Return these parameters, () or (C,), with the least value that each may take.
 
     Raises:
         ValueError: a time constant where there is no leak, or channels of an unknown number.

@@ -28,8 +28,10 @@ class IFNode(BaseNode):
             trained unless you set ``requires_grad`` (a batch norm before the neuron can do the same).
         initial: v₀ / θ [1], a scalar or one a channel.
         dynamics: another reset, leak, signed spikes or a membrane of few bits; by default none of them.
-        surrogate: what stands for the derivative of a spike: "box" (area 1, width θ), "rate" (the gradient of the
-            clipped ReLU that the rate follows, at every step alike), or one of SpikingJelly by name.
+        surrogate: what stands for the derivative of a spike at potential h: "box",
+            :math:`\partial s/\partial h = [\,|h - \theta| < \theta/2\,]/\theta`; "rate", the gradient of the clipped
+            ReLU that the rate follows, :math:`\partial s_t/\partial x_u = [0 < \bar x < \theta]/(T\theta)` for every two
+            steps t and u; or one of SpikingJelly by name.
     Shape:
         step_mode "m": x and spikes (T, B, *); "s": (B, *). While an :class:`SNN` calls it: (T·B, *).
     Raises:
@@ -173,7 +175,7 @@ class IFNode(BaseNode):
 
 
 def amplified(spikes: Tensor, threshold: Tensor) -> Tensor:
-    """θ·spikes, what the layers behind a neuron see; in the dtype of the spikes (mixed types take a slow path)."""
+    """θ·spikes (T·B, *), what the layers behind a neuron see; in the dtype of the spikes (mixed types are slow)."""
     return spikes * per_channel(threshold.to(spikes.dtype), spikes.dim())
 
 
@@ -196,7 +198,7 @@ class PlusMinus(nn.Module):
     """±1 from spikes: 2·spike - 1. A network that holds one runs one step only, for ±1 has no silence."""
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """{0, 1} -> {-1, 1}."""
+        """{0, 1} -> {-1, 1}, (T·B, *)."""
         return spikes * 2 - 1
 
 
