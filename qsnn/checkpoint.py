@@ -39,6 +39,13 @@ def save(model: nn.Module, path: str | Path, *, model_name: str | None = None) -
     normalisation, the hash of the file it was made from, and a checksum of the whole. The file is written beside and
     renamed.
 
+    >>> import tempfile, qsnn
+    >>> model = qsnn.create_model("study", qsnn.load_data("digits"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     digest = qsnn.save(model, f"{folder}/teacher.safetensors")
+    ...     qsnn.read_recipe(f"{folder}/teacher.safetensors")["sha256"] == digest
+    True
+
     Args:
         model: from any of qsnn's verbs.
         path: the file, usually ``*.safetensors``.
@@ -89,6 +96,15 @@ def load(
     """Build the model of a file that :func:`save` wrote, in eval mode; its outputs are bit-equal to the saved one's.
 
     A file is data: nothing that it names is imported or called, but what the caller names too.
+
+    >>> import tempfile, qsnn
+    >>> model = qsnn.create_model("study", qsnn.load_data("digits")).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     digest = qsnn.save(model, f"{folder}/teacher.safetensors")
+    ...     loaded = qsnn.load(f"{folder}/teacher.safetensors")
+    >>> image = qsnn.load_data("digits").test[0][0][None]
+    >>> bool((loaded(image) == model(image)).all())
+    True
 
     Args:
         path: the file.
