@@ -55,15 +55,15 @@ class DistillConfig:
     epochs: Epochs = 10
     """Passes over the training images."""
     lr: LearningRate = 0.02
-    """Peak learning rate (SGD; about 0.002 for AdamW)."""
+    """Peak learning rate [1] (SGD; about 0.002 for AdamW)."""
     optimizer: str = "sgd"
     """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
     batch_size: BatchSize = 128
     """Images a step."""
     weight_decay: Weight = 5e-4
-    """L2 penalty; never on biases, batch norm and thresholds."""
+    """L2 penalty [1]; never on biases, batch norm and thresholds."""
     label_smoothing: Part = 0.1
-    """Mass moved from the label to the other classes in the student's cross entropy [0, 1)."""
+    """Mass moved from the label to the other classes in the student's cross entropy [1], in [0, 1)."""
     ce_weight: Weight = 0.5
     """Weight of the cross entropy of the answer after T steps."""
     kd_weight: Weight = 0.5
@@ -79,7 +79,7 @@ class DistillConfig:
     regulariser_weight: Weight = 0.0
     """Weight of the squared distance of every step's logits from 1 (TET)."""
     rate_weight: Weight = 0.0
-    """Weight of the distance of the student's firing rates from the teacher's activations."""
+    """Weight of the distance of the student's firing rates from the teacher's activations [1]."""
     rate_layers: tuple[str, ...] = ()
     """Layers whose rates are matched, "name" or "student name:teacher name"; by default all neurons."""
     kd_temperature: Factor = 1.0
@@ -95,7 +95,7 @@ class DistillConfig:
     mutual: bool = False
     """Train the teacher too, which learns from the student; see :func:`distill_together`."""
     sparsity: Part = 0.0
-    """Part of the weights that is pruned, by magnitude in every layer, growing during the training [0, 1)."""
+    """Part of the weights that is pruned, by magnitude in every layer, growing during the training [1], in [0, 1)."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: Images | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +25,14 @@ COLOURS = {
 }  # fmt: skip
 _INK, _MUTED, _LINE, _PAPER = (COLOURS[name][0] for name in ("ink", "muted", "line", "paper"))
 
-_RC: Any = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "qsnn", "font.size": 9.0, "text.parse_math": False,  # "$" is no formula
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _MUTED, "axes.labelcolor": _INK,
     "axes.titlecolor": _INK, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11.0,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": _LINE, "xtick.color": _MUTED, "xtick.labelcolor": _INK,
     "ytick.color": _MUTED, "ytick.labelcolor": _INK, "legend.frameon": False, "legend.labelcolor": _INK,
 }  # fmt: skip
+"""matplotlib's settings for every figure of the project, those of the benchmarks too."""
 
 
 Spread = Mapping[str, Sequence[float]]
@@ -116,9 +117,20 @@ def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str, sp
 
 def drawn(results: Sequence[Benchmark], kind: str, paper: str, *options: Any) -> bytes:
     """The curve as a file, without a date: equal results make equal bytes."""
+    return saved(lambda: _curve(results, *options), kind, paper)
+
+
+def saved(make: Callable[[], Figure], kind: str = "svg", paper: str = _PAPER) -> bytes:
+    """A figure that is made in :data:`STYLE`, as a file without a date: equal figures make equal bytes.
+
+    Args:
+        make: draws the figure.
+        kind: "svg" or "png" (150 dpi).
+        paper: colour of the background.
+    """
     import matplotlib
 
     data = io.BytesIO()
-    with matplotlib.rc_context(_RC):
-        _curve(results, *options).savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
+    with matplotlib.rc_context(STYLE):
+        make().savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
     return data.getvalue()

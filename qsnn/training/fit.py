@@ -55,15 +55,15 @@ class TrainConfig:
     batch_size: BatchSize = 128
     """Images a step."""
     lr: LearningRate = 0.1
-    """Peak learning rate (SGD; about 0.002 for AdamW)."""
+    """Peak learning rate [1] (SGD; about 0.002 for AdamW)."""
     optimizer: str = "sgd"
     """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
     weight_decay: Weight = 5e-4
-    """L2 penalty; never on biases, batch norm, quantizer steps and thresholds."""
+    """L2 penalty [1]; never on biases, batch norm, quantizer steps and thresholds."""
     warmup: Share = 0.1
     """Part of all steps in which the learning rate rises [1]."""
     label_smoothing: Part = 0.0
-    """Mass moved from the label to the other classes in the cross entropy [0, 1)."""
+    """Mass moved from the label to the other classes in the cross entropy [1], in [0, 1)."""
     kd_weight: Share = 0.5
     """Where a teacher is given: weight of the KL term; the cross entropy has 1 - kd_weight [0, 1]."""
     kd_temperature: Factor = 1.0
