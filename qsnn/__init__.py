@@ -28,6 +28,7 @@ _HOMES = {
     "distill_together": "qsnn.distillation.distill",
     "fit": "qsnn.training.fit",
     "fold": "qsnn.folded.fold",
+    "from_nir": "qsnn.export.nir_student",
     "integer_weights": "qsnn.quant.weights",
     "load": "qsnn.checkpoint",
     "load_data": "qsnn.data.sources",
@@ -52,6 +53,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.distillation.distill import DistillConfig as DistillConfig
     from qsnn.distillation.distill import distill as distill
     from qsnn.distillation.distill import distill_together as distill_together
+    from qsnn.export.nir_student import from_nir as from_nir
     from qsnn.folded.fold import fold as fold
     from qsnn.measure.accuracy import accuracy as accuracy
     from qsnn.measure.benchmark import Benchmark as Benchmark

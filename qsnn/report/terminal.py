@@ -42,6 +42,11 @@ def shown(value: float | None, quantity: str) -> str:
     return NONE if value is None else format(value, FORMATS[quantity])
 
 
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with so many digits behind the point, or a dash for None: where no quantity of the table fits."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
 def kib(size: float, quantity: str = "memory") -> str:
     """A number of bytes in KiB."""
     return shown(size / 1024, quantity)
