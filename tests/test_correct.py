@@ -137,20 +137,6 @@ def test_behind_a_relu_only_what_it_lets_through_is_fitted() -> None:
     assert errors[1] < 0.98 * errors[0]
 
 
-def test_weights_are_pulled_to_where_steps_are_even() -> None:
-    """Two inputs say the same, one of them only on average: the weights go to the other."""
-    x = torch.randn(4000, 1).expand(-1, 2) + 0.1 * torch.randn(4000, 2)
-    uneven = torch.stack([torch.randn(4000), torch.zeros(4000)], 1)
-    weights = []
-    for pull in (None, uneven):
-        layer = nn.Linear(2, 1)
-        with torch.no_grad():
-            layer.weight.fill_(0.5)
-            fit_layer_(layer, x, x.mean(1, keepdim=True) - layer(x), "weights", uneven=pull)
-            weights.append(layer.weight[0].tolist())
-    assert abs(weights[0][0] - weights[0][1]) < 0.1 and weights[1][1] > weights[1][0] + 0.3
-
-
 def test_what_comes_over_the_other_way_loses_its_error_in_the_sum(digits: qsnn.Data) -> None:
     """The answers are nearer to the network's than where each layer is fitted for itself."""
     torch.manual_seed(0)

@@ -79,7 +79,7 @@ def test_pretrained_weights_where_they_are_on_disk(
     assert torch.equal(whole.fc.weight, source.fc.weight)  # type: ignore[union-attr]
     qsnn.save(model, tmp_path / "t.safetensors")
     ones = torch.ones(1, 3, 32, 32)
-    assert torch.equal(qsnn.load(tmp_path / "t.safetensors")(ones), model.eval()(ones))
+    assert torch.equal(qsnn.load(tmp_path / "t.safetensors", model=name)(ones), model.eval()(ones))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typing import Any
 import tyro
 
 from qsnn import __version__
+from qsnn.files import shown
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": (
@@ -106,7 +107,7 @@ def _end(status: int, line: str) -> None:
 
 
 def _flat(error: object) -> str:
-    return " ".join(str(error).split())
+    return shown(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager

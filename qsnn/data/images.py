@@ -158,12 +158,13 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     return order[~out[order]], order[out[order]]
 
 
-def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
+def check_images(images: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> None:
     """Refuse a batch that a model would answer with nonsense, or with an error that hides the cause.
 
     Args:
         images: normalised images.
         shape: what one image must be; by default any (C, H, W).
+        dtype: of the network that sees them; by default any float.
     Shape:
         images: (B, C, H, W), B >= 1, (B, C, L) for signals, (B, F) for vectors; shape: that of one of them.
     Raises:
@@ -172,6 +173,10 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"expected a float tensor of normalised images, got {kind}; call ImageSet.normalise(images)")
+    if images.is_meta or images.layout is not torch.strided:
+        raise ValueError(f"expected a dense tensor of images, got {images.layout} on {images.device}; make it dense")
+    if dtype is not None and images.dtype is not dtype:
+        raise ValueError(f"expected images of {dtype}, as the network is, got {images.dtype}; call images.to({dtype})")
     want, got = ("B", *(shape or ("C", "H", "W"))), tuple(images.shape)
     if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (2, 3, 4, 5)):
         hint = "add the batch: images.unsqueeze(0)" if len(got) == 3 else "resize them, or build the model for them"

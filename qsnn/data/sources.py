@@ -16,6 +16,7 @@ from qsnn.data.events import EVENTS, load_events
 from qsnn.data.folders import load_folder
 from qsnn.data.images import Data, ImageSet, hold_out
 from qsnn.data.tables import load_table
+from qsnn.options import expect
 
 # name: torchvision's class, mean and standard deviation of the training pixels on [0, 1], augmentation in training
 TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] = {
@@ -76,6 +77,7 @@ def load_data(
     >>> load_data("digits")
     Data(digits: 1,131 train, 126 val, 540 test images of 1x8x8, 10 classes)
     """
+    expect("load_data('digits')", "name", name, (str, os.PathLike))
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"expected 0 < val_fraction < 1, got {val_fraction}; 0.1 holds out a tenth")
     sizes = () if image_size is None else (image_size,) if isinstance(image_size, int) else image_size

@@ -12,6 +12,7 @@ from qsnn.data.images import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.trace import device_of
+from qsnn.options import expect
 from qsnn.snn.network import time_loop
 
 
@@ -28,6 +29,7 @@ def accuracy(model: nn.Module, source: Any, batch_size: int | None = None, **opt
     >>> accuracy(nn.Flatten(), [(torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))])
     75.0
     """
+    expect("accuracy(model, data.test)", "model", model, nn.Module)
     keep_freed_memory()
     model = arrived(model)
     with evaluating(model):

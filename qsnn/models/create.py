@@ -17,6 +17,7 @@ from qsnn.graph.recipe import data_recipe, recipe_of, set_recipe
 from qsnn.models.ann import _cifar_resnet, _mlp, _resnet18, _resnet_small, _study, _vgg16, _vgg_small
 from qsnn.models.libraries import LIBRARIES, build_from_library
 from qsnn.models.spiking import SPIKING, build_spiking
+from qsnn.options import expect
 from qsnn.snn.network import TimeLoop
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -54,6 +55,8 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
     >>> create_model("resnet20", load_data("digits"))(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
+    expect("create_model('study', load_data('digits'))", "name", name, str)
+    expect("create_model('study', load_data('digits'))", "data", data, (Data, type(None)))
     shape = None if data is None else tuple(data.shape)
     classes = None if data is None else data.num_classes or None
     model = build_model(name, shape, classes, seed=seed, pretrained=True, **options)
@@ -81,18 +84,20 @@ def build_model(
     *,
     seed: int = 0,
     pretrained: bool = False,
+    function: Callable[..., nn.Module] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Like :func:`create_model`, from an image shape (C, H, W) and a number of classes; ``load`` calls it.
 
-    A library's pretrained weights are looked for only where ``pretrained``.
+    A ``function`` is called in the place of importing the one that ``package.module:function`` names; a library's
+    pretrained weights are looked for only where ``pretrained``.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if name.partition(":")[0] in LIBRARIES:
             model = build_from_library(name, shape, num_classes, pretrained, options)
         elif ":" in name:
-            model = _call_named(name, num_classes, options)
+            model = _call(function or _named(name), name, num_classes, options)
         elif name in MODELS:
             if shape is None or num_classes is None:
                 raise ValueError(f"create_model({name!r}) needs data: create_model({name!r}, load_data('digits'))")
@@ -118,14 +123,17 @@ def build_model(
     return model
 
 
-def _call_named(name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
+def _named(name: str) -> Any:
     module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(
             f"cannot find {name!r} ({error}); expected package.module:function on Python's path"
         ) from error
+
+
+def _call(function: Any, name: str, num_classes: int | None, options: dict[str, Any]) -> nn.Module:
     if isinstance(function, nn.Module):
         return copy.deepcopy(function)
     if not callable(function):

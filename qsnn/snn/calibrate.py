@@ -47,6 +47,7 @@ def correct_(
 
     * "weights": :math:`W', b' = \arg\min \sum (W'\bar u + b' - z)^2 + \lambda |W' - W|^2`, in closed form; of
       five λ, the one that errs least on a quarter of the images, fitted on the others;
+      Behind a ReLU only what it lets through counts: where z <= 0, any answer that is not positive will do;
     * "bias": :math:`b' = b + \mathrm{mean}(z - W\bar u)` by channel. Layers with quantized weights get this one, or,
       where a batch norm follows, its line by channel that fits best.
 
@@ -155,12 +156,7 @@ def _correct_(walk: Pieces, node: fx.Node, exact: Reference, targets: str, corre
     (reader, *more) = (last if addition is None else addition).users or (node,)
     neuron = walk.layer(reader)
     fires = not more and isinstance(neuron, IFNode) and neuron.threshold.dim() > 0  # a ReLU follows
-    uneven = None
-    if correction == "weights" and walk.call.timesteps > 1 and fires:
-        uneven = walk.deviation(node.all_input_nodes[0])
-    fit_layer_(
-        layer, x, wanted - given - other, correction, gain, rectified=wanted if fires else None, uneven=uneven
-    )
+    fit_layer_(layer, x, wanted - given - other, correction, gain, rectified=wanted if fires else None)
 
 
 def _choose_(walk: Pieces, node: fx.Node, wanted: Tensor, threshold: str, percentile: float, initial: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qsnn.options import Factor, Images, Percent, Slope, Steps, Timesteps, check_options
 from qsnn.snn.calibrate import CORRECTIONS, INITIALS, TARGETS, THRESHOLDS
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.network import FIRINGS
@@ -13,13 +14,13 @@ from qsnn.snn.network import FIRINGS
 class ConvertConfig:
     """How the spiking network runs where a call does not say otherwise, and what its neurons are."""
 
-    timesteps: int = 2
+    timesteps: Timesteps = 2
     """Simulation steps T; also what a calibration is made for."""
     firing: str = "online"
     """"online": a neuron fires while its input arrives; "deferred": it integrates all T inputs, then fires."""
     threshold: str = "mse"
     """Thresholds of plain ReLUs: "mse" (least error after T steps), "max" or "percentile" of each channel."""
-    percentile: float = 99.9
+    percentile: Percent = 99.9
     """Of "percentile" [%]."""
     initial: str = "mse"
     """Of threshold "mse": "mse" (v₀ and a change of the bias in front are chosen with θ) or "half" (v₀ = θ/2)."""
@@ -27,17 +28,17 @@ class ConvertConfig:
     """With data, on the spikes that arrive: "weights" (least squares; only float ones), "bias", "none"."""
     targets: str = "sums"
     """A layer in front of an addition is corrected to what the sum should be ("sums"), or for itself ("layers")."""
-    calibration_images: int = 256
+    calibration_images: Images = 256
     """Training images of a calibration."""
     reset: str = "soft"
     """After a spike: "soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards 0)."""
-    reset_tau: float = 1.0
+    reset_tau: Steps = 1.0
     """Time constant of reset "decay" [steps]."""
-    tau: tuple[float, ...] = ()
+    tau: tuple[Steps, ...] = ()
     """Time constant of the leak [steps]: none, one for all neurons, or one for each spiking layer in order."""
-    tau_growth: float = 1.0
+    tau_growth: Factor = 1.0
     """Factor on the time constant from each spiking layer to the next [1]."""
-    tau_slope: float = 0.0
+    tau_slope: Slope = 0.0
     """Added to the time constant from each spiking layer to the next [steps]; before the factor."""
     signed: bool = False
     """Spikes of -1 take back spikes that came too early (ST-BIF)."""
@@ -52,8 +53,7 @@ class ConvertConfig:
         Raises:
             ValueError: which option, and what it may be.
         """
-        if not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise ValueError(f"timesteps must be a whole number of at least 1, got {self.timesteps!r}")
+        check_options(self)
         if self.firing not in FIRINGS:
             raise ValueError(f"firing must be 'online' or 'deferred', got {self.firing!r}")
         if self.threshold not in THRESHOLDS:
@@ -61,10 +61,10 @@ class ConvertConfig:
         for name, known in (("correction", CORRECTIONS), ("initial", INITIALS), ("targets", TARGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not 0 < self.percentile <= 100 or self.calibration_images < 1 or not self.tau_growth > 0:
+        if not self.tau and (self.tau_growth != 1.0 or self.tau_slope != 0.0):
             raise ValueError(
-                f"expected 0 < percentile <= 100, calibration_images >= 1 and tau_growth > 0, got {self.percentile}, "
-                f"{self.calibration_images}, {self.tau_growth}"
+                f"tau_growth={self.tau_growth} and tau_slope={self.tau_slope} change a time constant, got tau=(); "
+                f"give tau too, or leave both away"
             )
         if self.firing == "deferred" and not self.dynamics(0).plain:
             raise ValueError(

@@ -25,6 +25,7 @@ from qsnn.graph.trace import (
     takes_frames,
     unknown_layers,
 )
+from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
@@ -77,7 +78,8 @@ def convert(
     """
     if isinstance(data, ConvertConfig) and config is None:
         data, config = None, data
-    config = config or ConvertConfig()
+    expect("convert(qann), or convert(model, data)", "model", model, nn.Module)
+    config = ConvertConfig() if config is None else config
     if not isinstance(config, ConvertConfig) or isinstance(data, nn.Module | dict):
         got = type(data if isinstance(config, ConvertConfig) else config).__name__
         raise TypeError(

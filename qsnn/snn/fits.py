@@ -20,8 +20,6 @@ _UNFOLDED = 2**23
 """At most so many values of patches are held at a time (32 MiB of float32)."""
 _ROUNDS = 3
 """So often a fit behind a ReLU is made again, without what the ReLU takes away."""
-_EVEN = 0.3
-"""Weight of what the steps bring more or less than their mean, beside the error of the mean."""
 _THRESHOLDS = torch.linspace(0.04, 1.0, 25)[1:].tolist()
 """Thresholds that are tried, in a channel's largest activations."""
 _STARTS = (0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
@@ -43,7 +41,6 @@ def fit_layer_(
     gain: Tensor | None = None,
     *,
     rectified: Tensor | None = None,
-    uneven: Tensor | None = None,
 ) -> None:
     r"""Correct a layer's bias, and its float weights, so that it gives ``missing`` more than it does for x.
 
@@ -54,15 +51,12 @@ def fit_layer_(
         correction: "weights" or "bias".
         gain: g of each channel of the batch norm behind it, (C,).
         rectified: what the ReLU behind it should see: where that is not positive, any answer that is not will do.
-        uneven: for each image what one step brings more than the mean does; the weights are pulled to where
-            :data:`_EVEN` times the mean square of its effect is small too.
     Source:
         Zhang et al., "Accelerating Very Deep Convolutional Networks", TPAMI 2016 (least squares behind a ReLU).
     """
     if isinstance(layer, nn.Linear):  # each token is an input of its own
         x, missing = x.flatten(0, -2), missing.flatten(0, -2)
         rectified = None if rectified is None else rectified.flatten(0, -2)
-        uneven = None if uneven is None else uneven.flatten(0, -2)
     gain = missing.new_ones(missing.shape[1]) if gain is None else gain
     reached = gain.abs() > 1e-3 * gain.abs().max()  # a channel that the batch norm takes away stays as it is
     share = torch.where(reached, gain, float("inf"))
@@ -73,24 +67,18 @@ def fit_layer_(
         return
     held = torch.arange(len(x), device=x.device) % 4 == 1
     fit, check = _sums(layer, x[~held], missing[~held]), _sums(layer, x[held], missing[held])
-    pull: tuple[Tensor, Tensor] | None = None
-    if uneven is not None:
-        weights = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1) * gain[:, None]
-        weights = weights.unflatten(0, (len(fit[0]), -1)).mT.double()  # (groups, inputs + 1, C_out / groups)
-        pull = _sums(layer, uneven, torch.zeros_like(missing))[0] * _EVEN, weights
-        pull[0][:, -1], pull[0][:, :, -1] = 0.0, 0.0  # a bias is the same at every step
     best, least = _RIDGES[0], float("inf")
     for ridge in _RIDGES:
-        change = _solved(*fit, ridge, pull, 0.75)
-        squares, products = _pulled(*check, pull, 0.25)  # the error on images that were not fitted, but for a constant
+        change = _solved(*fit, ridge)
+        squares, products = check  # the error on images that were not fitted, but for a constant
         error = float((change * (squares @ change - 2 * products)).sum())
         if error < least:
             best, least = ridge, error
     squares, products = fit[0] + check[0], fit[1] + check[1]
-    change = _solved(squares, products, best, pull)
+    change = _solved(squares, products, best)
     for _ in range(0 if rectified is None else _ROUNDS):
         left = _sums(layer, x, missing, change, rectified)[1]
-        change = _solved(squares, squares @ change + left, best, pull)
+        change = _solved(squares, squares @ change + left, best)
     flat = change.mT.flatten(0, 1)  # (C_out, inputs + 1)
     flat = (flat / share[:, None].double()).to(x.dtype)
     layer.weight.add_(flat[:, :-1].reshape(layer.weight.shape))
@@ -133,28 +121,13 @@ def _as_patches(values: Tensor, groups: int) -> Tensor:
     return values.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def _solved(
-    squares: Tensor, products: Tensor, ridge: float, pull: tuple[Tensor, Tensor] | None = None, part: float = 1.0
-) -> Tensor:
-    """The change of weights and bias that fits best.
-
-    It is pulled towards 0 by ``ridge`` mean squares of an input; by ``part`` of ``pull`` the new weights are: squares
-    of what should have no effect, and the weights before.
-    """
+def _solved(squares: Tensor, products: Tensor, ridge: float) -> Tensor:
+    """The change of weights and bias that fits best, pulled towards 0 by ``ridge`` mean squares of an input."""
     squares = squares.clone()
     diagonal = squares.diagonal(dim1=1, dim2=2)
     diagonal[:, :-1] += ridge * diagonal[:, :-1].mean(1, keepdim=True).clamp(min=1e-12)
     diagonal[:, -1].clamp_(min=1.0)  # no images, no bias
-    return torch.linalg.solve(*_pulled(squares, products, pull, part))
-
-
-def _pulled(
-    squares: Tensor, products: Tensor, pull: tuple[Tensor, Tensor] | None, part: float
-) -> tuple[Tensor, Tensor]:
-    """Sums with a part of the pull in them."""
-    if pull is None:
-        return squares, products
-    return squares + part * pull[0], products - part * (pull[0] @ pull[1])
+    return torch.linalg.solve(squares, products)
 
 
 def _patches(layer: Any, x: Tensor) -> Tensor:

@@ -111,14 +111,6 @@ class Pieces(fx.Interpreter):
         """What a node gives for all images, the mean over T: (B, *)."""
         return torch.cat([self._in_time(node, piece).mean(0) for piece in range(len(self.pieces))])
 
-    def deviation(self, node: fx.Node) -> Tensor:
-        """What one step gives more than the mean of all, for all images, (B, *); of each piece the next step."""
-        found = []
-        for piece in range(len(self.pieces)):
-            values = self._in_time(node, piece)
-            found.append(values[piece % self.call.timesteps] - values.mean(0))
-        return torch.cat(found)
-
     def _in_time(self, node: fx.Node, piece: int) -> Tensor:
         value = self.at(node, piece)
         return value.unflatten(0, (self.call.timesteps, -1)) if node in self.timed else value.unsqueeze(0)
