@@ -46,8 +46,8 @@ def correct_(
     reference, z:
 
     * "weights": :math:`W', b' = \arg\min \sum (W'\bar u + b' - z)^2 + \lambda |W' - W|^2`, in closed form; of
-      five λ, the one that errs least on a quarter of the images, fitted on the others;
-      Behind a ReLU only what it lets through counts: where z <= 0, any answer that is not positive will do;
+      five λ, the one that errs least on a quarter of the images, fitted on the others. Behind a ReLU only what it lets
+      through counts: where z <= 0, any answer that is not positive will do;
     * "bias": :math:`b' = b + \mathrm{mean}(z - W\bar u)` by channel. Layers with quantized weights get this one, or,
       where a batch norm follows, its line by channel that fits best.
 
