@@ -1,0 +1,300 @@
+"""Layers with weights, input and pooling as ONNX nodes: for each the fastest form that is exact by its bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from qsnn.export.onnx_values import CannotWriteError, Values, Wire
+from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer, SumPool
+from qsnn.folded.terms import as_tuple
+
+FLOAT32, INT32, FLOAT64 = 2**24, 2**31, 2**53
+"""Integers below these are exact, in whatever order they are added."""
+PAIR = 2**15 - 1
+"""What a sum of two neighbouring products may be where a CPU adds them in 16 bits (AVX2 without VNNI, u8 x s8)."""
+_MATRIX = 2**22
+"""Most entries of the matrix of an average pool of currents."""
+
+
+def array(x: Any) -> NDArray[Any]:
+    """A tensor as numpy has it."""
+    return x.detach().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def integer_input(values: Values, name: str, module: IntegerInput, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """clip(round_half_up(x / s), -L, L): by table for raw pixels, else in float64."""
+    levels, graph = module.levels, values.graph
+    small = values.counts == "u8" and levels <= 127
+    zero = 128 if small else 0
+    if wire.kind == "pixels":
+        assert values.tables is not None
+        table = array(module(torch.from_numpy(values.tables))) + zero
+        found = values.looked_up(wire, table, "u8" if small else "f32")
+        return replace(found, bound=levels, zero=zero)
+    frames = wire.kind == "frames"
+    small, zero = (False, 0) if frames else (small, zero)  # a sum over frames does not fit into 8 bits
+    step = array(module.step).astype(np.float64)
+    # a quotient of two float32 is a half or at least 2**-26 away from one: then q + 1/2 + zero cannot round to a tie
+    plain = bool((step == step.astype(np.float32)).all()) and levels < 2**15
+    names = []
+    for source in wire.names:
+        q = graph.add("Div", graph.cast(source, "f64"), graph.const(step, "f64"))
+        if plain:
+            q = graph.add("Floor", graph.add("Add", q, graph.const(zero + 0.5, "f64")))
+        else:
+            below = graph.add("Floor", q)
+            up = graph.add("GreaterOrEqual", graph.add("Sub", q, below), graph.const(0.5, "f64"))
+            q = graph.add("Add", graph.add("Add", below, graph.cast(up, "f64")), graph.const(float(zero), "f64"))
+        q = graph.add("Clip", q, graph.const(float(zero - levels), "f64"), graph.const(float(zero + levels), "f64"))
+        q = graph.cast(q, "u8" if small else "f32")
+        names.append(graph.add("Add", names[-1], q) if names else q)
+    if frames and values.deferred:
+        names = names[-1:]
+    return Wire(tuple(names), "u8" if small else "f32", wire.shape, levels, zero=zero, static=not frames)
+
+
+def integer_layer(values: Values, name: str, module: IntegerLayer, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """Keep the layer open: its neuron may take it whole; whoever else needs the sums has them written."""
+    return Wire(
+        (), "", shape, module.bound, static=wire.static, kind="sum", layer=module, source=wire, place=name
+    )  # fmt: skip
+
+
+def write_sum(values: Values, wire: Wire) -> Wire:
+    """The sums of an integer layer: int32 from 8-bit matrices, or float32, or float64, as the bounds allow."""
+    assert wire.layer is not None and wire.source is not None
+    module, graph, name = wire.layer, values.graph, wire.place
+    source = values.ready(wire.source)
+    most = module.bound * (1 if wire.static else values.timesteps)
+    weight, shape = array(module.weight), wire.shape
+    small = weight.dtype == np.int8
+    eight = small and source.dtype == "u8" and values.counts == "u8" and most < INT32
+    scope, graph.scope = graph.scope, name
+    try:
+        if eight and (weight.ndim == 2 or most >= FLOAT32):
+            stored, zeros, how = eight_bit_weight(values, weight, source)
+            if weight.ndim == 2:
+                stored = stored.T
+            inputs = [graph.const(stored, "u8" if zeros else "i8"), graph.const(source.zero, "u8")]
+            inputs += [graph.const(zeros, "u8")] if zeros else []
+            op = "MatMulInteger" if weight.ndim == 2 else "ConvInteger"
+            options = {} if weight.ndim == 2 else _options(module, weight, source.shape, shape)
+            names = [graph.add(op, x, *inputs, **options) for x in source.names]
+            values.note(name, f"{op}, {how}")
+            return replace(wire, names=tuple(names), dtype="i32", kind="value", layer=None, source=None)
+        if small and most < FLOAT32:
+            kernel = graph.stored(weight.T if weight.ndim == 2 else weight, "i8", "f32")
+            xs, dtype = values.cast(source, "f32").names, "f32"
+            options = {} if weight.ndim == 2 else _options(module, weight, source.shape, shape)
+            names = [graph.add("MatMul" if weight.ndim == 2 else "Conv", x, kernel, **options) for x in xs]
+            values.note(name, "float32 sums below 2**24")
+        elif most < FLOAT64:
+            xs, dtype = values.cast(source, "f64").names, "f64"
+            kernel = _double_kernel(values, module, weight)
+            if not small:  # IEEE half weights count in units of 2**-24
+                kernel = graph.add("Mul", kernel, graph.const(2.0**24, "f64"))
+            names = [double_layer(values, x, kernel, module, weight.shape, source.shape, shape) for x in xs]
+            values.note(name, "float64 sums below 2**53")
+        else:
+            raise CannotWriteError(f"{name}: its sums reach {most:.3g}, which float64 does not hold exactly")
+    finally:
+        graph.scope = scope
+    return replace(wire, names=tuple(names), dtype=dtype, kind="value", layer=None, source=None)
+
+
+def eight_bit_weight(
+    values: Values, weight: NDArray[Any], source: Wire, factor: int = 1
+) -> tuple[NDArray[Any], int, str]:
+    """Weights for 8-bit products, their zero point, and why none of them saturates.
+
+    With AVX2 and no VNNI the products of u8 and s8 are added in pairs in 16 bits. Where the two largest weights of a
+    channel times the largest input stay below that, s8 is exact; else the weights become u8 around 128.
+    """
+    scaled = weight.astype(np.int32) * factor
+    largest = source.zero + int(source.bound) * (1 if source.static else values.timesteps)
+    rows = np.sort(np.abs(scaled).reshape(len(scaled), -1), 1)[:, -2:]
+    pair = int(rows.sum(1).max()) * largest
+    if pair <= PAIR:
+        return scaled.astype(np.int8), 0, f"u8 x s8, pairs of products <= {pair} <= {PAIR}"
+    return (scaled + 128).astype(np.uint8), 128, "u8 x u8 around 128, for pairs of u8 x s8 may pass 32767"
+
+
+def float_layer(values: Values, name: str, module: FloatLayer, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """A layer of float weights, or that sees currents, in the float it has in qsnn."""
+    graph, weight = values.graph, array(module.weight)
+    source = values.ready(wire)
+    dtype = "f64" if weight.dtype == np.float64 else "f32"
+    xs = values.increments(source, dtype)
+    bias = None if module.bias is None else array(module.bias)
+    names = []
+    spans = (1,) if source.static else values.spans
+    if dtype == "f64":
+        kernel = _double_kernel(values, module, weight)
+    else:
+        kernel = graph.const(weight.T if weight.ndim == 2 else weight, dtype)
+    for x, span in zip(xs, spans, strict=True):
+        if dtype == "f64":
+            y = double_layer(values, x, kernel, module, weight.shape, source.shape, shape)
+        elif weight.ndim == 2:
+            y = graph.add("MatMul", x, kernel)
+        else:
+            y = graph.add("Conv", x, kernel, **_options(module, weight, source.shape, shape))
+        if bias is not None:
+            per = bias if weight.ndim == 2 else values.per_channel(bias, weight.ndim)
+            y = graph.add("Add", y, graph.const(span * per, dtype))
+        names.append(y)
+    values.note(name, f"real: {'float64' if dtype == 'f64' else 'float32'} currents")
+    return Wire(tuple(names), dtype, shape, real=True, static=source.static)
+
+
+def _double_kernel(values: Values, module: Any, weight: NDArray[Any]) -> str:
+    """The weights as one matrix a group, (G, outputs, taps x inputs) in float64, or (inputs, outputs) of a linear."""
+    kind = {"int8": "i8", "float16": "f16"}.get(str(weight.dtype), "f64")
+    if weight.ndim == 2:
+        rows: NDArray[Any] = weight.T
+    else:
+        groups = module.options["groups"]
+        rows = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).swapaxes(2, 3)
+        rows = rows.reshape(groups, len(weight) // groups, -1)
+    return values.graph.const(rows, "f64") if kind == "f64" else values.graph.stored(rows, kind, "f64")
+
+
+def double_layer(
+    values: Values, x: str, kernel: str, module: Any, weight: tuple[int, ...], before: tuple[int, ...],
+    after: tuple[int, ...],
+) -> str:  # fmt: skip
+    """A layer in float64, for which runtimes have matrices but no convolution: one slice for each tap of the kernel."""
+    graph = values.graph
+    if len(weight) == 2:
+        return graph.add("MatMul", x, kernel)
+    pads, dims = padding(module, weight, before, after), len(weight) - 2
+    if any(pads):
+        full = [0, 0, *pads[:dims], 0, 0, *pads[dims:]]
+        x = graph.add("Pad", x, graph.const(full, "i64"), graph.const(0.0, "f64"))
+    stride, dilation = as_tuple(module.options["stride"], dims), as_tuple(module.options["dilation"], dims)
+    groups, axes = module.options["groups"], graph.const(list(range(2, 2 + dims)), "i64")
+    points, taps = math.prod(after[1:]), []
+    for tap in np.ndindex(*weight[2:]):
+        start = [t * d for t, d in zip(tap, dilation, strict=True)]
+        end = [a + (side - 1) * s + 1 for a, side, s in zip(start, after[1:], stride, strict=True)]
+        part = graph.add("Slice", x, graph.const(start, "i64"), graph.const(end, "i64"), axes,
+                         graph.const(list(stride), "i64"))  # fmt: skip
+        taps.append(graph.add("Reshape", part, graph.const([-1, groups, weight[1], points], "i64")))
+    stacked = graph.add("Concat", *taps, axis=2) if len(taps) > 1 else taps[0]
+    return graph.add("Reshape", graph.add("MatMul", kernel, stacked), graph.const([-1, *after], "i64"))
+
+
+def padding(module: Any, weight: tuple[int, ...], before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
+    """Zeros before and behind each side, as ONNX lists them."""
+    dims, given = len(weight) - 2, module.options["padding"]
+    dilation = as_tuple(module.options["dilation"], dims)
+    if given == "valid":
+        return [0] * (2 * dims)
+    if given == "same":  # torch puts the odd one behind
+        total = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
+        return [t // 2 for t in total] + [t - t // 2 for t in total]
+    return [*as_tuple(given, dims)] * 2
+
+
+def _options(module: Any, weight: NDArray[Any], before: tuple[int, ...], after: tuple[int, ...]) -> dict[str, Any]:
+    dims = weight.ndim - 2
+    return {
+        "kernel_shape": list(weight.shape[2:]), "pads": padding(module, weight.shape, before, after),
+        "strides": list(as_tuple(module.options["stride"], dims)), "group": module.options["groups"],
+        "dilations": list(as_tuple(module.options["dilation"], dims)),
+    }  # fmt: skip
+
+
+def quantized_conv(
+    values: Values, x: str, wire: Wire, stored: NDArray[Any], zeros: int, m: NDArray[np.float32], beta: NDArray[Any]
+) -> str:
+    """clip(round(m·(d·A + β)), 0, 255) of an integer layer, in one node."""
+    assert wire.layer is not None and wire.source is not None
+    graph, kind = values.graph, "u8" if zeros else "i8"
+    one = graph.const(np.float32(1), "f32")
+    return graph.add(
+        "QLinearConv", x, one, graph.const(wire.source.zero, "u8"),
+        graph.const(stored, kind), graph.const(m, "f32"), graph.const(zeros, kind), one, graph.const(0, "u8"),
+        graph.const(beta, "i32"), **_options(wire.layer, stored, wire.source.shape, wire.shape),
+    )  # fmt: skip
+
+
+def sum_pool(values: Values, name: str, module: SumPool, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """Window sums: a convolution with weights of 1, in 8 bits where they fit."""
+    source, graph = values.ready(wire), values.graph
+    size, channels = math.prod(module.kernel), source.shape[0]
+    bound = source.bound * size
+    most = bound * (1 if source.static else values.timesteps)
+    options = {
+        "kernel_shape": list(module.kernel), "strides": list(module.stride), "pads": [*module.padding] * 2,
+        "group": channels,
+    }  # fmt: skip
+    ones = np.ones((channels, 1, *module.kernel))
+    new = replace(source, shape=shape, bound=bound, ordered=False)
+    if source.dtype == "u8" and not source.zero and most <= 255:
+        one, zero = graph.const(np.float32(1), "f32"), graph.const(0, "u8")
+        weight = graph.const(ones, "i8")
+        names = [
+            graph.add("QLinearConv", x, one, zero, weight, one, graph.const(0, "i8"), one, zero, **options)
+            for x in source.names
+        ]
+        return replace(new, names=tuple(names))
+    if most >= FLOAT32:
+        raise CannotWriteError(f"{name}: its window sums reach {most:.3g}, which float32 does not hold exactly")
+    source = values.cast(source, "f32")
+    weight = graph.stored(ones, "i8", "f32")
+    names = [graph.add("Conv", x, weight, **options) for x in source.names]
+    return replace(new, names=tuple(names), dtype="f32", zero=0)
+
+
+def average_pool(values: Values, name: str, module: nn.Module, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """The mean of currents, as the matrix that the pool is: exact for every padding, ceiling and uneven window."""
+    source = values.ready(wire)
+    before, after = math.prod(source.shape[1:]), math.prod(shape[1:])
+    if before * after > _MATRIX:
+        raise CannotWriteError(f"{name}: an average of currents over {before:,} places; only {_MATRIX:,} entries fit")
+    dtype, graph = ("f32" if source.dtype == "f32" else "f64"), values.graph
+    basis = torch.eye(before, dtype=torch.float64).view(before, 1, *source.shape[1:])
+    matrix = array(module(basis)).reshape(before, after)
+    names = []
+    for x in values.increments(source, dtype):
+        flat = graph.add("Reshape", x, graph.const([-1, source.shape[0], before], "i64"))
+        y = graph.add("MatMul", flat, graph.const(matrix, dtype))
+        names.append(graph.add("Reshape", y, graph.const([-1, *shape], "i64")))
+    values.note(name, "real: a mean of currents")
+    return Wire(tuple(names), dtype, shape, real=True, static=source.static)
+
+
+def max_pool(values: Values, name: str, module: Any, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """The maximum of each step's spikes; of deferred spikes, which come first in time, the maximum of the counts."""
+    source, graph = values.ready(wire), values.graph
+    if source.real:
+        raise CannotWriteError(f"{name}: a max pool of currents")
+    if values.deferred and values.timesteps > 1 and not (source.ordered or source.static):
+        raise CannotWriteError(f"{name}: a max pool behind a sum of spikes, deferred; export it with firing='online'")
+    dims = len(shape) - 1
+    kernel, stride, pad, gap = (
+        as_tuple(x, dims) for x in (module.kernel_size, module.stride, module.padding, module.dilation)
+    )
+    # the end is padded to what torch's rounding gives, so that no runtime's own rule for ceil_mode is asked
+    end = [
+        max(0, (out - 1) * s + g * (k - 1) + 1 - side - p)
+        for out, s, g, k, side, p in zip(shape[1:], stride, gap, kernel, source.shape[1:], pad, strict=True)
+    ]
+    options = {"kernel_shape": list(kernel), "strides": list(stride), "pads": [*pad, *end], "dilations": list(gap)}
+    if source.static or len(source.names) == 1:
+        names = [graph.add("MaxPool", x, **options) for x in source.names]
+        return replace(source, names=tuple(names), shape=shape)
+    names, before = [], ""
+    for x in source.names:  # the spikes of one step, and what the pool lets through summed up again
+        pooled = graph.add("MaxPool", graph.add("Sub", x, before) if before else x, **options)
+        names.append(graph.add("Add", names[-1], pooled) if names else pooled)
+        before = x
+    return replace(source, names=tuple(names), shape=shape)
