@@ -86,8 +86,8 @@ MODULES: dict[tuple[type[nn.Module], ...], Callable[..., Wire]] = {
     (Current,): current, (Repeat,): _same, (PlusMinus,): _plus_minus, MAX_POOLS: max_pool,
     AVERAGE_POOLS: average_pool,
 }  # fmt: skip
-"""What writes a module: (values, name, module, shape of one image behind it, its inputs) -> the wire it gives. The first
-row that fits counts."""
+"""What writes a module: (values, name, module, shape of one image behind it, its inputs) -> the wire it gives. The
+first row that fits counts."""
 
 
 def write_onnx(folded: SNN, path: str | Path, **options: Any) -> None:
@@ -238,11 +238,11 @@ def _finished(
             kind = TensorProto.INT64
         front: list[Any] = ["batch"] if values.deferred else [values.timesteps, "batch"]
         if values.deferred:
-            graph.nodes.append(helper.make_node("Identity", [wire.names[0]], [name], name=f"answer/{name}"))
+            graph.nodes.append(helper.make_node("Identity", [wire.names[0]], [name], name=name))
         else:
             axes = graph.const([0], "i64")
             rows = [graph.add("Unsqueeze", x, axes) for x in wire.names]
-            graph.nodes.append(helper.make_node("Concat", rows, [name], name=f"answer/{name}", axis=0))
+            graph.nodes.append(helper.make_node("Concat", rows, [name], name=name, axis=0))
         outputs.append(helper.make_tensor_value_info(name, kind, [*front, *wire.shape]))
     if values.tables is not None:
         entry = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", *shape])
@@ -250,16 +250,17 @@ def _finished(
         size = ["batch", values.timesteps, *shape] if frames else ["batch", *shape]
         entry = helper.make_tensor_value_info("images", TensorProto.FLOAT, size)
     model = helper.make_model(
-        helper.make_graph(graph.nodes, "qsnn", [entry], outputs, list(graph.constants.values())),
+        helper.make_graph(graph.nodes, "qsnn", [entry], outputs, graph.used()),
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="qsnn",
     )  # fmt: skip
-    helper.set_model_props(model, {
-        "qsnn": json.dumps(recipe), "classes": json.dumps(data.get("classes", [])), "data": str(data.get("name", "")),
-        "timesteps": str(values.timesteps), "firing": "deferred" if values.deferred else "online",
-        "parent": recipe.get("parent", ""), "input": json.dumps(_preprocessing(data, shape, frames, config)),
-        "forms": json.dumps(values.forms),
-        "real": json.dumps([name for name, form in values.forms.items() if form.startswith("real")]),
-    })  # fmt: skip
+    found = {
+        "qsnn": recipe, "classes": data.get("classes", []), "data": data.get("name", ""), "timesteps": values.timesteps,
+        "firing": "deferred" if values.deferred else "online", "parent": recipe.get("parent", ""),
+        "input": _preprocessing(data, shape, frames, config), "forms": values.forms,
+    }  # fmt: skip
+    helper.set_model_props(
+        model, {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in found.items()}
+    )
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -115,15 +115,16 @@ def eight_bit_weight(
     """Weights for 8-bit products, their zero point, and why none of them saturates.
 
     With AVX2 and no VNNI the products of u8 and s8 are added in pairs in 16 bits. Where the two largest weights of a
-    channel times the largest input stay below that, s8 is exact; else the weights become u8 around 128.
+    channel times the largest input (the "pair" of the form) stay below that, s8 is exact; else the weights become u8
+    around 128, whose products are added in 32 bits.
     """
     scaled = weight.astype(np.int32) * factor
     largest = source.zero + int(source.bound) * (1 if source.static else values.timesteps)
     rows = np.sort(np.abs(scaled).reshape(len(scaled), -1), 1)[:, -2:]
     pair = int(rows.sum(1).max()) * largest
     if pair <= PAIR:
-        return scaled.astype(np.int8), 0, f"u8 x s8, pairs of products <= {pair} <= {PAIR}"
-    return (scaled + 128).astype(np.uint8), 128, "u8 x u8 around 128, for pairs of u8 x s8 may pass 32767"
+        return scaled.astype(np.int8), 0, f"u8 x s8, pairs <= {pair}"
+    return (scaled + 128).astype(np.uint8), 128, f"u8 x u8, pairs <= {pair}"
 
 
 def float_layer(values: Values, name: str, module: FloatLayer, shape: tuple[int, ...], wire: Wire) -> Wire:

@@ -63,6 +63,7 @@ class Graph:
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     scope: str = ""
     _known: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _scopes: dict[str, int] = field(default_factory=dict)
 
     def const(self, value: Any, dtype: str) -> str:
         """The name of a constant."""
@@ -76,9 +77,16 @@ class Graph:
 
     def add(self, op: str, *inputs: str, **attributes: Any) -> str:
         """Append a node of one output and return the output's name."""
-        name = f"v{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [name], name=self.scope, **attributes))
+        name, count = f"v{len(self.nodes)}", self._scopes.get(self.scope, 0)
+        self._scopes[self.scope] = count + 1
+        place = f"{self.scope}.{count}" if count else self.scope
+        self.nodes.append(helper.make_node(op, list(inputs), [name], name=place, **attributes))
         return name
+
+    def used(self) -> list[onnx.TensorProto]:
+        """The constants that some node reads."""
+        read = {name for node in self.nodes for name in node.input}
+        return [tensor for name, tensor in self.constants.items() if name in read]
 
     def cast(self, name: str, dtype: str) -> str:
         """The same values in another type."""
