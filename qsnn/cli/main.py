@@ -12,13 +12,14 @@ from typing import Any
 
 import tyro
 
-from qsnn.cli import commands
+from qsnn.cli import commands, deploy
 from qsnn.training.fit import CHECKPOINT_SECONDS
 from qsnn.training.processes import stop
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": commands.run, "train": commands.train, "quantize": commands.quantize, "convert": commands.convert,
     "distill": commands.distill, "fold": commands.fold, "benchmark": commands.benchmark, "info": commands.info,
+    **deploy.COMMANDS,
 }  # fmt: skip
 
 

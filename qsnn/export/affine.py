@@ -34,7 +34,7 @@ def affine(
         m in float32 and β, or None where some channel has no such numbers.
     """
     count = len(limits)
-    steps = np.arange(count) + 0.5
+    steps: NDArray[np.float64] = np.arange(count, dtype=np.float64) + 0.5
     d = float(factor)
     top = np.maximum(bound, 0).astype(np.float64)
     m = np.clip(limits.astype(np.float64), -top, top + 1)
@@ -60,7 +60,8 @@ def affine(
     beta = np.round(beta) if whole else np.round(beta * 64) / 64
     room = np.minimum(beta - least_b, most_b - beta) / p
     best = room.argmax(0)[None]
-    return _proved(*(np.take_along_axis(x, best, 0)[0] for x in (p, beta)), low, high, steps)
+    p, beta = (np.take_along_axis(x, best, 0)[0] for x in (p, beta))
+    return _proved(p, beta, low, high, steps)
 
 
 def _proved(

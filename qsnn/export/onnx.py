@@ -106,10 +106,14 @@ def onnx_model(folded: SNN, config: OnnxConfig) -> onnx.ModelProto:
     most = MOST_DEFERRED if firing == "deferred" else MOST_ONLINE
     if timesteps > most:
         raise ValueError(f"expected at most {most} steps of {firing} firing in an ONNX file, got timesteps={timesteps}")
-    recipe = child_recipe(folded, "onnx", export=asdict(replace(config, timesteps=timesteps, firing=firing)))
-    shape, data = input_shape_of(folded), recipe.get("data", {})
+    shape = input_shape_of(folded)
     if shape is None:
         raise ValueError("the image shape is unknown; quantize with data records it")
+    # how an image file becomes the input: what qsnn.export.runtime reads, beside the data's mean and std
+    files = {"mode": {1: "L", 3: "RGB"}.get(shape[0], ""), "resize": "fit, bilinear"}
+    chosen = asdict(replace(config, timesteps=timesteps, firing=firing))
+    recipe = child_recipe(folded, "onnx", export={**chosen, **files})
+    data = recipe.get("data", {})
     frames = data.get("frames") is not None
     table = None
     if config.input == "uint8":
@@ -119,7 +123,7 @@ def onnx_model(folded: SNN, config: OnnxConfig) -> onnx.ModelProto:
         table = normalise(pixels, data["mean"], data["std"])[..., 0].numpy()
     values = Values(timesteps, firing, "u8" if config.kernels == "int8" else "f32", table)
     values.write_sum = write_sum
-    return _finished(values, _walk(folded, values, shape, frames), recipe, shape, frames, data, config)
+    return _finished(values, _walk(folded, values, shape, frames), recipe, shape, frames)
 
 
 def _shapes(network: fx.GraphModule, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -135,7 +139,8 @@ def _shapes(network: fx.GraphModule, shape: tuple[int, ...]) -> dict[str, Any]:
     shapes: dict[str, Any] = {}
     for name, meta in found[0].items():
         if hasattr(meta, "shape"):
-            shapes[name] = tuple(meta.shape[1:]) if meta.shape[0] == 2 == found[1][name].shape[0] - 1 else None
+            batches = meta.shape[:1], found[1][name].shape[:1]
+            shapes[name] = tuple(meta.shape[1:]) if batches == ((2,), (3,)) else None
         elif isinstance(meta, tuple | list):
             shapes[name] = [tuple(part.shape[1:]) for part in meta]
     return shapes
@@ -159,7 +164,7 @@ def _walk(folded: SNN, values: Values, shape: tuple[int, ...], frames: bool) -> 
     for node in network.graph.nodes:
         if node in sizes:
             continue
-        sources = [wires.get(source) for source in node.all_input_nodes if source not in sizes]
+        sources: list[Any] = [wires.get(source) for source in node.all_input_nodes if source not in sizes]
         if any(source is None for source in sources):
             continue  # behind what is named already
         values.graph.scope = node.name
@@ -223,9 +228,8 @@ def _answer(
 
 
 def _finished(
-    values: Values, answer: tuple[Wire, Wire | None], recipe: dict[str, Any], shape: tuple[int, ...], frames: bool,
-    data: dict[str, Any], config: OnnxConfig,
-) -> onnx.ModelProto:  # fmt: skip
+    values: Values, answer: tuple[Wire, Wire | None], recipe: dict[str, Any], shape: tuple[int, ...], frames: bool
+) -> onnx.ModelProto:
     """The model with its inputs, outputs and metadata, checked."""
     graph = values.graph
     graph.scope = "answer"
@@ -236,41 +240,26 @@ def _finished(
             continue
         if wire.dtype == "i64":
             kind = TensorProto.INT64
-        front: list[Any] = ["batch"] if values.deferred else [values.timesteps, "batch"]
+        front: list[str | int | None] = ["batch"] if values.deferred else [values.timesteps, "batch"]
         if values.deferred:
             graph.nodes.append(helper.make_node("Identity", [wire.names[0]], [name], name=name))
         else:
             axes = graph.const([0], "i64")
             rows = [graph.add("Unsqueeze", x, axes) for x in wire.names]
             graph.nodes.append(helper.make_node("Concat", rows, [name], name=name, axis=0))
-        outputs.append(helper.make_tensor_value_info(name, kind, [*front, *wire.shape]))
+        sides: list[str | int | None] = [*front, *wire.shape]
+        outputs.append(helper.make_tensor_value_info(name, kind, sides))
     if values.tables is not None:
         entry = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", *shape])
     else:
-        size = ["batch", values.timesteps, *shape] if frames else ["batch", *shape]
-        entry = helper.make_tensor_value_info("images", TensorProto.FLOAT, size)
+        before: list[str | int | None] = ["batch", values.timesteps] if frames else ["batch"]
+        entry = helper.make_tensor_value_info("images", TensorProto.FLOAT, [*before, *shape])
     model = helper.make_model(
         helper.make_graph(graph.nodes, "qsnn", [entry], outputs, graph.used()),
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="qsnn",
     )  # fmt: skip
-    found = {
-        "qsnn": recipe, "classes": data.get("classes", []), "data": data.get("name", ""), "timesteps": values.timesteps,
-        "firing": "deferred" if values.deferred else "online", "parent": recipe.get("parent", ""),
-        "input": _preprocessing(data, shape, frames, config), "forms": values.forms,
-    }  # fmt: skip
-    helper.set_model_props(
-        model, {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in found.items()}
-    )
+    helper.set_model_props(model, {
+        name: json.dumps(value, separators=(",", ":")) for name, value in (("qsnn", recipe), ("forms", values.forms))
+    })  # fmt: skip
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def _preprocessing(data: dict[str, Any], shape: tuple[int, ...], frames: bool, config: OnnxConfig) -> dict[str, Any]:
-    """How an image file becomes the input: what :mod:`qsnn.export.runtime` reads."""
-    modes = {1: "L", 3: "RGB"}
-    return {
-        "type": config.input, "shape": list(shape), "frames": frames, "mode": modes.get(shape[0], ""),
-        "resize": "fit, bilinear", "mean": data.get("mean", []), "std": data.get("std", []),
-    }  # fmt: skip
-
-

@@ -43,7 +43,7 @@ def integer_input(values: Values, name: str, module: IntegerInput, shape: tuple[
     step = array(module.step).astype(np.float64)
     # a quotient of two float32 is a half or at least 2**-26 away from one: then q + 1/2 + zero cannot round to a tie
     plain = bool((step == step.astype(np.float32)).all()) and levels < 2**15
-    names = []
+    names: list[str] = []
     for source in wire.names:
         q = graph.add("Div", graph.cast(source, "f64"), graph.const(step, "f64"))
         if plain:

@@ -193,8 +193,8 @@ def real_if(values: Values, name: str, module: RealIF, shape: tuple[int, ...], w
     dtype = "f32" if source.dtype == "f32" else "f64"
     kind = np.float32 if dtype == "f32" else np.float64
     dims = len(shape) + 1
-    theta = values.per_channel(np.ones(()) if module.unit else array(module.threshold), dims).astype(kind)
-    start = (values.per_channel(array(module.initial), dims).astype(kind) * theta).astype(kind)
+    theta: Any = values.per_channel(np.ones(()) if module.unit else array(module.threshold), dims).astype(kind)
+    start: NDArray[Any] = (values.per_channel(array(module.initial), dims).astype(kind) * theta).astype(kind)
     xs = values.increments(source, dtype)
     if source.static:
         xs = [values.times(xs[0], span, dtype) for span in values.spans]
