@@ -237,11 +237,11 @@ def sum_pool(values: Values, name: str, module: SumPool, shape: tuple[int, ...],
         "kernel_shape": list(module.kernel), "strides": list(module.stride), "pads": [*module.padding] * 2,
         "group": channels,
     }  # fmt: skip
-    ones = np.ones((channels, 1, *module.kernel))
+    ones = (channels, 1, *module.kernel)
     new = replace(source, shape=shape, bound=bound, ordered=False)
     if source.dtype == "u8" and not source.zero and most <= 255:
         one, zero = graph.const(np.float32(1), "f32"), graph.const(0, "u8")
-        weight = graph.const(ones, "i8")
+        weight = graph.ones(ones)
         names = [
             graph.add("QLinearConv", x, one, zero, weight, one, graph.const(0, "i8"), one, zero, **options)
             for x in source.names
@@ -250,7 +250,7 @@ def sum_pool(values: Values, name: str, module: SumPool, shape: tuple[int, ...],
     if most >= FLOAT32:
         raise CannotWriteError(f"{name}: its window sums reach {most:.3g}, which float32 does not hold exactly")
     source = values.cast(source, "f32")
-    weight = graph.stored(ones, "i8", "f32")
+    weight = graph.cast(graph.ones(ones), "f32")
     names = [graph.add("Conv", x, weight, **options) for x in source.names]
     return replace(new, names=tuple(names), dtype="f32", zero=0)
 

@@ -83,6 +83,11 @@ class Graph:
         self.nodes.append(helper.make_node(op, list(inputs), [name], name=place, **attributes))
         return name
 
+    def ones(self, shape: tuple[int, ...]) -> str:
+        """A tensor of 1 in int8, which the file holds by its shape alone."""
+        one = numpy_helper.from_array(np.ones(1, dtype=np.int8))
+        return self.add("ConstantOfShape", self.const(shape, "i64"), value=one)
+
     def used(self) -> list[onnx.TensorProto]:
         """The constants that some node reads."""
         read = {name for node in self.nodes for name in node.input}
