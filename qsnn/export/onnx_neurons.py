@@ -70,25 +70,68 @@ def _in_the_convolution(values: Values, name: str, module: IntegerIF, wire: Wire
     limits = [
         np.broadcast_to(thresholds(values, module, t, source.static, bound), (t, len(weight))) for t, bound in steps
     ]
-    for factor in _FACTORS:
-        if int(np.abs(weight).max()) * factor > 127:
-            return None
-        found = [affine(m, bound, factor) for m, (_, bound) in zip(limits, steps, strict=True)]
-        if all(f is not None for f in found):
-            break
-    else:
+    wire = replace(wire, source=source)
+    once = _once(values, name, wire, weight, limits, rows) if source.static and len(steps) > 1 else None
+    if once is not None:
+        return once
+    found = _fitted(weight, limits, [bound for _, bound in steps])
+    if found is None:
         return None
+    factor, fits = found
     stored, zeros, how = eight_bit_weight(values, weight, source, factor)
     counts = []
-    for place, (fit, (t, bound)) in enumerate(zip(found, steps, strict=True)):
-        assert fit is not None
+    for place, (fit, (t, bound)) in enumerate(zip(fits, steps, strict=True)):
         x = source.names[0] if source.static else source.names[place]
-        y = quantized_conv(values, x, replace(wire, source=source), stored, zeros, *fit)
+        y = quantized_conv(values, x, wire, stored, zeros, *fit)
         highest = ((bound * factor + fit[1]) * fit[0].astype(np.float64)).max()
         if (values.deferred or t == 1) and highest > t + 0.499:  # later steps clip when they settle
             y = values.graph.add("Clip", y, values.graph.const(0, "u8"), values.graph.const(t, "u8"))
         counts.append(y)
     values.note(name, f"QLinearConv, {how}" + (f", weights x {factor}" if factor > 1 else ""))
+    return counts
+
+
+def _fitted(
+    weight: NDArray[Any], limits: list[NDArray[np.int64]], bounds: list[NDArray[np.int64]]
+) -> tuple[int, list[tuple[NDArray[np.float32], NDArray[np.float64]]]] | None:
+    """The smallest multiple of the weights in 8 bits with which all thresholds become a rounding, and that rounding."""
+    for factor in _FACTORS:
+        if int(np.abs(weight).max()) * factor > 127:
+            return None
+        found = [affine(m, bound, factor) for m, bound in zip(limits, bounds, strict=True)]
+        fits = [fit for fit in found if fit is not None]
+        if len(fits) == len(found):
+            return factor, fits
+    return None
+
+
+def _once(
+    values: Values, name: str, wire: Wire, weight: NDArray[Any], limits: list[NDArray[np.int64]],
+    bound: NDArray[np.int64],
+) -> list[str] | None:  # fmt: skip
+    """The counts of all steps from one convolution of the image, where one rounding tells all thresholds apart.
+
+    On a constant current the thresholds of all steps stand in one order in every channel; at T = 2 and v0 = θ/2 they
+    are θ/4, θ/2 and 3θ/4.
+    """
+    assert wire.source is not None
+    rows = np.concatenate(limits)
+    order = np.argsort(np.median(rows, 1), kind="stable")
+    if (np.diff(rows[order], axis=0) < 0).any():
+        return None
+    found = _fitted(weight, [rows[order]], [bound])
+    if found is None:
+        return None
+    factor, (fit,) = found
+    stored, zeros, how = eight_bit_weight(values, weight, wire.source, factor)
+    y = quantized_conv(values, wire.source.names[0], wire, stored, zeros, *fit)
+    place = np.argsort(order, kind="stable") + 1  # how many thresholds are reached where this one is
+    counts, start = [], 0
+    for part in limits:
+        ranks = np.sort(place[start : start + len(part)])
+        counts.append(counted(values, y, ranks[:, None], "u8", wire.dims))
+        start += len(part)
+    values.note(name, f"QLinearConv once for all steps, {how}" + (f", weights x {factor}" if factor > 1 else ""))
     return counts
 
 
@@ -111,14 +154,12 @@ def _counted_integers(
 
 
 def counted(values: Values, x: str, limits: NDArray[Any], dtype: str, dims: int) -> str:
-    """How many of the limits, (K, C) rising along K, x has reached."""
+    """How many of the limits, (K, C), x has reached."""
     graph, count = values.graph, ""
-    for k, limit in enumerate(limits, 1):
+    for limit in limits:
         reached = graph.add("GreaterOrEqual", x, graph.const(values.per_channel(limit, dims), dtype))
-        if count:
-            count = graph.add("Where", reached, graph.const(k, values.counts), count)
-        else:
-            count = graph.cast(reached, values.counts)
+        one = graph.cast(reached, values.counts)
+        count = graph.add("Add", count, one) if count else one
     return count
 
 
