@@ -151,7 +151,7 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
             model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)
         return model
     if "quantize" in recipe:
-        model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]))
+        model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]), tuple(shape or ()))
     if recipe["kind"] == "qann":
         return model
     for name, module in model.named_modules():
@@ -159,7 +159,7 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
         if quant is not None:
             step = tensors.get(f"network.{name}.step", torch.ones(()))  # any step builds the same spiking network
             quant.scaling_impl.value.data.fill_(float(step) * quant.levels)
-    snn = spiking_structure(model, ConvertConfig(**recipe["convert"]))
+    snn = spiking_structure(model, ConvertConfig(**recipe["convert"]), tuple(shape or ()))
     for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
         for what in ("threshold", "initial", "tau"):  # a trained one may be a value a channel
             value = tensors.get(f"network.{name}.{what}")

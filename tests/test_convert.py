@@ -87,7 +87,7 @@ def test_uncalibrated(teacher: nn.Module) -> None:
     from qsnn.quant.quantize import quantized_structure
 
     with pytest.raises(ValueError, match="no step yet"):
-        qsnn.convert(quantized_structure(teacher, qsnn.QuantizeConfig()))
+        qsnn.convert(quantized_structure(teacher, qsnn.QuantizeConfig(), (1, 8, 8)))
 
 
 @pytest.mark.parametrize("options", [{"timesteps": 0}, {"firing": "sometimes"}])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import qsnn
 from qsnn.folded.layers import IntegerLayer
 from qsnn.folded.neurons import IntegerIF
+from qsnn.graph.call import Call, calling
 from qsnn.snn.neurons import IFNode
 
 
@@ -185,7 +186,7 @@ def test_a_broken_network_is_not_exact(name: str, digits: qsnn.Data) -> None:
     qann = plain_net(digits)
     certificate = qsnn.certify(BREAKS[name](copy.deepcopy(qsnn.convert(qann))), qann, digits.test)
     assert not certificate.exact
-    assert "differ (first: layer " in certificate.verdict
+    assert "differ (first: layer " in certificate.verdict or "look at the readout" in certificate.verdict
 
 
 def test_folded_outputs_do_not_depend_on_the_batch(snn: qsnn.SNN, images: Tensor) -> None:
@@ -214,22 +215,23 @@ def test_integer_thresholds_are_the_if_neuron(theta: int, gain: int, bias: int, 
     scale = 2.0**-4
     neuron = IntegerIF(
         torch.tensor([[gain * scale]], dtype=torch.float64), 1, torch.tensor([bias * scale], dtype=torch.float64),
-        torch.tensor(theta * scale), 0.5, 40.0,
+        torch.tensor(theta * scale), 0.5, 40.0, (),
     )  # fmt: skip
     reference = IFNode(theta * scale)
     a = torch.tensor(inputs[:steps]).float().view(steps, 1)
     for firing in ("online", "deferred"):
-        neuron.timesteps, neuron.firing, reference.firing = steps, firing, firing
+        reference.firing = firing
         reference.reset()
         expected = reference((a * gain + bias).mul(scale).view(steps, 1, 1)).view(steps, 1)
-        assert torch.equal(neuron(a), expected), firing
+        with calling(Call(steps, firing)):
+            assert torch.equal(neuron(a), expected), firing
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_a_dead_channel_fires_by_its_bias(sign: float) -> None:
-    neuron = IntegerIF(torch.zeros(1, 1), 1, torch.tensor([sign], dtype=torch.float64), torch.tensor(1.0), 0.5, 1.0)
-    neuron.timesteps = 3
-    assert torch.equal(neuron(torch.ones(3, 1)), torch.full((3, 1), max(0.0, sign)))
+    neuron = IntegerIF(torch.zeros(1, 1), 1, torch.tensor([sign], dtype=torch.float64), torch.tensor(1.0), 0.5, 1.0, ())
+    with calling(Call(3)):
+        assert torch.equal(neuron(torch.ones(3, 1)), torch.full((3, 1), max(0.0, sign)))
 
 
 def test_refusals(snn: qsnn.SNN, qann: nn.Module, teacher: nn.Module, digits: qsnn.Data) -> None:

@@ -10,6 +10,7 @@ from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.graph.call import Call, calling
 from qsnn.quant.activations import round_half_up
 from qsnn.snn.backward import AveragePool2d, IFFunction
 from qsnn.snn.equations import Dynamics, simulate
@@ -108,10 +109,9 @@ def test_threshold_learns_where_it_is_asked_to() -> None:
 
 
 def test_repeat_hands_a_value_to_every_step() -> None:
-    repeat = Repeat()
-    repeat.timesteps = 3
     x = torch.randn(2, 5)
-    assert torch.equal(repeat(x).unflatten(0, (3, 2)), x.expand(3, 2, 5))
+    with calling(Call(3)):
+        assert torch.equal(Repeat()(x).unflatten(0, (3, 2)), x.expand(3, 2, 5))
 
 
 @pytest.mark.parametrize(

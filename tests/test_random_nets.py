@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class RandomNet(nn.Module):
             groups = block["groups"] if width % block["groups"] == 0 and block["width"] % block["groups"] == 0 else 1
             out = width if block["join"] == "residual" else block["width"]
             groups = groups if out % groups == 0 else 1
-            same = block["join"] != "none"
+            same, shown = block["join"] != "none", side
             kernel, stride = block["kernel"], 1 if same or side < 6 else block["stride"]
             padding = kernel // 2 if same or side < 6 else block["padding"]
             side = (side + 2 * padding - kernel) // stride + 1
@@ -46,6 +47,9 @@ class RandomNet(nn.Module):
             if block["join"] != "residual":
                 layers.append(nn.ReLU())
             self.blocks.append(nn.Sequential(*layers))
+            if block["extra"] in ("shift", "map"):  # numbers, or a map of them, added to what the block gets
+                sides = (1, 1) if block["extra"] == "shift" else (shown, shown)
+                self.register_parameter(f"added_{len(self.blocks)}", nn.Parameter(torch.randn(1, width, *sides) / 8))
             pools = {"avg": nn.AvgPool2d(2), "max": nn.MaxPool2d(2), "none": nn.Identity()}
             self.pools.append(pools[pool])
             width = width + out if block["join"] == "concat" else out
@@ -53,14 +57,31 @@ class RandomNet(nn.Module):
         self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block, layers, pool, relu in zip(self.plan, self.blocks, self.pools, self.relus, strict=True):
-            y = layers(x)
+        for place, (block, layers, pool, relu) in enumerate(
+            zip(self.plan, self.blocks, self.pools, self.relus, strict=True), 1
+        ):
+            y = layers(changed(x, block["extra"], getattr(self, f"added_{place}", None)))
             if block["join"] == "residual":
-                y = relu(y + x)
+                y = relu(torch.add(y, x, alpha=0.5 if block["extra"] == "alpha" else 1))
             elif block["join"] == "concat":
                 y = torch.cat([x, y], 1)
             x = pool(y)
         return self.last(x)
+
+
+def changed(x: Tensor, extra: str, added: Tensor | None) -> Tensor:
+    """What stands before a block's convolution: moves, zeros, numbers; the shape stays."""
+    if extra == "shuffle" and x.shape[1] % 2 == 0:
+        return torch.cat(x.chunk(2, 1)[::-1], 1).transpose(-1, -2)
+    if extra == "zeros":
+        return F.pad(F.pad(x, (1, 1, 0, 0))[..., 1:-1], (0, 0, 0, 0, 1, 1))[:, 1:-1]
+    if extra == "thinned":
+        return F.interpolate(x[:, :, ::2, ::2], size=tuple(x.shape[2:]))[:, :, : x.size(2)] if x.size(2) % 2 == 0 else x
+    if extra == "scale":
+        return 0.5 * x
+    if extra == "token":
+        return x.flatten(2).mT.mT.unflatten(2, tuple(x.shape[2:]))
+    return x if added is None else x + added
 
 
 def awkward(norm: nn.BatchNorm2d, seed: int) -> nn.BatchNorm2d:
@@ -89,6 +110,9 @@ BLOCK = st.fixed_dictionaries({
     "linear": st.sampled_from([False, False, True]),
     "join": st.sampled_from(["none", "none", "residual", "concat"]),
     "pool": st.sampled_from(["none", "none", "avg", "max"]),
+    "extra": st.sampled_from(
+        ["none", "none", "shuffle", "zeros", "thinned", "scale", "token", "shift", "map", "alpha"]
+    ),
     "seed": st.integers(0, 1000),
 })  # fmt: skip
 
@@ -105,7 +129,7 @@ BLOCK = st.fixed_dictionaries({
     seed=st.integers(0, 1000),
 )
 def test_every_random_network_is_exact(blocks: list[dict], weight_bits: int, levels: int, seed: int) -> None:
-    first = {**blocks[0], "join": "none", "linear": False}
+    first = {**blocks[0], "join": "none", "linear": False, "extra": "none"}
     net = RandomNet([first, *blocks[1:]], channels=2, seed=seed).eval()
     images = torch.randn(8, 2, 16, 16, generator=torch.Generator().manual_seed(seed))
     data = [(images, torch.zeros(8, dtype=torch.int64))]

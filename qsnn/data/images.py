@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
+
+from qsnn.graph.trace import takes_frames
 
 AUGMENTS = ("none", "flip", "shift", "flip+shift")
 
@@ -273,7 +275,7 @@ def _raw_batches(
             yield default_collate([data[i] for i in at.tolist()])
 
 
-def summed(images: Tensor) -> Tensor:
+def summed(images: Tensor, model: nn.Module | None) -> Tensor:
     """What a network without time sees of frames (B, T, C, H, W): their mean over time; images stay as they are."""
-    return images.mean(1) if images.dim() == 5 else images
+    return images.mean(1) if images.dim() == 5 and (model is None or takes_frames(model, images)) else images
 

@@ -275,7 +275,7 @@ class _Loss:
         matched = self._matched(model) if config.rate_weight else {}
         taps = {name: _found(model.teacher or self.teachers[0], name) for name in matched}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight
-        seen, targets, taught = summed(images), [], None
+        seen, targets, taught = summed(images, self.teachers[0] if self.teachers else model.teacher), [], None
         with recorded(taps) as activations:
             if model.teacher is not None:
                 taught = model.teacher(seen)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from qsnn.graph.trace import LAYERS
+from qsnn.graph.kinds import CLASSES
 from qsnn.quant.weights import integer_weights, weight_bits
 
 _UPDATES = 100
@@ -38,7 +38,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: weights of 1 bit, which have no zero; every such layer is named.
     """
-    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, CLASSES["weighs"])}
     binary = [name for name, layer in layers.items() if weight_bits(layer) == 1]
     if binary:
         raise ValueError(
@@ -74,7 +74,7 @@ def start_pruning_(model: nn.Module, sparsity: float) -> Callable[[int, int], No
 def finish_pruning_(model: nn.Module) -> None:
     """Make the masked weights zeros of ordinary layers, in place."""
     for module in model.modules():
-        if isinstance(module, LAYERS) and prune.is_pruned(module):
+        if isinstance(module, CLASSES["weighs"]) and prune.is_pruned(module):
             prune.remove(module, "weight")
 
 
@@ -83,7 +83,7 @@ def zero_weights(model: nn.Module) -> float:
     zeros = total = 0
     for module in model.modules():
         weight: Tensor | None = getattr(module, "weight", None)
-        if isinstance(module, LAYERS):
+        if isinstance(module, CLASSES["weighs"]):
             weight = integer_weights(module)[0]
         elif weight is None or weight.dim() < 2:
             continue

@@ -8,23 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsnn.graph.call import steps
 from qsnn.quant.activations import round_half_up
 
 EXACT_FLOAT32 = 2**23
 """Sums of integers below this are exact in float32, whatever the order of the additions, and can be rounded."""
-
-
-class Timed(nn.Module):
-    """A layer that the time loop tells T and the way of firing."""
-
-    timesteps: int | None = None
-    firing: str = "online"
-    in_time = False
-
-    @property
-    def steps(self) -> int:
-        """T of the running forward, 1 outside of one."""
-        return self.timesteps or 1
 
 
 class IntegerInput(nn.Module):
@@ -42,7 +30,25 @@ class IntegerInput(nn.Module):
         return round_half_up(x.double() / self.step.double()).clamp_(-self.levels, self.levels).float()
 
 
-class IntegerLayer(Timed):
+def layer_options(layer: nn.Module) -> dict[str, Any]:
+    """What :func:`weighted_sum` needs to do as ``layer`` does: nothing for a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return {}
+    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
+    names = ("stride", "padding", "dilation", "groups", *(("output_padding",) if transposed else ()))
+    return {name: getattr(layer, name) for name in names}
+
+
+def weighted_sum(x: Tensor, weight: Tensor, options: dict[str, Any], bias: Tensor | None = None) -> Tensor:
+    """The sums of a linear layer, of a convolution, or (with output_padding) of a transposed one: (B, *) -> (B, *)."""
+    if not options:
+        return F.linear(x, weight, bias)
+    if "output_padding" in options:
+        return (F.conv_transpose1d if weight.dim() == 3 else F.conv_transpose2d)(x, weight, bias, **options)
+    return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, bias, **options)
+
+
+class IntegerLayer(nn.Module):
     """A convolution or linear layer with integer weights W: integers in, their exact weighted sums out.
 
     It runs in float32, rounded to the nearest integer, while bound · T < 2**23, else in float64.
@@ -52,6 +58,8 @@ class IntegerLayer(Timed):
         layer: where kernel size, stride, padding, dilation and groups are read.
         input_bound: largest absolute input.
         weight_bits: precision of W [bit].
+    Shape:
+        input and output: (T·B, *), integers in float32 or float64.
     """
 
     weight: Tensor
@@ -61,9 +69,8 @@ class IntegerLayer(Timed):
         self.register_buffer("weight", weight)
         self.weight_bits = weight_bits
         self.input_bound = input_bound
-        self.options: dict[str, Any] = {}
-        if not isinstance(layer, nn.Linear):
-            self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+        self.options = layer_options(layer)
+        self._prepared: dict[Any, Any] = {}
 
     @property
     def integers(self) -> Tensor:
@@ -73,14 +80,28 @@ class IntegerLayer(Timed):
     @property
     def bound(self) -> float:
         """max_c Σ|W_c| · (largest input)."""
-        return float(self.integers.flatten(1).abs().sum(1).max()) * self.input_bound
+        sizes = self.integers.abs()
+        if "output_padding" in self.options:  # (C_in, C_out / groups, *)
+            sizes = sizes.unflatten(0, (self.options["groups"], -1)).transpose(1, 2).flatten(0, 1)
+        return float(sizes.flatten(1).sum(1).max()) * self.input_bound
+
+    def ready(self, timesteps: int) -> Tensor:
+        """W in the dtype in which the sums of T steps are exact; kept until W changes."""
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.device)
+        prepared = self._prepared  # another thread may put a new one in its place
+        if prepared.get("key") != key:
+            prepared = self._prepared = {"key": key, "bound": self.bound}
+        exact32 = self.weight.dtype == torch.int8 and prepared["bound"] * timesteps < EXACT_FLOAT32
+        dtype = torch.float32 if exact32 else torch.float64
+        if dtype not in prepared:
+            prepared[dtype] = self.integers.to(dtype)
+        found: Tensor = prepared[dtype]
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Integer sums in float32 or float64."""
-        exact32 = self.weight.dtype == torch.int8 and self.bound * self.steps < EXACT_FLOAT32
-        dtype = torch.float32 if exact32 else torch.float64
-        weight = self.integers.to(dtype)
-        return _apply(x.to(dtype), weight, self.options).round_()
+        weight = self.ready(steps())
+        return weighted_sum(x.to(weight.dtype), weight, self.options).round_()
 
 
 class FloatLayer(nn.Module):
@@ -91,24 +112,28 @@ class FloatLayer(nn.Module):
         layer: where stride, padding, dilation and groups are read.
         weight_bits: precision of the weights [bit].
         spikes: whether the input are spikes, or sums of them, so that it accumulates instead of multiplying.
+        by_channel: whether dimension 0 of the weight and dimension 1 of the output are the same channels.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, layer: nn.Module, weight_bits: int, *, spikes: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, layer: nn.Module, weight_bits: int, *, spikes: bool = False, by_channel: bool = True
+    ) -> None:
         super().__init__()
-        self.spikes = spikes
+        self.spikes, self.by_channel = spikes, by_channel
         self.register_buffer("weight", weight.double())
         self.weight_bits = weight_bits
-        self.options: dict[str, Any] = {}
-        if not isinstance(layer, nn.Linear):
-            self.options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-
+        self.options = layer_options(layer)
         self.register_buffer("bias", None)
 
     def absorb_(self, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> None:
-        """Let the layer give scale·(what it gave) + shift by output channel, in ``dtype``, in place."""
+        """Let the layer give scale·(what it gave) + shift by output channel, each (C,), in ``dtype``, in place.
+
+        Shape:
+            scale and shift: (C,), or (1,) for all channels.
+        """
         bias = 0.0 if self.bias is None else self.bias.double()
         weight = self.weight.double() * scale.view(-1, *[1] * (self.weight.dim() - 1))
         self.weight, self.bias = weight.to(dtype), (bias * scale + shift).expand(len(weight)).to(dtype)
@@ -116,14 +141,8 @@ class FloatLayer(nn.Module):
             self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # the faster layout of convolutions
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weighted sums, in the dtype of the weights."""
-        return _apply(x.to(self.weight.dtype), self.weight, self.options, self.bias)
-
-
-def _apply(x: Tensor, weight: Tensor, options: dict[str, Any], bias: Tensor | None = None) -> Tensor:
-    if not options:
-        return F.linear(x, weight, bias)
-    return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias, **options)
+        """(T·B, *) -> weighted sums (T·B, *), in the dtype of the weights."""
+        return weighted_sum(x.to(self.weight.dtype), self.weight, self.options, self.bias)
 
 
 class SumPool(nn.Module):
@@ -134,7 +153,27 @@ class SumPool(nn.Module):
         self.kernel, self.stride, self.padding = kernel, stride, padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """Window sums."""
+        """(T·B, C, *) -> window sums (T·B, C, *)."""
         if len(self.kernel) == 2:
             return F.avg_pool2d(x, self.kernel, self.stride, self.padding, divisor_override=1)
+        if len(self.kernel) == 3:
+            return F.avg_pool3d(x, self.kernel, self.stride, self.padding, divisor_override=1)
         return F.avg_pool1d(x, self.kernel, self.stride, self.padding).mul_(self.kernel[0]).round_()
+
+
+class CountPool(nn.Module):
+    """Average pooling with windows of several sizes, times their least common multiple: integers stay integers.
+
+    Args:
+        pool: the average pool.
+        multiple: of the windows' sizes.
+    """
+
+    def __init__(self, pool: nn.Module, multiple: int) -> None:
+        super().__init__()
+        self.pool, self.multiple = pool, multiple
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T·B, C, *) -> (T·B, C, *), integers in float64."""
+        means: Tensor = self.pool(x.double())
+        return means.mul_(self.multiple).round_()

@@ -6,42 +6,61 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qsnn.folded.layers import EXACT_FLOAT32, Timed
+from qsnn.folded.layers import EXACT_FLOAT32
+from qsnn.graph.call import Call, current
 from qsnn.snn.equations import Dynamics, deferred, integrated, per_channel, simulate
 
+Shape = tuple[int, ...]
 
-class Current(Timed):
+
+def shaped(x: Tensor, shape: Shape) -> Tensor:
+    """(1,) -> (), and (n,) -> ``shape``: values in the shape in which they broadcast against an image."""
+    return x.view(shape) if x.numel() > 1 else x.view(())
+
+
+def _call() -> Call:
+    return current() or Call()
+
+
+class Current(nn.Module):
     r"""The real current of a step, :math:`\sum_j g_j A_j + b`, in float64, added in graph order.
 
     Args:
-        factors: for each input, the numbers whose product over ``divisor`` is g_j, (F, C) or (F, 1).
+        factors: for each input, the numbers whose product over ``divisor`` is g_j, (F, n) or (F, 1).
         divisors: for each input the number of window elements of the pooling it went through.
-        bias: b of each step, (C,) or (1,).
+        bias: b of each step, (n,) or (1,).
+        shapes: in which the n values of each input's gain, and last those of the bias, broadcast against an image.
     """
 
     divisors: Tensor
     bias: Tensor
 
-    def __init__(self, factors: list[Tensor], divisors: list[int], bias: Tensor) -> None:
+    def __init__(self, factors: list[Tensor], divisors: list[int], bias: Tensor, shapes: list[Shape]) -> None:
         super().__init__()
         for index, factor in enumerate(factors):
             self.register_buffer(f"factors_{index}", factor)
         self.register_buffer("divisors", torch.tensor(divisors, dtype=torch.int64))
         self.register_buffer("bias", bias)
+        self.shapes = shapes
 
-    def gain(self, index: int, dims: int) -> Tensor:
-        """g_j in float64, shaped to multiply a tensor of ``dims`` dimensions."""
+    def gain(self, index: int) -> Tensor:
+        """g_j in float64, shaped to multiply an input."""
         factors: Tensor = getattr(self, f"factors_{index}")
-        return per_channel(factors.prod(0) / self.divisors[index], dims)
+        return shaped(factors.prod(0) / self.divisors[index], self.shapes[index])
+
+    @property
+    def step_bias(self) -> Tensor:
+        """b, shaped to be added to a step."""
+        return shaped(self.bias, self.shapes[-1])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """(T·B, C, *) for each input -> (T·B, C, *)."""
-        total = self.gain(0, inputs[0].dim()) * inputs[0].double()
+        """(T·B, *) for each input -> (T·B, *)."""
+        total = self.gain(0) * inputs[0].double()
         for index, x in enumerate(inputs[1:], 1):
-            total = total + self.gain(index, x.dim()) * x.double()
-        return total + per_channel(self.bias, total.dim())
+            total = total + self.gain(index) * x.double()
+        return total + self.step_bias
 
 
 class CurrentIF(Current):
@@ -52,28 +71,35 @@ class CurrentIF(Current):
     initial: Tensor
 
     def __init__(
-        self, factors: list[Tensor], divisors: list[int], bias: Tensor, threshold: Tensor, initial: Tensor | float
+        self,
+        factors: list[Tensor],
+        divisors: list[int],
+        bias: Tensor,
+        shapes: list[Shape],
+        threshold: Tensor,
+        initial: Tensor | float,
     ) -> None:
-        super().__init__(factors, divisors, bias)
+        super().__init__(factors, divisors, bias, shapes)
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
     def theta(self, dims: int) -> Tensor:
-        """θ, shaped to multiply a tensor of ``dims`` dimensions."""
+        """θ as () or (C, 1, ...), shaped to multiply a tensor of ``dims`` dimensions."""
         return per_channel(self.threshold, dims)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Spikes {0, 1} in float32, (T·B, C, *)."""
-        steps = self.steps
-        dims = inputs[0].dim()
+        """Spikes {0, 1} in float32, (T·B, *)."""
+        call = _call()
+        steps = call.timesteps
         sums = [x.double().unflatten(0, (steps, -1)).cumsum(0) for x in inputs]
-        total = self.gain(0, dims) * sums[0]
+        total = self.gain(0) * sums[0]
         for index, x in enumerate(sums[1:], 1):
-            total = total + self.gain(index, dims) * x
+            total = total + self.gain(index) * x
+        dims = total.dim() - 1
         time = torch.arange(1, steps + 1, device=total.device).view(-1, *[1] * dims)
-        total = total + time * per_channel(self.bias, dims)
+        total = total + time * self.step_bias
         theta, offset = self.theta(dims), per_channel(1.0 - self.initial, dims)
-        if self.firing == "deferred":
+        if call.firing == "deferred":
             count = ((total[-1] / theta) + (1.0 - offset)).floor().clamp_(0, steps)
             # the division may round across an integer: compare with the products, which is the definition
             count = count - (count > 0).double() * (total[-1] < (count - 1 + offset) * theta)
@@ -88,7 +114,7 @@ class CurrentIF(Current):
         return spikes.float().flatten(0, 1)
 
 
-class RealIF(Timed):
+class RealIF(nn.Module):
     """The IF neuron of a float layer, on its current as it is; see :class:`qsnn.IFNode`.
 
     Args:
@@ -112,11 +138,13 @@ class RealIF(Timed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
+        call = _call()
         theta = x.new_ones(()) if self.unit else self.threshold.to(x.dtype)
         theta = per_channel(theta, x.dim())
-        x = x.expand(self.steps, *x.shape) if self.constant and not self.in_time else x.unflatten(0, (self.steps, -1))
+        once = self.constant and not call.frames
+        x = x.expand(call.timesteps, *x.shape) if once else x.unflatten(0, (call.timesteps, -1))
         start = per_channel(self.initial.to(x.dtype), x.dim() - 1) * theta
-        return (deferred if self.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
+        return (deferred if call.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
 
 
 class DynamicIF(CurrentIF):
@@ -129,12 +157,13 @@ class DynamicIF(CurrentIF):
         factors: list[Tensor],
         divisors: list[int],
         bias: Tensor,
+        shapes: list[Shape],
         threshold: Tensor,
         initial: Tensor | float,
         dynamics: Dynamics,
         tau: Tensor | None,
     ) -> None:
-        super().__init__(factors, divisors, bias, threshold, initial)
+        super().__init__(factors, divisors, bias, shapes, threshold, initial)
         self.dynamics = dynamics
         self.register_buffer("tau", tau)
         self.overflows = 0
@@ -142,16 +171,16 @@ class DynamicIF(CurrentIF):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Spikes {0, 1}, or {-1, 0, 1} where signed, in float32, (T·B, C, *)."""
-        current = Current.forward(self, *inputs).unflatten(0, (self.steps, -1))
-        dims = current.dim() - 1
+        currents = Current.forward(self, *inputs).unflatten(0, (_call().timesteps, -1))
+        dims = currents.dim() - 1
         theta, tau = self.theta(dims), None if self.tau is None else per_channel(self.tau, dims)
-        start = (per_channel(self.initial, dims) * theta).expand_as(current[0])
-        spikes, _, overflows = simulate(current, theta, start, self.dynamics, tau)
+        start = (per_channel(self.initial, dims) * theta).expand_as(currents[0])
+        spikes, _, overflows = simulate(currents, theta, start, self.dynamics, tau)
         self.overflows += overflows
         return spikes.float().flatten(0, 1)
 
 
-class IntegerIF(Timed):
+class IntegerIF(nn.Module):
     r"""An IF neuron in integers: it fires at step t, after k spikes, when :math:`A_t \ge M_{t,k}`.
 
     .. math:: M_{t,k} = \lceil ((k + 1)\,\theta - v_0 - t\,b_c) / g_c \rceil
@@ -161,12 +190,15 @@ class IntegerIF(Timed):
     bias alone: M is -∞ or ∞.
 
     Args:
-        factors: numbers whose product over ``divisor`` is g, (F, C) or (F, 1) float64.
+        factors: numbers whose product over ``divisor`` is g, (F, n) or (F, 1) float64.
         divisor: window elements of the pooling that the input went through.
-        bias: b, (C,) or (1,) float64.
+        bias: b, (n,) or (1,) float64.
         threshold: θ, scalar.
-        initial: v₀ / θ, scalar or (C,).
+        initial: v₀ / θ, scalar or (n,).
         input_bound: largest absolute input of a step.
+        shape: in which the n values broadcast against an image; () for n = 1.
+    Shape:
+        input and output: (T·B, *).
     """
 
     is_spiking = True
@@ -185,8 +217,10 @@ class IntegerIF(Timed):
         threshold: Tensor,
         initial: Tensor | float,
         input_bound: float,
+        shape: Shape,
     ) -> None:
         super().__init__()
+        self.shape = shape
         channels = max(factors.shape[1], bias.shape[0], torch.as_tensor(initial).numel())
         self.register_buffer("factors", factors.expand(-1, channels).clone())
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
@@ -194,34 +228,50 @@ class IntegerIF(Timed):
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
-        self._tables: dict[tuple[int, bool], Tensor] = {}
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._tables = {}
-        super()._load_from_state_dict(*args, **kwargs)
+        self._prepared: dict[Any, Any] = {}
 
     @property
     def sign(self) -> Tensor:
-        """Sign of g by channel, (C,)."""
+        """Sign of g by channel, (n,)."""
         return torch.where(self.factors.prod(0) < 0, -1.0, 1.0)
 
     def table(self, timesteps: int, firing: str) -> Tensor:
-        """Return M, (T, T, C) by t and k, of which only k < t count; deferred only its last row, (1, T, C)."""
-        key = (timesteps, firing == "deferred")
-        if key not in self._tables:
-            self._tables[key] = self._exact_table(*key).to(self.factors.device)
-        return self._tables[key]
+        """Return M, (T, T, n) by t and k, of which only k < t count; deferred only its last row, (1, T, n)."""
+        return self._ready(timesteps, firing, torch.float64)[0]
+
+    def _ready(self, timesteps: int, firing: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, bool]:
+        """The table, the sign where a gain is negative, and whether float32 is too short; made anew when a buffer
+        changes."""
+        buffers = (self.factors, self.divisor, self.bias, self.threshold, self.initial, self.input_bound)
+        key = tuple((buffer.data_ptr(), buffer._version) for buffer in buffers)
+        prepared = self._prepared  # another thread may put a new one in its place
+        if prepared.get("key") != key:
+            sign = self.sign
+            negative = shaped(sign, self.shape) if bool((sign < 0).any()) else None
+            prepared = self._prepared = {"key": key, "sign": negative, "bound": float(self.input_bound)}
+        last_only = firing == "deferred"
+        found = prepared.get((timesteps, last_only, dtype))
+        if found is None:
+            table = self._exact_table(timesteps, last_only).to(self.factors.device, dtype)
+            found = prepared[timesteps, last_only, dtype] = table
+        return found, prepared["sign"], prepared["bound"] * timesteps >= EXACT_FLOAT32
 
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
         starts = [theta * Fraction(value) for value in self.initial.expand(self.factors.shape[1]).tolist()]
         rows = [timesteps] if last_only else range(1, timesteps + 1)
         table = torch.full((len(rows), timesteps, self.factors.shape[1]), float("inf"), dtype=torch.float64)
+        divisor, biases = int(self.divisor), self.bias.tolist()
+        known: dict[Any, int] = {}
         for c, column in enumerate(self.factors.T.tolist()):
-            gain = Fraction(1, int(self.divisor))
+            same = known.setdefault((*column, biases[c], starts[c]), c)
+            if same != c:  # a map of biases holds few different ones
+                table[:, :, c] = table[:, :, same]
+                continue
+            gain = Fraction(1, divisor)
             for factor in column:
                 gain *= abs(Fraction(factor))
-            bias = Fraction(float(self.bias[c]))
+            bias = Fraction(biases[c])
             for row, t in enumerate(rows):
                 for k in range(t):
                     need = (k + 1) * theta - starts[c] - t * bias
@@ -235,31 +285,31 @@ class IntegerIF(Timed):
         return table
 
     def forward(self, x: Tensor) -> Tensor:
-        """Integers (T·B, C, *) -> spikes {0, 1} in float32 of the same shape."""
-        steps = self.steps
-        sign = self.sign
-        if bool((sign < 0).any()):
-            x = x * per_channel(sign, x.dim()).to(x.dtype)
-        if x.dtype == torch.float32 and float(self.input_bound) * steps >= EXACT_FLOAT32:
+        """Integers (T·B, *) -> spikes {0, 1} in float32 of the same shape."""
+        call = _call()
+        steps = call.timesteps
+        table, sign, wide = self._ready(steps, call.firing, x.dtype)
+        if wide and x.dtype == torch.float32:
             x = x.double()
-        dims = x.dim()
+            table, sign, _ = self._ready(steps, call.firing, x.dtype)
+        if sign is not None:
+            x = x * sign.to(x.dtype)
         x = x.unflatten(0, (steps, -1))
-        table = self.table(steps, self.firing).to(x.dtype)
-        if self.firing == "deferred":
+        if call.firing == "deferred":
             total = x.sum(0)
             count = torch.zeros_like(total)
             for k in range(steps):
-                count += total >= per_channel(table[0, k], dims)
-            time = torch.arange(steps, device=x.device).view(-1, *[1] * dims)
+                count += total >= shaped(table[0, k], self.shape)
+            time = torch.arange(steps, device=x.device).view(-1, *[1] * total.dim())
             return (time < count).float().flatten(0, 1)
         spikes = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         total = x[0].clone()
         channels = table.shape[2]
-        # where each neuron's threshold stands in a row of the table, k·C + c; a spike moves it on by C
-        place = per_channel(torch.arange(channels, device=x.device), dims).expand(x.shape[1:]).contiguous()
+        # where each neuron's threshold stands in a row of the table, k·n + c; a spike moves it on by n
+        place = shaped(torch.arange(channels, device=x.device), self.shape).expand(x.shape[1:]).contiguous()
         for t in range(steps):
             if t == 0:
-                limit = per_channel(table[0, 0], dims)
+                limit = shaped(table[0, 0], self.shape)
             else:
                 total += x[t]
                 limit = table[t].flatten().index_select(0, place.view(-1)).view(place.shape)

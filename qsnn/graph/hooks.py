@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+Watcher = Callable[[str, Any, Any, Any], Any]
+"""(name, module, positional inputs, output) -> None, or what takes the output's place."""
+
 
 @contextmanager
-def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect what these modules give out while the block runs."""
-    found: dict[str, Tensor] = {}
+def watching(modules: dict[str, nn.Module], watcher: Watcher) -> Iterator[None]:
+    """Call ``watcher`` after each call of these modules while the block runs."""
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = output
+    def hook(name: str) -> Any:
+        return lambda module, args, output: watcher(name, module, args, output)
 
-        return hook
-
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect what these modules give out while the block runs; of several calls the last."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        found[name] = output
+
+    with watching(modules, keep):
+        yield found
+
+
+@contextmanager
+def kept_modes(*models: nn.Module) -> Iterator[None]:
+    """Give every module of these networks its own training flag back after the block: frozen layers stay frozen."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 
 def recipe_of(model: nn.Module) -> dict[str, Any]:
@@ -19,6 +20,8 @@ def recipe_of(model: nn.Module) -> dict[str, Any]:
 def set_recipe(model: nn.Module, recipe: dict[str, Any]) -> None:
     """Record on ``model`` how it was made."""
     model.__dict__["qsnn_recipe"] = recipe
+    if isinstance(model, fx.GraphModule):  # whose copies keep no attribute but these
+        model.meta.setdefault(_USER_PRESERVED_ATTRIBUTES_KEY, {})["qsnn_recipe"] = recipe
 
 
 def input_shape_of(model: nn.Module) -> tuple[int, ...] | None:

@@ -1,83 +1,20 @@
-"""What quantize, convert and fold share of torch.fx: tracing a model and naming the places in it."""
+"""A network as a graph of known layers: torch.fx follows it on two small batches, so that every size is a number."""
 
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import Tensor, fx, nn
 
-ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-ADD_METHODS = ("add", "add_")
-VIEW_FUNCTIONS = (
-    torch.transpose,
-    torch.permute,
-    torch.reshape,
-    torch.chunk,
-    torch.split,
-    torch.unsqueeze,
-    torch.squeeze,
-)
-VIEW_METHODS = ("view", "reshape", "transpose", "permute", "contiguous", "chunk", "split")
-"""Operations that only move values to other places."""
-_SHAPE_ARITHMETIC = (
-    operator.getitem,
-    operator.floordiv,
-    operator.mul,
-    operator.add,
-    operator.sub,
-    operator.truediv,
-    int,
-)
+from qsnn.graph.call import Call, calling
+from qsnn.graph.hooks import kept_modes
+from qsnn.graph.kinds import CLASSES, kind_of, refused
 
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-RELUS = (nn.ReLU, nn.ReLU6)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d)
-AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-PASSED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
-"""Layers that hand values on as they are at inference."""
-
-
-class Tracer(fx.Tracer):
-    """torch.fx's tracer that takes every layer of torch.nn, Brevitas and SpikingJelly, and ours, as one step."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Return whether ``m`` is one step of the graph."""
-        ours = m.__module__.startswith(("brevitas.nn", "spikingjelly", "qsnn.snn", "qsnn.folded"))
-        return ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return a copy of ``model`` as an fx graph; parameters are copied, names stay.
-
-    Raises:
-        ValueError: the model's control flow depends on its input, or it takes more than one input.
-    """
-    model = copy.deepcopy(model)
-    if isinstance(model, fx.GraphModule):
-        return model
-    try:
-        graph = Tracer().trace(model)
-    except Exception as error:  # fx raises many kinds; each means the same to the user
-        raise ValueError(
-            f"cannot follow {type(model).__name__} with torch.fx ({error}); "
-            f"a model must have one input and no control flow that depends on it"
-        ) from error
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    required = [node for node in inputs if not node.args]
-    if len(required) != 1:
-        raise ValueError(f"expected a model with one input, {type(model).__name__} takes {[n.name for n in required]}")
-    for extra in inputs:
-        if extra.args and not extra.users:
-            graph.erase_node(extra)
-    return fx.GraphModule(model, graph, type(model).__name__)
+SPELLED = "qsnn_ending"
+"""Key in ``GraphModule.meta`` of a spelled network (a copy keeps it): what was taken off behind its last layer."""
 
 
 def module_of(network: fx.GraphModule, node: Any) -> nn.Module | None:
@@ -87,21 +24,41 @@ def module_of(network: fx.GraphModule, node: Any) -> nn.Module | None:
     return None
 
 
-def is_call(node: fx.Node, functions: tuple[Callable[..., Any], ...] = (), methods: tuple[str, ...] = ()) -> bool:
-    """Return whether a node calls one of these functions, or a method of one of these names."""
-    return (node.op == "call_function" and node.target in functions) or (
-        node.op == "call_method" and node.target in methods
-    )
-
-
-def shape_nodes(network: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes that stand for sizes, not tensors: ``x.size(0)``, ``x.shape[1] // 2`` and the like."""
-    found: set[fx.Node] = set()
+def call_nodes(network: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
+    """Yield every ``call_module`` node with its module, in graph order."""
     for node in network.graph.nodes:
-        size = is_call(node, (), ("size", "dim")) or (is_call(node, (getattr,)) and node.args[1] == "shape")
-        derived = is_call(node, _SHAPE_ARITHMETIC) and node.all_input_nodes
-        if size or (derived and all(source in found for source in node.all_input_nodes)):
-            found.add(node)
+        module = module_of(network, node)
+        if module is not None:
+            yield node, module
+
+
+def spelled(network: nn.Module) -> bool:
+    """Return whether a network is a graph of modules already, as :func:`qsnn.graph.spell.trace` makes it."""
+    return isinstance(network, fx.GraphModule) and SPELLED in network.meta
+
+
+def refuse(places: list[str], verb: str) -> None:
+    """Raise one error that names all places that have no spiking form, each with what to write instead.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if places:
+        raise ValueError(f"cannot {verb} {'; '.join(places)}. `qsnn check` lists every layer and what becomes of it")
+
+
+def unknown_layers(network: fx.GraphModule, known: Callable[[nn.Module], bool] = lambda module: False) -> list[str]:
+    """Return "place (class: what to write instead)" for every layer that the table does not name.
+
+    Args:
+        network: spelled.
+        known: whether a pass takes a module that is in no row (a quantized activation).
+    """
+    found = []
+    for node, module in call_nodes(network):
+        reason = refused(module)
+        if reason is not None and not (kind_of(module) is None and known(module)):
+            found.append(f"{node.target} ({reason})")
     return found
 
 
@@ -109,60 +66,20 @@ def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict
     """Return the shape of every node's value for one image, by name; nothing where the image shape is unknown."""
     if shape is None:
         return {}
-    probe: Any = copy.deepcopy(network)
-    weight = next(iter(network.parameters()))
-    for module in probe.modules():
-        if hasattr(module, "timesteps"):
-            module.timesteps = 1
-    ShapeProp(probe).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
-    found = {node.name: node.meta.get("tensor_meta") for node in probe.graph.nodes}
-    return {name: tuple(meta.shape) for name, meta in found.items() if hasattr(meta, "shape")}
+    weight = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    found: dict[str, tuple[int, ...]] = {}
 
+    class _Shapes(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and n.op != "get_attr":
+                found[n.name] = tuple(value.shape)
+            return value
 
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _as_module(node: fx.Node) -> list[nn.Module] | None:
-    """The modules that do what a functional call of an activation, pooling or dropout does, or None."""
-    if is_call(node, (F.relu, torch.relu, F.relu_, torch.relu_), ("relu", "relu_")):
-        return [nn.ReLU()]
-    if is_call(node, (F.relu6,)):
-        return [nn.ReLU6()]
-    if is_call(node, (F.dropout,)):
-        return [nn.Dropout(_argument(node, 1, "p", 0.5))]
-    if is_call(node, (F.adaptive_avg_pool2d,)):
-        return [nn.AdaptiveAvgPool2d(_argument(node, 1, "output_size", 1))]
-    if is_call(node, (F.avg_pool2d,)):
-        kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
-        padding, ceil = _argument(node, 3, "padding", 0), _argument(node, 4, "ceil_mode", False)
-        return [nn.AvgPool2d(kernel, stride, padding, ceil, _argument(node, 5, "count_include_pad", True))]
-    if is_call(node, (F.max_pool2d, torch.max_pool2d)):
-        kernel, stride = _argument(node, 1, "kernel_size", None), _argument(node, 2, "stride", None)
-        padding, dilation = _argument(node, 3, "padding", 0), _argument(node, 4, "dilation", 1)
-        ceil = node.kwargs.get("ceil_mode", node.args[5] if len(node.args) > 5 and node.args[5] is not None else False)
-        return [nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=bool(ceil))]
-    if is_call(node, (torch.mean,), ("mean",)):
-        dims, keep = _argument(node, 1, "dim", None), _argument(node, 2, "keepdim", False)
-        if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
-            return [nn.AdaptiveAvgPool2d(1)] + ([] if keep else [nn.Flatten()])
-    return None
-
-
-def modules_for_functions(network: fx.GraphModule) -> None:
-    """Turn functional activations, pooling and dropout into modules, named by their place in the graph, in place."""
-    for node in list(network.graph.nodes):
-        modules = _as_module(node)
-        if modules is None:
-            continue
-        last = node.all_input_nodes[0]
-        for module in modules:
-            name = add_module(network, node.name, module)
-            with network.graph.inserting_before(node):
-                last = network.graph.call_module(name, (last,))
-        node.replace_all_uses_with(last)
-        network.graph.erase_node(node)
-    network.recompile()
+    with torch.no_grad(), calling(Call()), kept_modes(network):
+        network.eval()
+        _Shapes(network).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
+    return found
 
 
 def unshare(network: fx.GraphModule) -> None:
@@ -182,6 +99,12 @@ def unshare(network: fx.GraphModule) -> None:
     network.recompile()
 
 
+def called_once(network: fx.GraphModule) -> set[str]:
+    """Return the names of the modules that are called by one node alone."""
+    names = [str(node.target) for node, _ in call_nodes(network)]
+    return {name for name in names if names.count(name) == 1}
+
+
 def add_module(network: fx.GraphModule, name: str, module: nn.Module) -> str:
     """Add a module under ``name``, or ``name_1``, ... where that is taken; return the name it got."""
     taken = dict(network.named_modules())
@@ -199,22 +122,6 @@ def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     setattr(network.get_submodule(parent), child, module)
 
 
-def call_nodes(network: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
-    """Yield every ``call_module`` node with its module, in graph order."""
-    for node in network.graph.nodes:
-        module = module_of(network, node)
-        if module is not None:
-            yield node, module
-
-
-
-
-
-
-
-
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter or buffer, the CPU for a model that has none."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -222,5 +129,10 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+SPATIAL_3D = tuple(c for c in (*CLASSES["weighs"], *CLASSES["normalises"], *CLASSES["averages"]) if "3d" in c.__name__)
+"""Layers of volumes: a network that holds one takes five-dimensional images, which are then no frames in time."""
 
 
+def takes_frames(model: nn.Module, images: Tensor) -> bool:
+    """Return whether images are frames in time, (B, T, C, H, W), for this network."""
+    return images.dim() == 5 and not any(isinstance(module, SPATIAL_3D) for module in model.modules())

@@ -31,7 +31,7 @@ def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: An
 
 def answer(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
     """The logits (B, K) of any network; a spiking one answers after its last step, and alone sees frames in time."""
-    logits: Tensor = model(summed(images) if time_loop(model) is None else images, **options)
+    logits: Tensor = model(summed(images, model) if time_loop(model) is None else images, **options)
     return logits[-1] if logits.dim() == 3 else logits
 
 

@@ -167,7 +167,7 @@ def benchmark(
         classes = answers.argmax(-1)
         right += (classes == labels).sum(1).cpu()
         if reference is not None:
-            agree += (classes == reference.eval()(summed(images)).argmax(1)).sum(1).cpu()
+            agree += (classes == reference.eval()(summed(images, reference)).argmax(1)).sum(1).cpu()
         left += _exits(answers, classes, labels, margins)
         at = classes[steps.index(own)] if steps else classes[0]
         confusion = _add_confusion(confusion, labels, at, max(int(labels.max()), int(at.max())) + 1)
@@ -263,7 +263,7 @@ def _call(model: nn.Module, images: Tensor, steps: int, firing: str | None = Non
     options: dict[str, Any] = {"timesteps": steps} if steps else {}
     if firing is not None and isinstance(model, SNN):
         options["firing"] = firing
-    answers: Tensor = model(images if steps else summed(images), **options)
+    answers: Tensor = model(images if steps else summed(images, model), **options)
     return answers
 
 

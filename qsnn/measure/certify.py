@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from qsnn.data.images import batches, summed
+from qsnn.data.images import batches
+from qsnn.data.memory import keep_freed_memory
 from qsnn.folded.fold import fold
-from qsnn.graph.hooks import recorded
-from qsnn.graph.trace import device_of
+from qsnn.graph.hooks import kept_modes, recorded, watching
+from qsnn.graph.trace import device_of, takes_frames
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
 from qsnn.snn.network import SNN
+
+TIE = 1e-9
+"""Nearer to a half integer than this, the reference's own rounding in float64 decides [steps]."""
+ROUNDING = 1e-9
+"""Logits that differ by less are equal but for the order of the reference's additions in float64 [largest logit]."""
 
 
 @dataclass
@@ -28,6 +36,10 @@ class LayerCheck:
     equal: int = 0
     largest: int = 0
     ties: int = 0
+    rounding: int = 0
+    """Differences of 1 where the reference lies within its own rounding of a tie; they count as equal."""
+    float32: int = 0
+    """Integers that the quantized network gives otherwise when it runs in float32, as it usually does."""
     first: tuple[int, ...] | None = None
     """(image, index...) of the first difference."""
 
@@ -42,25 +54,42 @@ class Certificate:
     firing: str
     logits_sha256: str
     same_answers: int
-    """Images with the same argmax in both networks."""
+    """Answers (the largest logit; of one logit its sign) that are the same in both networks."""
+    answers: int
+    """All answers: one an image and head, or one a pixel of a map."""
+    same_logits: int
+    """Logits that are equal but for rounding; NaN and infinity never are."""
+    logits: int
+    """All logits."""
+    largest_logit_difference: float
+    """Largest difference of two logits [units of the logits]."""
+    float32_answers: int
+    """Answers that the quantized network gives otherwise in float32."""
 
     @property
     def exact(self) -> bool:
-        """True when every integer of every layer is equal and every answer is."""
-        return all(layer.equal == layer.elements for layer in self.layers) and self.same_answers == self.images
+        """True when every integer of every layer, every logit and every answer is equal."""
+        layers = all(layer.equal == layer.elements for layer in self.layers)
+        return layers and self.same_answers == self.answers and self.same_logits == self.logits > 0
 
     @property
     def verdict(self) -> str:
         """``EXACT``, or how many differ and where the first one is."""
         if self.exact:
-            return "EXACT"
+            near = sum(layer.rounding for layer in self.layers)
+            return "EXACT" if not near else f"EXACT within rounding of the reference ({near} integers at a tie)"
         total = sum(layer.elements for layer in self.layers)
         wrong = total - sum(layer.equal for layer in self.layers)
         for layer in self.layers:
             if layer.first is not None:
                 image, *index = layer.first
                 return f"{wrong} of {total} differ (first: layer {layer.name}, image {image}, index {tuple(index)})"
-        return f"{self.images - self.same_answers} of {self.images} answers differ"
+        if self.same_answers < self.answers:
+            return f"{self.answers - self.same_answers} of {self.answers} answers differ"
+        return (
+            f"{self.logits - self.same_logits} of {self.logits} logits differ, by up to "
+            f"{self.largest_logit_difference:.3g}; every integer before them is equal, so look at the readout"
+        )
 
     def __str__(self) -> str:
         width = max(5, *(len(layer.name) for layer in self.layers))
@@ -72,9 +101,14 @@ class Certificate:
             f"{layer.name:<{width}}  {layer.elements:>12,}  {layer.equal:>12,}  {layer.largest:>12}  {layer.ties:>8,}"
             for layer in self.layers
         ]
+        elements = sum(layer.elements for layer in self.layers)
+        moved = sum(layer.float32 for layer in self.layers)
         lines += [
-            f"answers equal: {self.same_answers} of {self.images}",
+            f"answers equal: {self.same_answers} of {self.answers}",
+            f"logits equal: {self.same_logits} of {self.logits} (at most {self.largest_logit_difference:.2g} apart)",
             f"logits SHA-256: {self.logits_sha256}",
+            f"compared with the quantized network in float64, its scales read once; as it runs in float32 it gives "
+            f"{self.float32_answers} answers and {100 * moved / max(1, elements):.2g} % of the integers otherwise",
             self.verdict,
         ]
         return "\n".join(lines)
@@ -91,7 +125,7 @@ def certify(
     images: int | None = None,
     batch_size: int = 250,
 ) -> Certificate:
-    """Compare the spike counts of every layer with the quantized network's integer activations, image by image.
+    """Compare every layer's spike counts with the quantized network's integers, and all logits, image by image.
 
     The reference is the QANN: Brevitas' own modules with hooks, in float64, with the integer weights and scales read
     once in the dtype it runs in. It never reads the thresholds of the spiking network, which runs in its integer form
@@ -107,10 +141,12 @@ def certify(
         batch_size: images a call.
     Raises:
         TypeError: ``snn`` is not an SNN.
-        ValueError: ``qann`` has no quantized activations, or the two have different layers.
+        ValueError: ``qann`` has no quantized activations, the two have different layers, or there is no image.
     """
     if not isinstance(snn, SNN):
         raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")
+    if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
+        raise ValueError(f"expected images >= 1, or None for all, got {images!r}: of nothing nothing can be certified")
     folded = snn if snn.folded else fold(snn)
     reference = _Reference(qann)
     counts = {name: folded.network.get_submodule(folded.probes.get(name, name)) for name, _ in folded.neurons()}
@@ -121,34 +157,78 @@ def certify(
         raise ValueError(f"the two networks do not have the same spiking layers; only one of them has {odd}")
     if timesteps is None:
         timesteps = max(reference.levels.values())
-    checks = {name: LayerCheck(name) for name in reference.levels}
-    digest = hashlib.sha256()
-    seen = same = 0
+    found = _Comparison({name: LayerCheck(name) for name in reference.levels})
+    keep_freed_memory()
     for batch, _ in batches(loader, batch_size, device=device_of(folded)):
-        batch = summed(batch)
+        batch = batch.mean(1) if takes_frames(qann, batch) else batch
         if images is not None:
-            batch = batch[: images - seen]
+            batch = batch[: images - found.seen]
             if not len(batch):
                 break
         with recorded(counts) as spikes:
-            answers = folded(batch, timesteps=timesteps, firing=firing)[-1]
-        logits, integers, ties = reference(batch)
-        for name, check in checks.items():
+            answers = folded(batch, timesteps=timesteps, firing=firing)
+        logits, integers, near, usual = reference(batch)
+        for name, check in found.checks.items():
             count = spikes[name].unflatten(0, (timesteps, -1)).sum(0)
             # what the quantizer would say after T steps: n of L levels, T spikes of full rate
-            _compare(check, count, integers[name].clamp(max=timesteps), ties[name], seen)
-        same += int((answers.argmax(1) == logits.argmax(1)).sum())
-        digest.update(answers.double().cpu().contiguous().numpy().tobytes())
-        seen += len(batch)
-    return Certificate(tuple(checks.values()), seen, timesteps, firing, digest.hexdigest(), same)
+            wanted = integers[name].clamp(max=timesteps)
+            check.ties += reference.ties[name]
+            check.float32 += int((usual[name] != integers[name]).sum())
+            _compare(check, count, wanted, near[name], found.seen)
+        found.add([answer[-1] for answer in tree_leaves(answers)], logits, reference.usual_logits, len(batch))
+    if not found.seen:
+        raise ValueError("expected at least one image, got none: of nothing nothing can be certified")
+    return Certificate(
+        tuple(found.checks.values()), found.seen, timesteps, firing, found.digest(), found.same_answers, found.answers,
+        found.same_logits, found.logits, found.largest, found.float32_answers,
+    )  # fmt: skip
 
 
-def _compare(check: LayerCheck, count: Tensor, integers: Tensor, ties: int, offset: int) -> None:
+class _Comparison:
+    """What is added up over the batches."""
+
+    def __init__(self, checks: dict[str, LayerCheck]) -> None:
+        self.checks = checks
+        self.seen = self.answers = self.same_answers = self.logits = self.same_logits = self.float32_answers = 0
+        self.largest = 0.0
+        self._digests: list[Any] = []
+
+    def add(self, found: list[Tensor], wanted: list[Tensor], usual: list[Tensor], count: int) -> None:
+        """Compare the heads of one batch; ``usual``: what the quantized network says in float32."""
+        self._digests = self._digests or [hashlib.sha256() for _ in found]
+        for digest, logits, reference, float32 in zip(self._digests, found, wanted, usual, strict=True):
+            logits = logits.double()
+            digest.update(logits.cpu().contiguous().numpy().tobytes())
+            difference = (logits - reference).abs()
+            limit = ROUNDING * float(reference.abs().max().clamp(min=1e-30))
+            self.same_logits += int((difference <= limit).sum())  # never where one is NaN, or both are infinite
+            self.logits += logits.numel()
+            self.largest = max(self.largest, float(difference.nan_to_num(nan=math.inf).max()))
+            same = decided(logits) == decided(reference)
+            self.same_answers += int(same.sum())
+            self.answers += same.numel()
+            self.float32_answers += int((decided(float32) != decided(reference)).sum())
+        self.seen += count
+
+    def digest(self) -> str:
+        """Of all logits in float64, image by image; of several heads that of their digests."""
+        if len(self._digests) == 1:
+            return str(self._digests[0].hexdigest())
+        return hashlib.sha256("".join(d.hexdigest() for d in self._digests).encode()).hexdigest()
+
+
+def decided(logits: Tensor) -> Tensor:
+    """The answer: the class of the largest logit along dimension 1; of one logit whether it is above 0."""
+    return logits.argmax(1) if logits.dim() > 1 and logits.shape[1] > 1 else logits > 0
+
+
+def _compare(check: LayerCheck, count: Tensor, integers: Tensor, near: Tensor, offset: int) -> None:
     difference = (count.double() - integers).abs()
-    wrong = difference > 0
+    rounding = near & (difference == 1)
+    wrong = (difference > 0) & ~rounding
     check.elements += wrong.numel()
     check.equal += int((~wrong).sum())
-    check.ties += ties
+    check.rounding += int(rounding.sum())
     check.largest = max(check.largest, int(difference.max()))
     if check.first is None and bool(wrong.any()):
         image, *index = (int(i) for i in wrong.nonzero()[0])
@@ -169,61 +249,69 @@ class _Constant(nn.Module):
 
 
 class _Reference:
-    """The QANN in float64: weights are W·s as read, activations go through Brevitas' own integer quantizer."""
+    """The QANN in float64: weights are W·s as read, activations go through Brevitas' own integer quantizer.
+
+    Beside it runs the QANN as it is.
+    """
 
     def __init__(self, qann: nn.Module) -> None:
+        self.usual = qann
         model = copy.deepcopy(qann).eval()
-        self.levels: dict[str, int] = {}
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.steps: dict[str, Tensor] = {}
-        read = {name: integer_weights(m) for name, m in model.named_modules() if hasattr(m, "weight_quant")}
-        quants = {name: quant for name, m in model.named_modules() if (quant := level_quant(m)) is not None}
+        layers = dict(model.named_modules())
+        read = {name: integer_weights(m) for name, m in layers.items() if hasattr(m, "weight_quant")}
+        quants = {name: quant for name, m in layers.items() if (quant := level_quant(m)) is not None}
         steps = {name: quant.step.double() for name, quant in quants.items()}
-        signs = [name for name, m in model.named_modules() if is_sign(m)]
         self.model = model.double()
-        for name in signs:
-            self.levels[name] = 1
-            self.model.get_submodule(name).register_forward_hook(self._keep(name))
+        self.levels = {name: 1 for name, m in layers.items() if is_sign(m)}
+        self.steps: dict[str, Tensor] = {}
+        self.ties: dict[str, int] = {}
+        self.usual_logits: list[Tensor] = []
+        self._weights: dict[str, nn.Module] = {}
+        self._values: dict[str, Tensor] = {}
         for name, (integers, scale) in read.items():
             layer: Any = self.model.get_submodule(name)
             if layer.weight_quant.is_quant_enabled:
-                layer.weight_quant.register_forward_hook(_replaced(integers.double() * scale.double()))
+                self._weights[name] = layer.weight_quant
+                self._values[name] = integers.double() * scale.double()
         for name, step in steps.items():
-            layer = self.model.get_submodule(name)
-            quant = level_quant(layer)
+            quant = level_quant(self.model.get_submodule(name))
             assert quant is not None
             # Brevitas' chain of operations, not our fused one, with the step that was read
             quant.fused = False
             quant.scaling_impl = _Constant(step)
             quant.ready = True
             if not quant.signed:
-                self.levels[name] = quant.levels
-                self.steps[name] = step
-                layer.register_forward_hook(self._keep(name))
+                self.levels[name], self.steps[name] = quant.levels, step
 
-    def _keep(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.inputs[name], self.outputs[name] = args[0], output
+    def __call__(
+        self, images: Tensor
+    ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Logits of every head, integers of every layer, where these lie at a tie, and the integers in float32."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
-        return hook
+        def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            inputs[name], outputs[name] = args[0], output
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, int]]:
-        logits = self.model(images.double())
-        integers, ties = {}, {}
+        activations = {name: self.model.get_submodule(name) for name in self.levels}
+        weights = watching(self._weights, lambda name, module, args, output: self._values[name])
+        with watching(activations, keep), weights:
+            logits = tree_leaves(self.model(images.double()))
+        watched = {name: self.usual.get_submodule(name) for name in self.levels}
+        with kept_modes(self.usual), recorded(watched) as usual:
+            self.usual.eval()
+            self.usual_logits = [leaf.double() for leaf in tree_leaves(self.usual(images))]
+        integers, near, moved = {}, {}, {}
         for name in self.levels.keys() - self.steps.keys():
-            integers[name] = (self.outputs[name] > 0).double()
-            ties[name] = int((self.inputs[name] == 0).sum())
+            integers[name] = (outputs[name] > 0).double()
+            near[name] = torch.zeros_like(outputs[name], dtype=torch.bool)
+            moved[name] = (usual[name] > 0).double()
+            self.ties[name] = int((inputs[name] == 0).sum())
         for name, step in self.steps.items():
-            integers[name] = torch.round(self.outputs[name] / step)
-            q = self.inputs[name] / step
-            tie = (q - q.floor() == 0.5) & (q > 0) & (q < self.levels[name])
-            ties[name] = int(tie.sum())
-        return logits, integers, ties
-
-
-def _replaced(value: Tensor) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
-        return value
-
-    return hook
+            integers[name] = torch.round(outputs[name] / step)
+            moved[name] = torch.round(usual[name].double() / step)
+            q = inputs[name] / step
+            inside = (q > 0) & (q < self.levels[name])
+            near[name] = ((q - q.floor() - 0.5).abs() < TIE) & inside
+            self.ties[name] = int(((q - q.floor() == 0.5) & inside).sum())
+        return logits, integers, near, moved

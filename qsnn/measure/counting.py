@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qsnn.folded.layers import FloatLayer, IntegerLayer
+from qsnn.folded.layers import FloatLayer, IntegerLayer, layer_options, weighted_sum
+from qsnn.graph.hooks import watching
+from qsnn.graph.kinds import CLASSES
 from qsnn.snn.network import SNN, TimeLoop
 
 _FINEST = 4096
@@ -75,50 +76,40 @@ class Counter:
         def in_time(name: str, x: Tensor, dims: int) -> tuple[Tensor, slice]:
             """x as (steps, B, *), and which steps they are."""
             if not single:
-                return (x if x.dim() == dims + 1 else x.unflatten(0, (steps, -1))), slice(0, steps)
+                stepped = isinstance(self.model, TimeLoop) and x.dim() == dims + 1
+                return (x if stepped else x.unflatten(0, (steps, -1))), slice(0, steps)
             at = calls[name] = calls.get(name, -1) + 1
             return x.unsqueeze(0), slice(at, at + 1)
 
-        def fired(name: str, folded: bool) -> Any:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-                nonlocal started
-                started = True
-                # a multi-step node of SpikingJelly gives (T, B, *), one of ours (T·B, *)
-                x, at = in_time(name, output, output.dim() - (not folded and not single))
-                count = x.abs().flatten(1).sum(1, dtype=torch.float64).cpu()
-                spikes.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
-                self.neurons[name] = x[0, 0].numel()
+        folded = isinstance(self.model, SNN)
 
-            return hook
+        def fired(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            nonlocal started
+            started = True
+            # a multi-step node of SpikingJelly gives (T, B, *), one of ours (T·B, *)
+            x, at = in_time(name, output, output.dim() - (not folded and not single))
+            count = x.abs().flatten(1).sum(1, dtype=torch.float64).cpu()
+            spikes.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
+            self.neurons[name] = x[0, 0].numel()
 
-        def arrived(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-                if not started or name in front:
-                    front.add(name)
-                    return  # before the first neuron: its MACs are counted as MACs
-                x, at = in_time(name, args[0], module.weight.dim())  # type: ignore[operator]
-                self._look_at(name, x, whole=isinstance(module, IntegerLayer | FloatLayer))
-                total = x.abs().sum(1, dtype=torch.float64)
-                count = (total * self._reached(name, module, total.shape[1:])).flatten(1).sum(1).cpu()
-                synops.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
+        def arrived(name: str, module: Any, args: Any, output: Tensor) -> None:
+            if not started or name in front:
+                front.add(name)
+                return  # before the first neuron: its MACs are counted as MACs
+            x, at = in_time(name, args[0], module.weight.dim())
+            self._look_at(name, x, whole=isinstance(module, IntegerLayer | FloatLayer))
+            total = x.abs().sum(1, dtype=torch.float64)
+            count = (total * self._reached(name, module, total.shape[1:])).flatten(1).sum(1).cpu()
+            synops.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
 
-            return hook
-
-        handles = [
-            module.register_forward_hook(fired(name, isinstance(self.model, SNN)))
-            for name, module in self.model.neurons()
-        ]
-        handles += [layer.register_forward_hook(arrived(name)) for name, layer in self._layers()]
-        try:
+        neurons, layers = dict(self.model.neurons()), dict(self._layers())
+        with watching(neurons, fired), watching(layers, arrived):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         for name, module in self.model.network.named_modules():
             if isinstance(self.model, TimeLoop):
-                if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+                if isinstance(module, CLASSES["weighs"]):
                     yield name, module
             elif isinstance(module, IntegerLayer) or getattr(module, "spikes", False) is True:
                 yield name, module
@@ -142,19 +133,11 @@ class Counter:
     def _reached(self, name: str, layer: Any, shape: torch.Size) -> Tensor:
         """Synapses that each input element reaches; the gradient of the sum of ones."""
         if name not in self._reach:
-            options = getattr(layer, "options", None)
-            if options is None and not isinstance(layer, nn.Linear):
-                options = {
-                    "stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation,
-                    "groups": layer.groups,
-                }  # fmt: skip
+            options = layer.options if isinstance(layer, IntegerLayer | FloatLayer) else layer_options(layer)
             with torch.enable_grad():
                 x = torch.zeros(1, *shape, dtype=torch.float64, device=layer.weight.device, requires_grad=True)
                 ones = torch.ones_like(layer.weight, dtype=torch.float64, requires_grad=False)
-                if options:
-                    y = (F.conv1d if ones.dim() == 3 else F.conv2d)(x, ones, None, **options)
-                else:
-                    y = F.linear(x, ones)
+                y = weighted_sum(x, ones, options)
                 (self._reach[name],) = torch.autograd.grad(y.sum(), x)
         return self._reach[name][0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, fx, nn
 
 from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
 from qsnn.folded.neurons import Current, IntegerIF
+from qsnn.graph.call import Call, calling
+from qsnn.graph.hooks import kept_modes, watching
+from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import device_of, module_of
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
@@ -18,7 +21,7 @@ from qsnn.quant.weights import weight_bits
 from qsnn.snn.network import TimeLoop
 
 _FLOAT_BITS = 32
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, IntegerLayer, FloatLayer)
+_WEIGHTED = (*CLASSES["weighs"], IntegerLayer, FloatLayer)
 
 
 @dataclass(frozen=True)
@@ -123,55 +126,43 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     network = getattr(model, "network", model)
     spiking, loop = network is not model, isinstance(model, TimeLoop)
     inputs = _input_bits(network)
-    training = network.training
-    network.eval()
     rows: list[LayerSummary] = []
     started = False
 
-    def hook(name: str) -> Any:
-        def record(module: Any, args: Any, output: Tensor) -> None:
-            nonlocal started
-            started = started or hasattr(module, "threshold") or isinstance(module, BaseNode)
-            if not isinstance(module, _WEIGHTED) or (loop and any(row.name == name for row in rows)):
-                return  # single steps call a layer at every step
-            weight = module.weight
-            if loop and output.dim() > weight.dim():
-                output = output[0]  # of one step
-            kind = "linear" if weight.dim() == 2 else f"conv{weight.dim() - 2}d"
-            rows.append(
-                LayerSummary(
-                    name=name,
-                    kind=kind,
-                    shape=tuple(output.shape[1:]),
-                    weight_bits=weight_bits(module),
-                    input_bits=inputs.get(name, _FLOAT_BITS),
-                    parameters=weight.numel(),
-                    macs=output[0].numel() * weight[0].numel(),
-                    static=spiking and not started,
-                )
-            )
+    def record(name: str, module: Any, args: Any, output: Tensor) -> None:
+        nonlocal started
+        started = started or hasattr(module, "threshold") or isinstance(module, BaseNode)
+        if not isinstance(module, _WEIGHTED) or (loop and any(row.name == name for row in rows)):
+            return  # single steps call a layer at every step
+        layer: Any = module
+        output = output[0] if loop and output.dim() > layer.weight.dim() else output  # of one step
+        found = _row(name, layer, args[0], output, inputs.get(name, _FLOAT_BITS))
+        again = any(row.name == name for row in rows)  # a layer that is called twice has its weights once
+        rows.append(replace(found, static=spiking and not started, parameters=0 if again else found.parameters))
 
-        return record
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in network.named_modules() if name]
-    timed: list[Any] = [module for module in network.modules() if hasattr(module, "timesteps") and not loop]
-    try:
-        for module in timed:
-            module.timesteps = 1
-        image = torch.zeros(1, *shape, device=device_of(model))
-        if isinstance(model, TimeLoop):
-            model(image, timesteps=1)
-        else:
-            network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in timed:
-            module.timesteps = None
-            if hasattr(module, "reset"):
-                module.reset()
-        network.train(training)
+    image = torch.zeros(1, *shape, device=device_of(model))
+    layers = {name: module for name, module in network.named_modules() if name}
+    with kept_modes(network), watching(layers, record), calling(Call()):
+        network.eval()
+        _ = model(image, timesteps=1) if isinstance(model, TimeLoop) else network(image)
     return Summary(tuple(rows), _other_parameters(network))
+
+
+def _row(name: str, module: Any, x: Tensor, output: Tensor, input_bits: int) -> LayerSummary:
+    """A layer with weights: each of its outputs sums over a kernel; of a transposed one each input spreads over one."""
+    weight, options = module.weight, getattr(module, "options", {})
+    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d) or "output_padding" in options
+    kind = "linear" if weight.dim() == 2 else f"{'deconv' if transposed else 'conv'}{weight.dim() - 2}d"
+    return LayerSummary(
+        name=name,
+        kind=kind,
+        shape=tuple(output.shape[1:]),
+        weight_bits=weight_bits(module),
+        input_bits=input_bits,
+        parameters=weight.numel(),
+        macs=(x if transposed else output)[0].numel() * weight[0].numel(),
+        static=False,
+    )
 
 
 def _input_bits(network: nn.Module) -> dict[str, int]:
@@ -197,16 +188,15 @@ def _input_bits(network: nn.Module) -> dict[str, int]:
             bits[node] = 1
         elif isinstance(module, _WEIGHTED):
             found[str(node.target)] = before[0]
-        elif before and not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | Current):
+        elif before and not (does(module) in ("normalises", "adds", "scales", "shifts") or isinstance(module, Current)):
             bits[node] = max(before)
     return found
 
 
 def _other_parameters(network: nn.Module) -> int:
     """Biases, steps and thresholds; batch norm counts as the two numbers a channel that it is at inference."""
-    count = sum(p.numel() for p in network.parameters()) - sum(
-        m.weight.numel() for m in network.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)
-    )
+    weighted: list[Any] = [m for m in network.modules() if isinstance(m, CLASSES["weighs"])]
+    count = sum(p.numel() for p in network.parameters()) - sum(m.weight.numel() for m in weighted)
     for module in network.modules():
         if isinstance(module, IntegerIF | Current):
             count += 2 * module.bias.numel()

@@ -26,6 +26,9 @@ def round_half_up(x: Tensor) -> Tensor:
 
     Unlike ``floor(x + 0.5)`` it is right for every float (0.49999997 + 0.5 is 1 in float32).
 
+    Shape:
+        x and returned: any, (*).
+
     >>> round_half_up(torch.tensor([-0.5, 0.5, 1.5, 0.49999997]))
     tensor([0., 1., 2., 0.])
     """
@@ -40,7 +43,7 @@ class RoundHalfUp(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round x."""
+        """(*) -> (*), rounded."""
         return _StraightThrough.apply(x, round_half_up(x.detach()))
 
 
@@ -91,7 +94,7 @@ def _levels(q: Tensor, low: int, high: int) -> Tensor:
 
 
 def dense_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a·b, in one pass where both lie in memory alike (channels-last included)."""
+    """Sum of a·b, both (*), as (); in one pass where both lie in memory alike (channels-last included)."""
     if a.stride() == b.stride() and (a.is_contiguous() or a.is_contiguous(memory_format=torch.channels_last)):
         flat = (a.numel(),), (1,)
         return torch.dot(a.as_strided(*flat, a.storage_offset()), b.as_strided(*flat, b.storage_offset()))
@@ -99,7 +102,12 @@ def dense_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class LevelIntQuant(IntQuant):
-    """Brevitas' integer quantizer with any number of levels: the integers run from 0 (or -L) to L."""
+    r"""Brevitas' integer quantizer of any levels: :math:`\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, n_0, L)`.
+
+    :math:`n_0 = 0`, or :math:`-L` where signed; s: the step. The gradient passes straight through the rounding.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks ...", CVPR 2018.
+    """
 
     def __init__(
         self, levels: int, signed: bool, narrow_range: bool, input_view_impl: nn.Module, float_to_int_impl: nn.Module
@@ -108,11 +116,11 @@ class LevelIntQuant(IntQuant):
         self.levels = levels
 
     def min_int(self, bit_width: Tensor) -> Tensor:
-        """0, or -L when signed."""
+        """0, or -L when signed, as ()."""
         return torch.full_like(bit_width, -self.levels if self.signed else 0)
 
     def max_int(self, bit_width: Tensor) -> Tensor:
-        """L."""
+        """L, as ()."""
         return torch.full_like(bit_width, self.levels)
 
 
@@ -124,16 +132,20 @@ class LevelScaling(nn.Module):
         self.levels = StatelessBuffer(torch.tensor(float(levels)))
 
     def forward(self, bit_width: Tensor) -> Tensor:
-        """L, whatever the bit width."""
+        """L, as (), whatever the bit width."""
         return self.levels()
 
 
 class LevelQuant(RescalingIntQuant):
     r"""Equation (Q): :math:`y = s\,\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, n_0, L)`, :math:`s = |\theta|/L`.
 
-    θ is learned; n₀ is 0, or -L when signed. The gradient to x passes where x/s lies
-    inside the clip range; the gradient to s is that of the learned step size, scaled by 1/√(elements · L). θ is NaN
-    until :meth:`calibrate_` has set it.
+    θ is learned; n₀ is 0, or -L when signed. Gradients, with :math:`q = x/s` and N elements a sample:
+
+    .. math::
+        \frac{\partial y}{\partial x} = [\,n_0 < q < L\,], \qquad
+        \frac{\partial y}{\partial s} = \frac{1}{\sqrt{N L}}\Big(\frac{y}{s} - q\,[\,n_0 < q < L\,]\Big)
+
+    (signed: both bounds half a step further out). θ is NaN until :meth:`calibrate_` has set it.
 
     Source: Esser et al., "Learned Step Size Quantization", ICLR 2020; Bu et al., "Optimal ANN-SNN Conversion ...",
     ICLR 2022 (the same function, seen from the IF neuron).
@@ -188,7 +200,11 @@ class LevelQuant(RescalingIntQuant):
         self.scaling_impl.value.fill_(float(top) if bool(top > 0) else 1.0)  # 1: a dead layer, any step does
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return y, s, the zero point 0 and the bit width, as Brevitas expects."""
+        """(B, *) -> y (B, *), s, the zero point 0 and the bit width, as Brevitas expects.
+
+        Raises:
+            RuntimeError: θ has not been set yet.
+        """
         if self.collecting:
             self.calibrate_(x)
         if not self.ready:
@@ -240,7 +256,12 @@ class LevelActProxy(ActQuantProxyFromInjector):
 
 
 class LevelActQuant(ExtendedInjector):
-    """Brevitas injector of :class:`LevelQuant`; give ``levels``, ``signed`` and ``bit_width``."""
+    r"""Brevitas injector of :class:`LevelQuant`, :math:`s\,\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, n_0, L)`.
+
+    Give ``levels`` (L), ``signed`` (n₀ = -L, else 0) and ``bit_width``; s is learned.
+
+    Source: Esser et al., ICLR 2020; Bu et al., ICLR 2022.
+    """
 
     proxy_class = LevelActProxy
     tensor_quant = LevelQuant
@@ -262,7 +283,10 @@ class LevelActQuant(ExtendedInjector):
 
 
 class HalfQuant(nn.Module):
-    """IEEE half values (round to nearest even), gradient straight through; scale 1."""
+    r"""IEEE half: :math:`y = \mathrm{half}(x)`, rounded to nearest even, :math:`\partial y/\partial x = 1`; scale 1.
+
+    Source: IEEE 754-2019 (binary16).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,13 +295,13 @@ class HalfQuant(nn.Module):
         self.bits = StatelessBuffer(torch.tensor(16.0))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the half values, scale 1, zero point 0 and 16 bits, as Brevitas expects."""
+        """(*) -> the half values (*), scale 1, zero point 0 and 16 bits, as Brevitas expects."""
         y = _StraightThrough.apply(x, x.detach().half().to(x.dtype))
         return y, self.one(), self.zero(), self.bits()
 
 
 class SignQuant(nn.Module):
-    r"""±1: :math:`y = +1` where :math:`x \ge 0`, else -1. The gradient passes where |x| < 1.
+    r"""±1: :math:`y = +1` where :math:`x \ge 0`, else -1; :math:`\partial y/\partial x = [\,|x| < 1\,]`.
 
     Source: Hubara et al., "Binarized Neural Networks", NeurIPS 2016.
     """
@@ -288,7 +312,7 @@ class SignQuant(nn.Module):
         self.zero = StatelessBuffer(torch.tensor(0.0))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return y, scale 1, zero point 0 and 1 bit, as Brevitas expects."""
+        """(*) -> y (*), scale 1, zero point 0 and 1 bit, as Brevitas expects."""
         return _SignFunction.apply(x), self.one(), self.zero(), self.one()
 
 
@@ -304,7 +328,10 @@ class _SignFunction(torch.autograd.Function):
 
 
 class SignActQuant(ExtendedInjector):
-    """Brevitas injector of :class:`SignQuant` for activations."""
+    r"""Brevitas injector of :class:`SignQuant` for activations, :math:`y = \mathrm{sign}(x)`, sign(0) = 1.
+
+    Source: Hubara et al., "Binarized Neural Networks", NeurIPS 2016.
+    """
 
     proxy_class = ActQuantProxyFromInjector
     tensor_quant = SignQuant
@@ -313,7 +340,10 @@ class SignActQuant(ExtendedInjector):
 
 
 class HalfActQuant(ExtendedInjector):
-    """Brevitas injector of :class:`HalfQuant` for activations; a float network in IEEE half values."""
+    r"""Brevitas injector of :class:`HalfQuant` for activations, :math:`y = \mathrm{half}(\max(x, 0))`.
+
+    Source: IEEE 754-2019 (binary16).
+    """
 
     proxy_class = ActQuantProxyFromInjector
     tensor_quant = HalfQuant

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from qsnn.data.images import batches
-from qsnn.graph.trace import BATCH_NORMS, LAYERS, call_nodes, module_of
+from qsnn.graph.hooks import Watcher, kept_modes, watching
+from qsnn.graph.kinds import does
+from qsnn.graph.trace import call_nodes, called_once, module_of
 from qsnn.quant.activations import LevelQuant, level_quant
 
 
 @torch.no_grad()
-def calibrate_(qann: fx.GraphModule, images: Tensor, model: nn.Module | None = None) -> None:
+def calibrate_(qann: fx.GraphModule, images: Tensor, network: fx.GraphModule | None = None) -> None:
     """Set every activation step from one pass of ``images``, layer by layer in graph order, in place.
 
-    With the float ``model`` the mean of every channel behind a convolution or linear layer is corrected to the float
-    network's on the way (in the layer's bias, or in the statistics of the batch norm behind it, there with the
+    With the float ``network`` (spelled) the mean of every channel behind a layer with weights is corrected to the
+    float network's on the way (in the layer's bias, or in the statistics of the batch norm behind it, there with the
     variance), so that each later layer is calibrated on what really arrives.
+
+    Shape:
+        images: (B, C, H, W), or whatever the network takes.
 
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019.
     """
     quants = [quant for module in qann.modules() if (quant := level_quant(module)) is not None]
-    training = qann.training
-    qann.eval()
-    handles = [] if model is None else _correcting(qann, _float_statistics(model, images))
+    layers, correct = _correcting(qann, {} if network is None else _float_statistics(network, images))
     groups: dict[int, list[LevelQuant]] = {}
     for quant in quants:
         quant.samples.clear()
         groups.setdefault(id(quant.samples), []).append(quant)
-        quant.collecting = True
-    try:
-        qann(images)
+    with kept_modes(qann), watching(layers, correct), _collecting(quants):
+        qann.eval()(images)
         if any(len(group) > 1 for group in groups.values()):
             # the first layer of a shared step ran with a step that did not know the others yet: once more, with it
             for group in groups.values():
@@ -40,72 +44,77 @@ def calibrate_(qann: fx.GraphModule, images: Tensor, model: nn.Module | None = N
                     quant.collecting = len(group) == 1
                     quant.samples.clear()
             qann(images)
+
+
+@contextmanager
+def _collecting(quants: list[LevelQuant]) -> Iterator[None]:
+    """Quantizers set their steps from what they see while the block runs."""
+    for quant in quants:
+        quant.collecting = True
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         for quant in quants:
             quant.collecting = False
             quant.samples.clear()
-        qann.train(training)
 
 
-def _float_statistics(model: nn.Module, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of every channel behind each layer with weights, by the layer's name."""
+def _float_statistics(network: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of every channel behind each layer with weights, by its name; not where it is called twice."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Tensor) -> None:
-            found[name] = _moments(output)
+    def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        found[name] = _moments(output, module)
 
-        return record
-
-    training = model.training
-    model.eval()
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, LAYERS)]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(training)
+    once = called_once(network)
+    layers = {str(node.target): module for node, module in call_nodes(network) if does(module) == "weighs"}
+    with kept_modes(network), watching({name: m for name, m in layers.items() if name in once}, record):
+        network.eval()(images)
     return found
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    dims = [d for d in range(x.dim()) if d != 1]
+def _channels(layer: nn.Module, dims: int) -> int:
+    """The dimension of the channels of a layer's output: the last one of a linear layer, else 1."""
+    return dims - 1 if isinstance(layer, nn.Linear) else 1
+
+
+def _moments(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    channels = _channels(layer, x.dim())
+    dims = [d for d in range(x.dim()) if d != channels]
     return x.mean(dims), x.var(dims, correction=0)
 
 
-def _correcting(qann: fx.GraphModule, wanted: dict[str, tuple[Tensor, Tensor]]) -> list[Any]:
-    """Hooks that correct each layer when it runs, so that what comes after it sees the corrected values."""
+def _correcting(qann: fx.GraphModule, wanted: dict[str, tuple[Tensor, Tensor]]) -> tuple[dict[str, nn.Module], Watcher]:
+    """The layers to correct when they run, so that what comes after them sees the corrected values; and how."""
     done: set[str] = set()
-
-    def hook(name: str, norm: Any) -> Any:
-        def correct(layer: Any, args: Any, output: Tensor) -> Tensor | None:
-            if name in done:
-                return None
-            done.add(name)
-            (mean, var), (float_mean, float_var) = _moments(output), wanted[name]
-            if norm is not None:
-                ratio = (var / float_var.clamp(min=1e-12)).clamp(0.25, 4.0)
-                norm.running_mean.sub_(float_mean).mul_(ratio.sqrt()).add_(mean)
-                norm.running_var.mul_(ratio)
-                return None
-            if layer.bias is None:
-                return None
-            layer.bias.sub_(mean - float_mean)
-            return output - (mean - float_mean).view(1, -1, *[1] * (output.dim() - 2))
-
-        return correct
-
-    handles = []
+    norms: dict[str, Any] = {}
+    layers: dict[str, nn.Module] = {}
     for node, layer in call_nodes(qann):
         name = str(node.target)
         if name in wanted:
             after = module_of(qann, next(iter(node.users))) if len(node.users) == 1 else None
-            norm = after if isinstance(after, BATCH_NORMS) and after.running_mean is not None else None
-            handles.append(layer.register_forward_hook(hook(name, norm)))
-    return handles
+            norms[name] = after if does(after) == "normalises" else None
+            layers[name] = layer
+
+    def correct(name: str, layer: Any, args: Any, output: Tensor) -> Tensor | None:
+        if name in done:
+            return None
+        done.add(name)
+        (mean, var), (float_mean, float_var) = _moments(output, layer), wanted[name]
+        norm = norms[name]
+        if norm is not None:
+            ratio = (var / float_var.clamp(min=1e-12)).clamp(0.25, 4.0)
+            norm.running_mean.sub_(float_mean).mul_(ratio.sqrt()).add_(mean)
+            norm.running_var.mul_(ratio)
+            return None
+        if layer.bias is None:
+            return None
+        layer.bias.sub_(mean - float_mean)
+        shape = [1] * output.dim()
+        shape[_channels(layer, output.dim())] = -1
+        return output - (mean - float_mean).view(shape)
+
+    return layers, correct
 
 
 def calibration_images(source: Any, count: int) -> Tensor:

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
-import operator
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import brevitas.nn as qnn
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from qsnn.data.images import summed
-from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
-from qsnn.graph.trace import (
-    ADD_FUNCTIONS,
-    ADD_METHODS,
-    AVERAGE_POOLS,
-    BATCH_NORMS,
-    MAX_POOLS,
-    PASSED,
-    RELUS,
-    VIEW_FUNCTIONS,
-    VIEW_METHODS,
-    add_module,
-    call_nodes,
-    is_call,
-    module_of,
-    modules_for_functions,
-    replace_module,
-    shape_nodes,
-    trace,
-    unshare,
-)
+from qsnn.graph.compare import same_answers
+from qsnn.graph.kinds import does
+from qsnn.graph.pools import moved_max_pools
+from qsnn.graph.recipe import child_recipe, data_recipe, set_recipe
+from qsnn.graph.spell import trace
+from qsnn.graph.trace import add_module, call_nodes, replace_module, takes_frames
 from qsnn.quant.activations import HalfActQuant, LevelActQuant, LevelQuant, SignActQuant, level_quant
 from qsnn.quant.calibrate import calibrate_, calibration_images
-from qsnn.quant.weights import weight_quantizer
+from qsnn.quant.weights import IntegerWeightQuant, weight_quantizer
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: qnn.QuantConv1d,
     nn.Conv2d: qnn.QuantConv2d,
+    nn.Conv3d: qnn.QuantConv3d,
+    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
+    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
     nn.Linear: qnn.QuantLinear,
 }
-_MOVES = (*MAX_POOLS, *AVERAGE_POOLS, *PASSED, nn.Flatten)
+_KEEP_STEPS = ("moves", "passes", "takes maxima", "averages")
 """What a quantized value passes through and stays a multiple of its step (or a mean of multiples)."""
-_MOVING_FUNCTIONS = (*VIEW_FUNCTIONS, torch.flatten, operator.getitem)
-_MOVING_METHODS = (*VIEW_METHODS, "flatten")
 ACT_FORMS = ("levels", "sign", "fp16", "float")
 
 
@@ -131,14 +118,16 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     if data is None:
         raise ValueError("quantize needs data to calibrate on: quantize(model, data, config)")
     frames = calibration_images(getattr(data, "train", data), config.calibration_images)
-    images = summed(frames)
-    qann = quantized_structure(model, config)
-    recipe = {**recipe_of(qann), "input_shape": list(images.shape[1:])}
+    in_time = takes_frames(model, frames)
+    images = frames.mean(1) if in_time else frames
+    network = spelled_copy(model, images)
+    qann = _quantized(network, config)
+    recipe = {**child_recipe(model, "qann", quantize=asdict(config)), "input_shape": list(images.shape[1:])}
     if data_recipe(data):
         recipe["data"] = data_recipe(data)
     set_recipe(qann, recipe)
-    calibrate_(qann, images, model)
-    if frames.dim() == 5:  # the spiking network will see single frames, which reach further than their mean
+    calibrate_(qann, images, network)
+    if in_time:  # the spiking network will see single frames, which reach further than their mean
         for module in qann.modules():
             quant = level_quant(module)
             if quant is not None and quant.signed:
@@ -146,57 +135,59 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     return qann
 
 
-def quantized_structure(model: nn.Module, config: QuantizeConfig) -> fx.GraphModule:
+def spelled_copy(
+    model: nn.Module, images: Tensor, known: Callable[[nn.Module], bool] = lambda module: False
+) -> fx.GraphModule:
+    """Return the graph of a user's network, checked: it answers these images as the network itself does.
+
+    Args:
+        model: not changed.
+        images: (B, \\*).
+        known: whether a layer is taken that no row of the table names.
+    Raises:
+        ValueError: it cannot be followed, holds layers without a spiking form, or answers otherwise.
+    """
+    network = trace(model, tuple(images.shape[1:]), known)
+    same_answers(model, network, images[:8])
+    return network
+
+
+def quantized_structure(model: nn.Module, config: QuantizeConfig, shape: tuple[int, ...]) -> fx.GraphModule:
     """Return the quantized copy with its activation steps still unset (NaN), as ``load`` needs it."""
-    training = model.training
-    network = trace(model)
-    modules_for_functions(network)
-    unshare(network)
-    _refuse_unsupported(network)
-    weighted = [str(node.target) for node, module in call_nodes(network) if type(module) in _LAYERS]
-    relus = [str(node.target) for node, module in call_nodes(network) if type(module) in RELUS]
+    network = trace(model, shape)
+    qann = _quantized(network, config)
+    set_recipe(qann, child_recipe(model, "qann", quantize=asdict(config)))
+    return qann
+
+
+def _quantized(network: fx.GraphModule, config: QuantizeConfig) -> fx.GraphModule:
+    """A copy of a spelled network with quantized layers in the place of its own."""
+    network = copy.deepcopy(network)
+    names: dict[str, list[str]] = {"weighs": [], "fires": []}
+    for node, module in call_nodes(network):
+        found = names.get(does(module) or "")
+        if found is not None and str(node.target) not in found:
+            found.append(str(node.target))
+    weighted, relus = names["weighs"], names["fires"]
     if not relus or not weighted:
         raise ValueError(
-            f"nothing to quantize in {type(model).__name__}: it holds {len(weighted)} convolution or linear layers "
+            f"nothing to quantize in {type(network).__name__}: it holds {len(weighted)} convolution or linear layers "
             f"and {len(relus)} ReLUs, and needs both"
         )
+    moved_max_pools(copy.deepcopy(network))  # refuses what convert would refuse after the training
     with torch.random.fork_rng():  # a new layer draws weights, which are then overwritten
         for name in weighted:
-            replace_module(network, name, _quantized_layer(network.get_submodule(name), name, weighted, config))
-    if config.act_form != "float":
-        for name in relus:
-            replace_module(network, name, _activation(config, network.get_submodule(name)))
+            old = network.get_submodule(name)
+            replace_module(network, name, _quantized_layer(old, name, weighted, config).train(old.training))
+    for name in relus if config.act_form != "float" else ():
+        old = network.get_submodule(name)
+        replace_module(network, name, _activation(config, old).train(old.training))
     if config.input_bits is not None:
         _quantize_input_(network, config.input_bits)
     _share_steps_(network)
     network.graph.lint()
     network.recompile()
-    network.train(training)
-    set_recipe(network, child_recipe(model, "qann", quantize=asdict(config)))
     return network
-
-
-def _refuse_unsupported(network: fx.GraphModule) -> None:
-    """Name everything that has no quantized form, all at once."""
-    known = (*_LAYERS, *RELUS, *BATCH_NORMS, *_MOVES)
-    sizes = shape_nodes(network)
-    bad = []
-    for node in network.graph.nodes:
-        module = module_of(network, node)
-        if module is not None and type(module) not in known:
-            bad.append(f"{node.target} ({type(module).__name__})")
-        elif node.op in ("call_function", "call_method") and node not in sizes:
-            moves = is_call(
-                node, (*VIEW_FUNCTIONS, torch.flatten, getattr, operator.getitem), (*VIEW_METHODS, "flatten")
-            )
-            if not moves and not is_call(node, (*ADD_FUNCTIONS, torch.cat), ADD_METHODS):
-                bad.append(f"{node.name} ({getattr(node.target, '__name__', node.target)})")
-    if bad:
-        raise ValueError(
-            f"cannot quantize {', '.join(bad)}: only Conv, Linear, ReLU, ReLU6, BatchNorm, pooling, Dropout, Flatten, "
-            f"addition, concatenation and views are supported; put nn.ReLU in the place of other activations and "
-            f"train again"
-        )
 
 
 def _share_steps_(network: fx.GraphModule) -> None:
@@ -207,16 +198,15 @@ def _share_steps_(network: fx.GraphModule) -> None:
     """
     sources: dict[fx.Node, list[LevelQuant]] = {}
     groups: dict[LevelQuant, list[LevelQuant]] = {}
-    for node in network.graph.nodes:
-        module = module_of(network, node)
-        quant = None if module is None else level_quant(module)
+    for node, module in call_nodes(network):
+        quant, what = level_quant(module), does(module)
         inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
         if quant is not None and not quant.signed:
             sources[node], groups[quant] = [quant], [quant]
-        elif isinstance(module, _MOVES) or is_call(node, _MOVING_FUNCTIONS, _MOVING_METHODS):
+        elif what in _KEEP_STEPS:
             if inputs and inputs[0] in sources:
                 sources[node] = sources[inputs[0]]
-        elif is_call(node, (*ADD_FUNCTIONS, torch.cat), ADD_METHODS) and inputs and all(i in sources for i in inputs):
+        elif what in ("adds", "joins") and inputs and all(i in sources for i in inputs):
             sources[node] = list(dict.fromkeys(quant for source in inputs for quant in sources[source]))
             merged = list(dict.fromkeys(member for quant in sources[node] for member in groups[quant]))
             for member in merged:
@@ -236,25 +226,25 @@ def _bits_of(name: str, weighted: list[str], config: QuantizeConfig) -> int:
     return bits
 
 
-def _quantized_layer(layer: nn.Module, name: str, weighted: list[str], config: QuantizeConfig) -> nn.Module:
+def _quantized_layer(layer: Any, name: str, weighted: list[str], config: QuantizeConfig) -> nn.Module:
     """Return the Brevitas layer of the same shape that shares no memory with ``layer``."""
-    bits = _bits_of(name, weighted, config)
-    options = {"bias": layer.bias is not None, **weight_quantizer(bits, config.weight_form)}
+    options = {"bias": layer.bias is not None, **weight_quantizer(_bits_of(name, weighted, config), config.weight_form)}
+    make: Any = next(new for old, new in _LAYERS.items() if isinstance(layer, old))
+    transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d)
     if isinstance(layer, nn.Linear):
-        new = qnn.QuantLinear(layer.in_features, layer.out_features, **options)
+        new = make(layer.in_features, layer.out_features, **options)
     else:
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-        if layer.padding_mode != "zeros":
-            raise ValueError(f"padding_mode={layer.padding_mode!r} cannot be quantized; use zero padding")
-        new = _LAYERS[type(layer)](
-            layer.in_channels, layer.out_channels, layer.kernel_size, stride=layer.stride, padding=layer.padding,
-            dilation=layer.dilation, groups=layer.groups, **options,
-        )  # fmt: skip
+        places = ("stride", "padding", "dilation", "groups", *(("output_padding",) if transposed else ()))
+        options |= {place: getattr(layer, place) for place in places}
+        if transposed and options.get("weight_quant") is IntegerWeightQuant:
+            options["weight_channel_dim"] = 1
+        new = make(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
     with torch.no_grad():
         new.weight.copy_(layer.weight)
         if layer.bias is not None:
             new.bias.copy_(layer.bias)
-    return new.to(layer.weight.device)
+    quantized: nn.Module = new.to(layer.weight.device)
+    return quantized
 
 
 def _activation(config: QuantizeConfig, relu: nn.Module) -> nn.Module:
@@ -267,8 +257,7 @@ def _activation(config: QuantizeConfig, relu: nn.Module) -> nn.Module:
     quant = level_quant(module)
     assert quant is not None
     quant.threshold_scale = config.threshold_scale
-    if isinstance(relu, nn.ReLU6):
-        quant.cap = 6.0
+    quant.cap = getattr(relu, "cap", math.inf)
     return module
 
 
@@ -278,6 +267,7 @@ def _quantize_input_(network: fx.GraphModule, bits: int) -> None:
     name = add_module(
         network, "input_quant", qnn.QuantIdentity(act_quant=LevelActQuant, levels=levels, bit_width=bits, signed=True)
     )
+    network.get_submodule(name).train(network.training)
     with network.graph.inserting_after(placeholder):
         node = network.graph.call_module(name, (placeholder,))
     placeholder.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)

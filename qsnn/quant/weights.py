@@ -42,16 +42,18 @@ class IntegerQuant(nn.Module):
     and is a constant to the gradient, which passes straight through, also where a weight is clipped.
 
     Args:
-        bits: b, 2 to 8 [bit].
+        bit_width: b, 2 to 8 [bit].
+        channel_dim: where the output channels stand in w: 0, or 1 in a transposed convolution.
     Shape:
-        w: (C_out, *); s: (C_out, 1, ...).
+        w: (C_out, *); s: (C_out, 1, ...); with channel_dim = 1 w: (C_in, C_out, *) and s: (1, C_out, 1, ...).
     Source:
         Max, "Quantizing for Minimum Distortion", IRE Trans. 1960; Choi et al., "Accurate and Efficient 2-bit Quantized
         Neural Networks" (SAWB: steps from the weights' moments), MLSys 2019.
     """
 
-    def __init__(self, bit_width: int) -> None:
+    def __init__(self, bit_width: int, channel_dim: int = 0) -> None:
         super().__init__()
+        self.channel_dim = channel_dim
         self.top = 2 ** (bit_width - 1) - 1
         self.normal_step = _NORMAL_STEP.get(bit_width)
         self.zero = StatelessBuffer(torch.tensor(0.0))
@@ -60,26 +62,35 @@ class IntegerQuant(nn.Module):
     def forward(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the quantized weights, s, the zero point 0 and the bit width, as Brevitas expects."""
         with torch.no_grad():
-            channels = w.detach().flatten(1)
+            channels = w.detach().movedim(self.channel_dim, 0).flatten(1)
             step = torch.linalg.vector_norm(channels, math.inf, dim=1).div_(self.top)
             if self.normal_step is not None:
                 rms = torch.linalg.vector_norm(channels, 2, dim=1).mul_(self.normal_step / math.sqrt(channels.shape[1]))
                 step = torch.minimum(step, rms)
-            step = step.clamp_(min=1e-10).view(-1, *[1] * (w.dim() - 1))
+            step = step.clamp_(min=1e-10).view(*[1] * self.channel_dim, -1, *[1] * (w.dim() - 1 - self.channel_dim))
         return _RoundedFunction.apply(w, step, self.top), step, self.zero(), self.bits()
 
 
 class IntegerWeightQuant(ExtendedInjector):
-    """Brevitas injector of :class:`IntegerQuant`; give ``bit_width``."""
+    r"""Brevitas injector of :class:`IntegerQuant`, :math:`s_c\,\mathrm{clip}(\mathrm{round}(w/s_c), -Q, Q)`.
+
+    Give ``bit_width``.
+
+    Source: Max 1960; Choi et al., MLSys 2019.
+    """
 
     proxy_class = WeightQuantProxyFromInjector
     tensor_quant = IntegerQuant
+    channel_dim = 0
     signed = True
     narrow_range = True
 
 
 class HalfWeightQuant(ExtendedInjector):
-    """Brevitas injector of :class:`HalfQuant` for weights."""
+    r"""Brevitas injector of :class:`HalfQuant` for weights, :math:`\mathrm{half}(w)`.
+
+    Source: IEEE 754-2019 (binary16).
+    """
 
     proxy_class = WeightQuantProxyFromInjector
     tensor_quant = HalfQuant

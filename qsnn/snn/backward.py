@@ -122,7 +122,7 @@ class RateFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients to x, θ and the first potential."""
+        """(T, B, *) -> gradients to x (T, B, *), θ and the first potential (B, *)."""
         (grad_spikes, _), (mean, threshold) = grads, ctx.saved_tensors
         theta = _value(threshold)
         if grad_spikes is None:

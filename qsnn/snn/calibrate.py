@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qsnn.graph.trace import BATCH_NORMS, LAYERS, module_of
+from qsnn.graph.call import Call, calling
+from qsnn.graph.kinds import does
+from qsnn.graph.trace import called_once, module_of
 from qsnn.snn.equations import per_channel
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import IFNode
@@ -61,7 +63,8 @@ def correct_(
     exact.start(images)
     steps = snn.timesteps
     arriving: set[fx.Node] = set()
-    with snn.running(steps, snn.firing):
+    once = called_once(snn.network)
+    with calling(Call(steps, snn.firing)):
         for node in snn.network.graph.nodes:
             module = module_of(snn.network, node)
             source = node.all_input_nodes[0] if node.all_input_nodes else None
@@ -74,7 +77,7 @@ def correct_(
                 arriving.add(node)
             elif any(one in arriving for one in node.all_input_nodes):
                 arriving.add(node)
-                if correction != "none" and isinstance(module, LAYERS):
+                if correction != "none" and does(module) == "weighs" and str(node.target) in once:
                     mean = spiking.values[source].unflatten(0, (steps, -1)).mean(0)
                     _fit_layer_(module, mean, exact.advance(node.name), correction)
                 elif correction != "none" and _affine(module) and _quantized(snn.network, source):
@@ -117,7 +120,7 @@ def _in_time(current: Tensor, steps: int, constant: bool) -> Tensor:
 
 
 def _affine(module: nn.Module | None) -> bool:
-    return isinstance(module, BATCH_NORMS) and module.affine
+    return does(module) == "normalises" and bool(module.affine)  # type: ignore[union-attr]
 
 
 def _quantized(network: fx.GraphModule, node: fx.Node | None) -> bool:
@@ -144,13 +147,11 @@ def _threshold(neuron: IFNode, current: Tensor, wanted: Tensor, firing: str, met
     every = math.ceil(wanted.numel() / _ELEMENTS)
     current, wanted = current[:, ::every], wanted[::every]
     trial = copy.deepcopy(neuron)
-    trial.timesteps, trial.firing = None, firing
     best, least = top, torch.full_like(top, float("inf"))
     for fraction in torch.linspace(0.04, 1.0, 25, device=top.device)[1:]:
         theta = top * fraction
         trial.threshold.data = theta.double()
-        trial.reset()
-        rate = trial(current).mean(0)
+        rate = trial.fired(current, firing).mean(0)
         error = _by_channel((rate * per_channel(theta, rate.dim())).sub_(wanted).square_()).mean(1)
         better = error < least
         best, least = torch.where(better, theta, best), torch.where(better, error, least)
@@ -159,8 +160,11 @@ def _threshold(neuron: IFNode, current: Tensor, wanted: Tensor, firing: str, met
 
 def _fit_layer_(layer: Any, x: Tensor, wanted: Tensor, correction: str) -> None:
     """Correct a layer's bias, and its float weights, so that it gives ``wanted`` for x."""
+    if isinstance(layer, nn.Linear):  # each token is an input of its own
+        x, wanted = x.flatten(0, -2), wanted.flatten(0, -2)
     missing = wanted - layer(x)
-    if correction == "bias" or hasattr(layer, "weight_quant") or isinstance(getattr(layer, "padding", 0), str):
+    solvable = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear) and not hasattr(layer, "weight_quant")
+    if correction == "bias" or not solvable or isinstance(getattr(layer, "padding", 0), str):
         if layer.bias is not None:
             layer.bias.add_(_by_channel(missing).mean(1))
         return

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from qsnn.data.images import summed
+from qsnn.graph.kinds import CLASSES, does
+from qsnn.graph.pools import moved_max_pools, reroute
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
-from qsnn.graph.trace import BATCH_NORMS, LAYERS, RELUS, add_module, call_nodes, module_of, replace_module
-from qsnn.quant.activations import level_quant
+from qsnn.graph.spell import trace
+from qsnn.graph.trace import (
+    add_module,
+    call_nodes,
+    module_of,
+    refuse,
+    replace_module,
+    spelled,
+    takes_frames,
+    unknown_layers,
+)
+from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.calibrate import calibration_images
+from qsnn.quant.quantize import spelled_copy
 from qsnn.snn.backward import AveragePool2d
 from qsnn.snn.calibrate import CORRECTIONS, THRESHOLDS, correct_
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.network import FIRINGS, SNN
 from qsnn.snn.neurons import IFNode, PlusMinus, Repeat, amplified
-from qsnn.snn.prepare import is_activation, prepared, reroute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,17 +132,27 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
             f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
             f"convert(model, data, ConvertConfig(...)) to calibrate"
         )
-    network, moved = _network_of(model, config)
-    plain = [str(node.target) for node, module in call_nodes(network) if type(module) in RELUS]
-    if plain and data is None:
+    images = None
+    if data is not None:
+        images = calibration_images(getattr(data, "train", data), config.calibration_images)
+        images = images.mean(1) if takes_frames(model, images) else images
+    elif not spelled(model):
+        plain = sum(isinstance(module, CLASSES["fires"]) for module in model.modules())
         raise ValueError(
-            f"{type(model).__name__} holds {len(plain)} nn.ReLU that are not quantized; call quantize(model, data) "
+            f"{type(model).__name__} holds {plain} nn.ReLU that are not quantized; call quantize(model, data) "
+            f"first, or convert(model, data) to calibrate them"
+        )
+    network = copy.deepcopy(model) if images is None or spelled(model) else _spelled(model, images)
+    network, moved = _prepared(network, config)
+    plain = sum(does(module) == "fires" for _, module in call_nodes(network))
+    if plain and images is None:
+        raise ValueError(
+            f"{type(model).__name__} holds {plain} nn.ReLU that are not quantized; call quantize(model, data) "
             f"first, or convert(model, data) to calibrate them"
         )
     snn = _spiking(copy.deepcopy(network), moved, config)
     set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
-    if data is not None:
-        images = summed(calibration_images(getattr(data, "train", data), config.calibration_images))
+    if images is not None:
         snn.eval()
         correct_(
             snn, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
@@ -141,6 +162,51 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
         set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
     snn.train(model.training)
     return snn
+
+
+def _spelled(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    return spelled_copy(model, images, lambda module: act_quant_of(module) is not None)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Return whether a neuron takes this module's place."""
+    quant = level_quant(module)
+    return does(module) == "fires" or is_sign(module) or (quant is not None and not quant.signed)
+
+
+def _prepared(network: Any, config: ConvertConfig) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The network ready for neurons, in place: what cannot spike refused, max pools behind activations, biases."""
+    refuse(_places(network, config), "convert")
+    if not any(is_activation(module) for _, module in call_nodes(network)):
+        raise ValueError(
+            f"nothing to convert in {type(network).__name__}: it holds no nn.ReLU and no quantized ReLU; put nn.ReLU "
+            f"in the place of its activations and train again"
+        )
+    moved = moved_max_pools(network, is_activation)
+    network.recompile()
+    for _, layer in call_nodes(network):
+        plain = does(layer) == "weighs" and not hasattr(layer, "weight_quant")
+        if plain and layer.bias is None:  # a correction needs one; quantized layers keep theirs
+            channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            layer.bias = nn.Parameter(layer.weight.new_zeros(cast(int, channels)))
+    return network, moved
+
+
+def _places(network: fx.GraphModule, config: ConvertConfig) -> list[str]:
+    """Everything that has no faithful spiking form, with what to do about it."""
+    strict = config.strict and config.firing == "online"
+    bad = unknown_layers(network, lambda module: act_quant_of(module) is not None)
+    for node, module in call_nodes(network):
+        name = f"{node.target} ({type(module).__name__}"
+        if isinstance(act_quant_of(module), HalfQuant):
+            bad.append(f"{name} of fp16: no spiking form; quantize with levels or act_bits)")
+        elif is_sign(module) and not config.dynamics(0).plain:
+            bad.append(f"{node.target} (±1, which has one step: leave reset, tau, signed and state_bits alone)")
+        elif does(module) == "takes maxima" and config.signed:
+            bad.append(f"{name} of signed spikes: use average pooling)")
+        elif does(module) == "takes maxima" and strict:
+            bad.append(f"{name} of online spikes: use average pooling, or firing='deferred')")
+    return bad
 
 
 @torch.no_grad()
@@ -163,7 +229,7 @@ def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
                 raise ValueError(f"{name} is no IF neuron of one threshold and half of it at the start")
             if quant is not None and float(quant.step.double() * quant.levels) != float(module.threshold):
                 quant.scaling_impl.value.fill_(float(module.threshold))
-        elif isinstance(module, (*LAYERS, *BATCH_NORMS)) or level_quant(module) is not None:
+        elif does(module) in ("weighs", "normalises", "scales", "shifts") or level_quant(module) is not None:
             try:
                 twin.get_submodule(name).load_state_dict(module.state_dict())
             except (AttributeError, RuntimeError) as error:
@@ -171,17 +237,13 @@ def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
     return twin
 
 
-def spiking_structure(model: nn.Module, config: ConvertConfig) -> SNN:
+def spiking_structure(model: nn.Module, config: ConvertConfig, shape: tuple[int, ...]) -> SNN:
     """Return the spiking network with thresholds and corrections still to be loaded, as ``load`` needs it."""
-    network, moved = _network_of(model, config)
+    network = trace(model, shape)
+    network, moved = _prepared(network, config)
     snn = _spiking(network, moved, config)
     set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
     return snn
-
-
-def _network_of(model: nn.Module, config: ConvertConfig) -> tuple[fx.GraphModule, dict[str, str]]:
-    strict = config.strict and config.firing == "online"
-    return prepared(model, strict=strict, special=not config.dynamics(0).plain, signed=config.signed)
 
 
 def _spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConfig) -> SNN:
@@ -211,7 +273,7 @@ def _to_neuron_(network: fx.GraphModule, node: fx.Node, dynamics: Dynamics) -> N
     name = str(node.target)
     module = network.get_submodule(name)
     quant = level_quant(module)
-    if quant is None and type(module) not in RELUS:  # ±1: from v0 = θ the neuron fires at x >= 0
+    if quant is None and does(module) != "fires":  # ±1: from v0 = θ the neuron fires at x >= 0
         replace_module(network, name, IFNode(1.0, initial=1.0))
         with network.graph.inserting_after(node):
             signs = network.graph.call_module(add_module(network, f"{name}_sign", PlusMinus()), (node,))

@@ -92,7 +92,13 @@ class _Fire(torch.autograd.Function):
 
 
 def firing_function(surrogate: str) -> Callable[[Tensor, Tensor], Tensor]:
-    r"""Return [h >= θ] with a derivative: "box", or a surrogate of SpikingJelly by its name, of :math:`h/\theta - 1`.
+    r"""Return :math:`s = [h \ge \theta]` with a derivative in the place of its own.
+
+    "box": :math:`\partial s/\partial h = [\,|h - \theta| < \theta/2\,]/\theta`; else a surrogate of SpikingJelly by its
+    name, of :math:`h/\theta - 1`.
+
+    Shape:
+        The function takes h (*) and θ that broadcasts against it, and gives spikes (*).
 
     Raises:
         ValueError: SpikingJelly has no surrogate of this name.
@@ -162,7 +168,7 @@ def _taken_back(h: Tensor, threshold: Tensor, fire: Callable[[Tensor, Tensor], T
 
 
 def kept(tau: Tensor, dtype: torch.dtype) -> Tensor:
-    r"""What the leak leaves of a potential in one step, :math:`d = e^{-1/\tau}`; τ in steps."""
+    r"""What the leak leaves of a potential in one step, :math:`d = e^{-1/\tau}`; τ in steps, () or (C, 1, ...)."""
     return torch.exp(-1.0 / tau).to(dtype)
 
 
@@ -185,7 +191,7 @@ def integrated(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def subtract_(v: Tensor, spikes: Tensor, theta: Any) -> Tensor:
-    """v - θ·spikes in place, in one pass; θ a number, or shaped to multiply v."""
+    """v - θ·spikes in place, in one pass; v and spikes (B, *), θ a number, or shaped to multiply v."""
     return v.addcmul_(spikes, theta, value=-1) if torch.is_tensor(theta) else v.sub_(spikes, alpha=theta)
 
 

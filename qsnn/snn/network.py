@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, functional
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from qsnn.data.images import check_images
+from qsnn.graph.call import Call, calling
 from qsnn.graph.recipe import input_shape_of
-from qsnn.graph.trace import value_shapes
+from qsnn.graph.trace import takes_frames, value_shapes
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.neurons import IFNode, PlusMinus
 
@@ -124,43 +125,27 @@ class SNN(nn.Module):
             if getattr(module, "is_spiking", False) or isinstance(module, IFNode):
                 yield name, module
 
-    def step_logits(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Tensor:
-        """Return the logits z of every step, (T, B, K); losses see these.
+    def step_logits(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Any:
+        """Return the logits z of every step, (T, B, K); losses see these. Several heads come as the model gives them.
 
         Raises:
             ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
         """
-        frames = images.dim() == 5
+        frames = takes_frames(self.network, images)
         if timesteps is None:
             timesteps = images.shape[1] if frames else self.timesteps
         steps, firing = self._checked(timesteps, self.firing if firing is None else firing)
         shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
         images = in_order(images, steps) if frames else images
         check_images(images, None if shape is None else tuple(shape))
-        with self.running(steps, firing, in_time=frames):
-            return self.network(images).unflatten(0, (steps, -1))
+        with calling(Call(steps, firing, frames)):
+            return tree_map(lambda z: z.unflatten(0, (steps, -1)), self.network(images))
 
-    @contextmanager
-    def running(self, timesteps: int, firing: str, in_time: bool = False) -> Iterator[None]:
-        """Tell every module T and the way of firing while the block runs; all start from rest, and end so."""
-        stateful: list[Any] = [module for module in self.network.modules() if hasattr(module, "timesteps")]
-        try:
-            for module in stateful:
-                module.timesteps, module.firing, module.in_time = timesteps, firing, in_time
-                if isinstance(module, BaseNode):
-                    module.reset()
-            yield
-        finally:
-            for module in stateful:
-                module.timesteps, module.in_time = None, False
-                if isinstance(module, BaseNode):
-                    module.reset()
-
-    def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Any:
         """Return the answer after each step (online), or the final one (deferred)."""
         firing = self.firing if firing is None else firing
         z = self.step_logits(images, timesteps=timesteps, firing=firing)
-        return z.mean(0, keepdim=True) if firing == "deferred" else running_mean(z)
+        return tree_map(final_mean if firing == "deferred" else running_mean, z)
 
 
 def in_order(frames: Tensor, timesteps: int) -> Tensor:
@@ -178,15 +163,20 @@ def in_order(frames: Tensor, timesteps: int) -> Tensor:
 
 
 def running_mean(z: Tensor) -> Tensor:
-    r"""The answer after each step, :math:`m_t = \tfrac1t\sum_{i\le t} z_i`; z and m: (T, B, K)."""
-    counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype).view(-1, 1, 1)
+    r"""The answer after each step, :math:`m_t = \tfrac1t\sum_{i\le t} z_i`; z and m: (T, B, *)."""
+    counts = torch.arange(1, len(z) + 1, device=z.device, dtype=z.dtype).view(-1, *[1] * (z.dim() - 1))
     return z.cumsum(0) / counts
+
+
+def final_mean(z: Tensor) -> Tensor:
+    """The last of the running means: (T, B, *) -> (1, B, *); added step by step, in one order for every batch size."""
+    return running_mean(z)[-1:]
 
 
 def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tuple[nn.Parameter, Tensor | float]]:
     """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
 
-    Return these parameters with the least value that each may take.
+    Return these parameters, () or (C,), with the least value that each may take.
 
     Raises:
         ValueError: a time constant where there is no leak, or channels of an unknown number.

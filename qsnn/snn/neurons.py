@@ -8,6 +8,7 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
+from qsnn.graph.call import current
 from qsnn.snn.backward import IFFunction, RateFunction
 from qsnn.snn.equations import Dynamics, deferred, firing_function, integrated, kept, per_channel, simulate
 
@@ -27,10 +28,12 @@ class IFNode(BaseNode):
             trained unless you set ``requires_grad`` (a batch norm before the neuron can do the same).
         initial: v₀ / θ [1], a scalar or one a channel.
         dynamics: another reset, leak, signed spikes or a membrane of few bits; by default none of them.
-        surrogate: what stands for the derivative of a spike: "box" (area 1, width θ), "rate" (the gradient of the
-            clipped ReLU that the rate follows, at every step alike), or one of SpikingJelly by name.
+        surrogate: what stands for the derivative of a spike at potential h: "box",
+            :math:`\partial s/\partial h = [\,|h - \theta| < \theta/2\,]/\theta`; "rate", the gradient of the clipped
+            ReLU that the rate follows, :math:`\partial s_t/\partial x_u = [0 < \bar x < \theta]/(T\theta)` for every two
+            steps t and u; or one of SpikingJelly by name.
     Shape:
-        step_mode "m": x and spikes (T, B, *); "s": (B, *). Inside an :class:`SNN` (``timesteps`` set): (T·B, *).
+        step_mode "m": x and spikes (T, B, *); "s": (B, *). While an :class:`SNN` calls it: (T·B, *).
     Raises:
         ValueError: θ is not positive and finite, or no scalar and no vector.
     Source:
@@ -65,13 +68,10 @@ class IFNode(BaseNode):
         leak = self.dynamics.tau
         self.register_buffer("tau", None if leak is None else torch.tensor(leak, dtype=torch.float64))
         self.surrogate = surrogate
-        self.timesteps: int | None = None
-        """T of the running forward of the SNN that holds this node; None outside of one."""
         self.firing = "online"
+        """Of the node by itself; inside an SNN the call says how it fires."""
         self.constant_input = False
         """True: inside an SNN the input is one step, (B, *), that stands for all T; set where it is static."""
-        self.in_time = False
-        """True while the SNN that holds this node runs on frames, an image for every step."""
 
     def materialize_states(self, inputs: tuple[Any, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
         """Give a potential that has not started yet (SpikingJelly's placeholder 0.0) the value v₀."""
@@ -131,22 +131,25 @@ class IFNode(BaseNode):
     def _defer(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return deferred(x, per_channel(self.threshold, v.dim()), v)
 
+    def fired(self, x: Tensor, firing: str) -> Tensor:
+        """Spikes of T steps from rest, without keeping a state: (T, B, *) -> (T, B, *)."""
+        (v,) = self.materialize_states((x,), (0.0,), "m")
+        return (self._defer if firing == "deferred" else self._run)(x, v)[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Spikes {0, 1} of the shape of x."""
         if x.dtype in (torch.bfloat16, torch.float16):  # under autocast: currents may be short, sums of them not
             spikes: Tensor = self(x.float())
             return spikes.to(x.dtype)
-        if self.timesteps is None:
+        call = current()
+        if call is None:
             return super().forward(x)
-        constant = self.constant_input and not self.in_time
-        if constant and self.firing == "online" and self._fused and torch.is_grad_enabled():
-            (v,) = self.materialize_states((x,), (self._memories["v"],), "s")
-            spikes, v = self._trained(x, v, self.timesteps)
-            self._memories["v"] = v
-            return spikes.flatten(0, 1)
-        if constant:
-            return super().forward(x.expand(self.timesteps, *x.shape)).flatten(0, 1)
-        return super().forward(x.unflatten(0, (self.timesteps, -1))).flatten(0, 1)
+        if not self.constant_input or call.frames:
+            return self.fired(x.unflatten(0, (call.timesteps, -1)), call.firing).flatten(0, 1)
+        if call.firing == "online" and self._fused and torch.is_grad_enabled():
+            (v,) = self.materialize_states((x,), (0.0,), "s")
+            return self._trained(x, v, call.timesteps)[0].flatten(0, 1)
+        return self.fired(x.expand(call.timesteps, *x.shape), call.firing).flatten(0, 1)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
@@ -172,7 +175,7 @@ class IFNode(BaseNode):
 
 
 def amplified(spikes: Tensor, threshold: Tensor) -> Tensor:
-    """θ·spikes, what the layers behind a neuron see; in the dtype of the spikes (mixed types take a slow path)."""
+    """θ·spikes (T·B, *), what the layers behind a neuron see; in the dtype of the spikes (mixed types are slow)."""
     return spikes * per_channel(threshold.to(spikes.dtype), spikes.dim())
 
 
@@ -183,21 +186,19 @@ class Repeat(nn.Module):
     meets the part that runs in time.
     """
 
-    timesteps: int | None = None
-    in_time = False
-
     def forward(self, x: Tensor) -> Tensor:
-        """Repeat x ``timesteps`` times along a new first dimension that is folded into the batch."""
-        if self.timesteps is None or self.timesteps == 1 or self.in_time:
+        """Repeat x T times along a new first dimension that is folded into the batch."""
+        call = current()
+        if call is None or call.timesteps == 1 or call.frames:
             return x
-        return x.expand(self.timesteps, *x.shape).flatten(0, 1)
+        return x.expand(call.timesteps, *x.shape).flatten(0, 1)
 
 
 class PlusMinus(nn.Module):
     """±1 from spikes: 2·spike - 1. A network that holds one runs one step only, for ±1 has no silence."""
 
     def forward(self, spikes: Tensor) -> Tensor:
-        """{0, 1} -> {-1, 1}."""
+        """{0, 1} -> {-1, 1}, (T·B, *)."""
         return spikes * 2 - 1
 
 

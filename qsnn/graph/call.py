@@ -1,0 +1,44 @@
+"""What belongs to one call of a spiking network, and never to its layers: T, the way of firing, frames or one image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a spiking network."""
+
+    timesteps: int = 1
+    """Simulation steps T; layers see time folded into the batch, (T·B, \\*)."""
+    firing: str = "online"
+    """"online" or "deferred"."""
+    frames: bool = False
+    """Whether every step has an image of its own; else one image stands for all T."""
+
+
+_CURRENT: ContextVar[Call | None] = ContextVar("qsnn_call", default=None)
+
+
+def current() -> Call | None:
+    """Return the call that runs in this thread, or None where a layer is called by itself."""
+    return _CURRENT.get()
+
+
+def steps() -> int:
+    """Return T of the call that runs in this thread, 1 where a layer is called by itself."""
+    call = _CURRENT.get()
+    return 1 if call is None else call.timesteps
+
+
+@contextmanager
+def calling(call: Call) -> Iterator[Call]:
+    """Let every layer that runs inside the block in this thread belong to ``call``."""
+    token = _CURRENT.set(call)
+    try:
+        yield call
+    finally:
+        _CURRENT.reset(token)

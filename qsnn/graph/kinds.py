@@ -1,0 +1,176 @@
+"""THE table: what each layer is, what it does to spikes, and what to write in the place of what is not in it.
+
+A kind is what a layer or operation is, whatever its spelling. :mod:`qsnn.graph.trace` spells every function, method
+and module of the user's as the one module of its kind (:mod:`qsnn.graph.spell` says which); every pass behind it
+(quantize, convert, fold, counting, summary, certify) looks up what to do by :attr:`Kind.does`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qsnn.graph.modules import (
+    Add,
+    ClippedReLU,
+    Concat,
+    Mean,
+    Pad,
+    Permute,
+    Scale,
+    Shift,
+    Slice,
+    Sum,
+    Upsample,
+    View,
+)
+
+DOES = {
+    "weighs": "sums its inputs with weights: they are quantized, and become integers",
+    "normalises": "a line by channel: it goes into thresholds",
+    "fires": "an activation: levels when quantized, a neuron when converted",
+    "takes maxima": "a maximum over windows: exact on spikes of neurons that fire deferred",
+    "averages": "a mean or sum over windows: sums of spikes, the divisor goes into thresholds",
+    "passes": "hands values on as they are at inference",
+    "moves": "moves, repeats or drops values, or puts zeros between them",
+    "adds": "adds two values: currents meet, or spikes of one step",
+    "joins": "puts values side by side",
+    "scales": "multiplies by numbers: they go into thresholds",
+    "shifts": "adds numbers: they go into thresholds, as a bias does",
+}
+"""What a layer does to spikes, and what becomes of it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table."""
+
+    name: str
+    does: str
+    """One of :data:`DOES`."""
+    modules: tuple[type[nn.Module], ...]
+    """The classes of the kind; a class of the user's own that leaves ``forward`` as it is counts as its parent."""
+    refuses: Callable[[Any], str | None] = lambda module: None
+    """Why a module of the class is not of the kind after all, and what to write instead; None where it is."""
+
+
+def _padded(layer: Any) -> str | None:
+    mode = layer.padding_mode
+    return None if mode == "zeros" else f"padding_mode={mode!r}; use zero padding"
+
+
+def _statistics(norm: Any) -> str | None:
+    if norm.running_mean is None:
+        return "statistics of each batch's own; train with track_running_stats=True"
+    return None
+
+
+def _indices(pool: Any) -> str | None:
+    return "return_indices=True; spikes carry no indices, use nn.Upsample behind" if pool.return_indices else None
+
+
+KINDS = (
+    Kind("convolution", "weighs", (nn.Conv1d, nn.Conv2d, nn.Conv3d), _padded),
+    Kind("transposed convolution", "weighs", (nn.ConvTranspose1d, nn.ConvTranspose2d), _padded),
+    Kind("linear", "weighs", (nn.Linear,)),
+    Kind("batch norm", "normalises", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _statistics),
+    Kind("ReLU", "fires", (nn.ReLU,)),
+    Kind("clipped ReLU", "fires", (ClippedReLU, nn.ReLU6)),
+    Kind("max pool", "takes maxima", (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _indices),
+    Kind("average pool", "averages", (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)),
+    Kind("adaptive average pool", "averages",
+         (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)),
+    Kind("mean", "averages", (Mean,)),
+    Kind("sum", "averages", (Sum,)),
+    Kind("dropout", "passes", (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+                               nn.FeatureAlphaDropout)),
+    Kind("identity", "passes", (nn.Identity,)),
+    Kind("flatten", "moves", (nn.Flatten,)),
+    Kind("view", "moves", (View,)),
+    Kind("permutation", "moves", (Permute,)),
+    Kind("slice", "moves", (Slice,)),
+    Kind("zero padding", "moves", (Pad,)),
+    Kind("nearest upsampling", "moves", (Upsample,)),
+    Kind("channel shuffle", "moves", (nn.ChannelShuffle,)),
+    Kind("pixel shuffle", "moves", (nn.PixelShuffle, nn.PixelUnshuffle)),
+    Kind("addition", "adds", (Add,)),
+    Kind("concatenation", "joins", (Concat,)),
+    Kind("scaling", "scales", (Scale,)),
+    Kind("shift", "shifts", (Shift,)),
+)  # fmt: skip
+_BY_CLASS = {module: kind for kind in KINDS for module in kind.modules}
+CLASSES = {name: tuple(c for kind in KINDS if kind.does == name for c in kind.modules) for name in DOES}
+"""The classes of all kinds that do the same, for ``isinstance``."""
+
+_RELU = "put nn.ReLU in its place and train again"
+_NORM = "put nn.BatchNorm in its place and train again"
+ADVICE = {
+    **dict.fromkeys(
+        ("GELU", "SiLU", "Mish", "ELU", "CELU", "SELU", "Softplus", "Hardswish", "Sigmoid", "Tanh", "Hardsigmoid",
+         "LogSigmoid", "Softsign", "Tanhshrink", "Hardshrink", "Softshrink", "GLU", "gelu", "silu", "mish", "elu",
+         "sigmoid", "tanh", "hardswish", "hardsigmoid", "softplus", "exp"), _RELU,
+    ),
+    **dict.fromkeys(
+        ("LeakyReLU", "PReLU", "RReLU", "leaky_relu", "prelu"),
+        "its negative side would need signed levels; " + _RELU,
+    ),
+    **dict.fromkeys(
+        ("LayerNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "RMSNorm", "LocalResponseNorm", "layer_norm",
+         "group_norm", "instance_norm", "normalize"), _NORM,
+    ),
+    **dict.fromkeys(
+        ("Softmax", "LogSoftmax", "softmax", "log_softmax", "MultiheadAttention", "scaled_dot_product_attention"),
+        "a softmax inside a network has no spiking form; one right before the output is taken off by itself",
+    ),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "a recurrent layer has its own time; use convolutions over time"),
+    **dict.fromkeys(("Embedding", "embedding"), "feed the network with what the embedding gives"),
+    **dict.fromkeys(
+        ("LPPool1d", "LPPool2d", "lp_pool2d", "FractionalMaxPool2d"), "use average pooling and train again"
+    ),
+    **dict.fromkeys(
+        ("AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "adaptive_max_pool2d"),
+        "write it as nn.MaxPool2d with kernel and stride, behind the ReLU",
+    ),
+    **dict.fromkeys(("mul", "imul", "matmul", "bmm", "einsum", "baddbmm"),
+                    "a product of two values that depend on the image has no spiking form; scale by numbers or add"),
+    **dict.fromkeys(("maximum", "minimum", "max", "min", "amax", "where"),
+                    "use nn.MaxPool2d for maxima over windows, or add"),
+    **dict.fromkeys(("interpolate", "Upsample", "UpsamplingBilinear2d", "grid_sample"),
+                    "use nearest upsampling by a whole factor, or a transposed convolution, and train again"),
+}  # fmt: skip
+"""What to write in the place of a layer or function that no row of the table names."""
+
+
+def kind_of(module: nn.Module | None) -> Kind | None:
+    """Return the row of the table that a module belongs to, or None.
+
+    A subclass counts where it computes what its parent does: its ``forward`` is inherited, or it is ours, or Brevitas'
+    layer with quantized weights.
+    """
+    if module is None:
+        return None
+    for parent in type(module).__mro__:
+        kind = _BY_CLASS.get(parent)
+        if kind is not None:
+            ours = type(module).__module__.startswith("qsnn.") or hasattr(module, "weight_quant")
+            inherited: Any = parent
+            return kind if ours or type(module).forward is inherited.forward else None
+    return None
+
+
+def does(module: nn.Module | None) -> str | None:
+    """Return what a module does to spikes, one of :data:`DOES`, or None where no row of the table names it."""
+    kind = kind_of(module)
+    return None if kind is None else kind.does
+
+
+def refused(module: nn.Module) -> str | None:
+    """Return why a module is not taken, as a user should read it, or None where it is."""
+    name, kind = type(module).__name__, kind_of(module)
+    if kind is not None:
+        reason = kind.refuses(module)
+        return None if reason is None else f"{name} with {reason}"
+    return f"{name}: {ADVICE[name]}" if name in ADVICE else name

@@ -1,0 +1,228 @@
+"""The layers of a spelled network that torch.nn does not have: each is one operation with its numbers fixed.
+
+All keep the images of a batch apart: dimension 0 is the batch (in time: T·B), and no operation mixes or moves it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Add(nn.Module):
+    """x + y, for two values of the network."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """(B, *) and (B, *) -> (B, *)."""
+        return x + y
+
+
+class Concat(nn.Module):
+    """Values side by side along a dimension, 1 for channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Any number of (B, *) -> (B, *)."""
+        return torch.cat(parts, self.dim)
+
+
+class Scale(nn.Module):
+    """x·a, for a number or a tensor a that does not depend on the image.
+
+    Args:
+        value: a; a parameter stays one and is trained.
+    Shape:
+        a: broadcast against x; its dimension 0 is 1 where it has as many as x.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        _keep(self, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return x * self.value
+
+
+class Shift(nn.Module):
+    """x + b, for a number or a tensor b that does not depend on the image: a bias, a position map.
+
+    Args:
+        value: b; a parameter stays one and is trained.
+    Shape:
+        b: broadcast against x; its dimension 0 is 1 where it has as many as x.
+    """
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        _keep(self, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return x + self.value
+
+
+def _keep(module: nn.Module, value: Tensor) -> None:
+    if isinstance(value, nn.Parameter):
+        module.value = value
+    else:
+        module.register_buffer("value", value.detach().clone())
+
+
+class ClippedReLU(nn.Module):
+    r""":math:`\min(\max(x, 0), a)`; ReLU6 is a = 6.
+
+    Args:
+        cap: a > 0 [units of x].
+    """
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return F.hardtanh(x, 0.0, self.cap)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return f"cap={self.cap:g}"
+
+
+class View(nn.Module):
+    """The same values in the same order in another shape; the batch takes what the named sides leave.
+
+    Args:
+        shape: every side but the first.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B', *shape)."""
+        return x.reshape(-1, *self.shape)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return str(self.shape)
+
+
+class Permute(nn.Module):
+    """Dimensions in another order.
+
+    Args:
+        dims: for each dimension of the output, the one of the input; the first is 0.
+    """
+
+    def __init__(self, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return x.permute(self.dims)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return str(self.dims)
+
+
+class Slice(nn.Module):
+    """A part of the values: ``x[:, start:stop:step, ...]``.
+
+    Args:
+        bounds: (start, stop, step) of each dimension behind the batch; what is not named is kept whole.
+    """
+
+    def __init__(self, bounds: tuple[tuple[int, int, int], ...]) -> None:
+        super().__init__()
+        self.bounds = bounds
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return x[(slice(None), *(slice(*bound) for bound in self.bounds))]
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return str(self.bounds)
+
+
+class Pad(nn.Module):
+    """Zeros around the values; a negative number cuts off.
+
+    Args:
+        pads: as ``torch.nn.functional.pad`` takes them: before and after, the last dimension first.
+    """
+
+    def __init__(self, pads: tuple[int, ...]) -> None:
+        super().__init__()
+        self.pads = pads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return F.pad(x, self.pads)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return str(self.pads)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour: each value k times along each of the last dimensions.
+
+    Args:
+        factors: k of each spatial dimension.
+    """
+
+    def __init__(self, factors: tuple[int, ...]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *) -> (B, C, *)."""
+        for place, factor in enumerate(self.factors, x.dim() - len(self.factors)):
+            x = x.repeat_interleave(factor, place) if factor > 1 else x
+        return x
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return str(self.factors)
+
+
+class Mean(nn.Module):
+    """The mean over dimensions behind the batch.
+
+    Args:
+        dims: which, counted from the start.
+        keepdim: whether they stay, with side 1.
+    """
+
+    def __init__(self, dims: tuple[int, ...], keepdim: bool = False) -> None:
+        super().__init__()
+        self.dims, self.keepdim = dims, keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return x.mean(self.dims, keepdim=self.keepdim)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return f"{self.dims}, keepdim={self.keepdim}"
+
+
+class Sum(Mean):
+    """The sum over dimensions behind the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return x.sum(self.dims, keepdim=self.keepdim)

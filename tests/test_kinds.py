@@ -1,0 +1,276 @@
+"""The table of kinds: every pass knows every kind, every spelling keeps its meaning, and what has no kind is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qsnn
+from qsnn.folded.kinds import FOLD
+from qsnn.graph.kinds import ADVICE, DOES, KINDS, does, kind_of, refused
+from qsnn.graph.modules import ClippedReLU
+from qsnn.graph.spell import trace
+from qsnn.graph.trace import call_nodes
+from qsnn.quant.quantize import _LAYERS
+
+Forward = Callable[["Net", Tensor], Any]
+
+
+class Net(nn.Module):
+    """A stem, whatever ``forward`` does with what it gives, and a head; layers that forwards share."""
+
+    def __init__(self, forward: Forward, shape: tuple[int, ...] = (3, 8, 8)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = forward
+        self.stem, self.mix = nn.Conv2d(shape[0], 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.relu = nn.BatchNorm2d(8), nn.ReLU()
+        self.up, self.wide = nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), nn.Conv2d(16, 8, 1)
+        self.position, self.gain = nn.Parameter(torch.randn(1, 8, 8, 8) / 4), nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+        self.line, self.token = nn.Linear(8, 8), nn.Linear(64, 6)
+        self.last = nn.LazyLinear(4)
+        with torch.no_grad():
+            self.norm.weight.uniform_(-1, 1)
+            self.norm.bias.uniform_(-1, 1)
+            self.norm.running_mean.normal_(std=0.2)
+            self.train()(torch.randn(4, *shape))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.way(self, x)
+        done = isinstance(x, tuple | dict) or (x.dim() == 2 and x.shape[1] == 4)
+        return x if done else self.last(torch.flatten(x, 1))
+
+
+def a(net: Net, x: Tensor) -> Tensor:
+    """Spikes of the stem, (B, 8, 8, 8)."""
+    return F.relu(net.stem(x))
+
+
+def b(net: Net, x: Tensor) -> Tensor:
+    """A current, (B, 8, 8, 8)."""
+    return net.mix(x)  # type: ignore[no-any-return]
+
+
+def _iadd(net: Net, x: Tensor) -> Tensor:
+    x = a(net, x)
+    y = b(net, x)
+    y += x
+    return F.relu(y)
+
+
+def _alias(net: Net, x: Tensor) -> Tensor:
+    x = net.norm(net.stem(x))
+    y = F.relu(x, inplace=True)  # whoever reads x from here on reads the rectified values
+    return F.relu(b(net, y) + x)
+
+
+def _shapes(net: Net, x: Tensor) -> Tensor:
+    n, _, h, w = x.shape
+    x = a(net, x)
+    return F.relu(b(net, x.view(n, 8, h * w).reshape(x.size(0), -1, h, w)))
+
+
+def _shortcut(net: Net, x: Tensor) -> Tensor:
+    x = a(net, x)
+    y = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+    return F.relu(net.wide(F.max_pool2d(y, 2, 2)))
+
+
+def _siamese(net: Net, x: Tensor) -> Tensor:
+    left, right = a(net, x), a(net, x.flip(0) * 0 + x * 0.5)
+    return F.relu(net.wide(torch.cat([left, right], 1)))
+
+
+FORMS: dict[str, Forward] = {
+    # one activation in all spellings
+    "relu function": lambda n, x: torch.relu(b(n, a(n, x))),
+    "relu method": lambda n, x: b(n, a(n, x)).relu_(),
+    "clamp(min=0)": lambda n, x: b(n, a(n, x)).clamp(min=0),
+    "clamp(0, 2)": lambda n, x: torch.clamp(b(n, a(n, x)), 0, 0.5),
+    "hardtanh": lambda n, x: F.hardtanh(b(n, a(n, x)), 0.0, 0.7),
+    "relu6": lambda n, x: F.relu6(b(n, a(n, x))),
+    "threshold": lambda n, x: F.threshold(b(n, a(n, x)), 0, 0),
+    "maximum with 0": lambda n, x: torch.maximum(b(n, a(n, x)), torch.zeros(())),
+    # sizes
+    "shape read": _shapes,
+    "view(n, -1)": lambda n, x: F.relu(b(n, a(n, x))).view(x.size(0), -1),
+    "flatten method": lambda n, x: F.relu(b(n, a(n, x))).flatten(1),
+    "flatten(2)": lambda n, x: F.relu(n.token(a(n, x).flatten(2))),
+    "unflatten": lambda n, x: F.relu(b(n, a(n, x).flatten(1).unflatten(1, (8, 8, 8)))),
+    "negative dims": lambda n, x: F.relu(b(n, a(n, x).transpose(-1, -2).movedim(-1, -2))),
+    "squeeze": lambda n, x: a(n, x).mean((-1, -2), keepdim=True).squeeze(-1).squeeze(-1),
+    # averages
+    "mean over the image": lambda n, x: F.relu(b(n, a(n, x))).mean((2, 3)),
+    "mean(-1).mean(-1)": lambda n, x: F.relu(b(n, a(n, x))).mean(-1).mean(-1),
+    "sum over the image": lambda n, x: F.relu(b(n, a(n, x))).sum((2, 3)),
+    "avg_pool2d of the map": lambda n, x: F.avg_pool2d(a(n, x), x.size(3)),
+    "avg_pool2d, ceil, no pad": lambda n, x: F.relu(b(n, F.avg_pool2d(
+        a(n, x), 3, 2, 1, ceil_mode=True, count_include_pad=False))),
+    "avg_pool2d, padded": lambda n, x: F.relu(b(n, F.avg_pool2d(n.stem(x), 3, 2, 1).relu())),
+    "sum pool": lambda n, x: F.relu(b(n, F.avg_pool2d(a(n, x), 2, divisor_override=1))),
+    "adaptive, unequal": lambda n, x: F.relu(b(n, F.adaptive_avg_pool2d(a(n, x), (3, 5)))),
+    "adaptive of a current": lambda n, x: F.relu(F.adaptive_avg_pool2d(b(n, a(n, x)), 3)),
+    "max pool, dilated": lambda n, x: F.relu(b(n, F.max_pool2d(a(n, x), 2, 1, dilation=2))),
+    "max pool before the ReLU": lambda n, x: F.relu(F.max_pool2d(b(n, a(n, x)), 2)),
+    # moves
+    "shortcut A": _shortcut,
+    "zeros joined": lambda n, x: F.relu(n.wide(torch.cat([y := a(n, x), torch.zeros_like(y)], 1))),
+    "pads and cuts": lambda n, x: F.relu(b(n, F.pad(a(n, x), (1, -2, 2, 0)))),
+    "chunk": lambda n, x: F.relu(b(n, torch.cat(a(n, x).chunk(2, 1)[::-1], 1))),
+    "split and unbind": lambda n, x: F.relu(b(n, torch.stack(a(n, x).unbind(1), 1).split([8], 1)[0])),
+    "slice with None": lambda n, x: F.relu(b(n, a(n, x)[:, None, :, 1:7].squeeze(1))),
+    "channel shuffle": lambda n, x: F.relu(b(n, F.channel_shuffle(a(n, x), 2))),
+    "pixel shuffle": lambda n, x: F.relu(n.mix(torch.cat([F.pixel_shuffle(a(n, x), 2)] * 4, 1))),
+    "nearest upsampling": lambda n, x: F.relu(b(n, F.interpolate(a(n, x), scale_factor=2))),
+    "upsampling to a size": lambda n, x: F.relu(b(n, F.interpolate(b(n, a(n, x)), size=(16, 24)))),
+    "transposed convolution": lambda n, x: F.relu(n.up(a(n, x))),
+    # sums, numbers, parameters
+    "iadd": _iadd,
+    "aliased in place": _alias,
+    "alpha": lambda n, x: F.relu(torch.add(y := a(n, x), b(n, y), alpha=0.2)),
+    "subtraction": lambda n, x: F.relu(b(n, y := a(n, x)) - y),
+    "1 - x": lambda n, x: F.relu(1 - b(n, a(n, x))),
+    "x + x": lambda n, x: F.relu(b(n, (y := a(n, x)) + y)),
+    "CReLU": lambda n, x: F.relu(n.wide(torch.cat([F.relu(y := n.stem(x)), F.relu(-y)], 1))),
+    "scaled by a number": lambda n, x: F.relu(b(n, a(n, x) * 0.5) / 3),
+    "scaled by a parameter": lambda n, x: F.relu(b(n, a(n, x)) * n.gain),
+    "scaled spikes": lambda n, x: F.relu(b(n, a(n, x) * n.gain)),
+    "a number added": lambda n, x: F.relu(b(n, a(n, x) + 0.2)),
+    "a position map": lambda n, x: F.relu(b(n, F.relu(n.stem(x) + n.position))),
+    "a map behind the ReLU": lambda n, x: F.relu(b(n, a(n, x) + n.position)),
+    "map, pad, pool": lambda n, x: F.relu(b(n, F.avg_pool2d(F.pad(a(n, x) + n.position, (1, 1, 0, 0)), 2))),
+    "functional layers": lambda n, x: F.relu(F.batch_norm(
+        F.conv2d(a(n, x), n.mix.weight, padding=1), n.norm.running_mean, n.norm.running_var, n.norm.weight,
+        n.norm.bias)),
+    # layers called twice, branches, heads
+    "a shared layer": lambda n, x: F.relu(b(n, F.relu(b(n, a(n, x))))),
+    "a branch from the input": lambda n, x: F.relu(b(n, torch.cat([a(n, x)[:, :5], x], 1))),
+    "a model called twice": lambda n, x: F.relu(n.wide(torch.cat([a(n, x), a(n, x * 0.5)], 1))),
+    "two heads": lambda n, x: (b(n, y := a(n, x)), n.last(torch.flatten(y, 1))),
+    "a map of heads": lambda n, x: {"map": b(n, y := a(n, x)), "class": n.last(torch.flatten(y, 1))},
+    "softmax at the end": lambda n, x: F.log_softmax(n.last(torch.flatten(a(n, x), 1)), dim=1),
+    "dropout function": lambda n, x: F.relu(b(n, F.dropout(a(n, x), 0.3, n.training))),
+    # tokens
+    "Linear on tokens": lambda n, x: F.relu(n.line(F.relu(n.line(a(n, x).flatten(2).transpose(1, 2))))),
+    "Linear on (B, N, M, C)": lambda n, x: F.relu(n.line(a(n, x).permute(0, 2, 3, 1))),
+    "mean over tokens": lambda n, x: F.relu(n.line(a(n, x).flatten(2).transpose(1, 2))).mean(1),
+    "folded into the batch": lambda n, x: F.relu(n.line(a(n, x).permute(0, 2, 3, 1).reshape(-1, 8))).view(len(x), -1),
+}  # fmt: skip
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+DATA = [(IMAGES, torch.zeros(6, dtype=torch.int64))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_exact_or_keeps_its_answer(form: str) -> None:
+    net = Net(FORMS[form])
+    qann = qsnn.quantize(net, DATA, qsnn.QuantizeConfig(weight_bits=4, levels=3)).eval()
+    snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=3))
+    certificate = qsnn.certify(snn, qann, DATA)
+    assert certificate.exact, str(certificate)
+    float_snn = qsnn.convert(net, DATA, qsnn.ConvertConfig(timesteps=2, correction="none"))
+    qsnn.fold(float_snn)(IMAGES)
+    qsnn.summary(qann)
+
+
+def test_sixteen_bits_and_many_levels_stay_near_the_float_network() -> None:
+    for form in ("aliased in place", "sum pool", "alpha", "shape read", "a map behind the ReLU"):
+        net = Net(FORMS[form])
+        with torch.no_grad():
+            fine = qsnn.quantize(net, DATA, qsnn.QuantizeConfig(weight_bits=8, levels=255)).eval()(IMAGES)
+            assert float((fine - net(IMAGES)).std() / net(IMAGES).std()) < 0.05, form
+
+
+def test_every_pass_knows_every_kind() -> None:
+    for kind in KINDS:
+        assert kind.does in DOES
+        assert kind.does in FOLD or kind.does == "fires", kind.name  # what fires is a neuron by then
+        if kind.does == "weighs":
+            assert all(module in _LAYERS for module in kind.modules), kind.name
+    classes = [module for kind in KINDS for module in kind.modules]
+    assert len(classes) == len(set(classes)), "a class belongs to one kind"
+
+
+def test_a_class_counts_as_its_parent_only_where_it_computes_the_same() -> None:
+    class Same(nn.Conv2d):
+        pass
+
+    class Other(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).abs()
+
+    assert does(Same(1, 1, 1)) == "weighs" and kind_of(Other(1, 1, 1)) is None
+    assert refused(nn.GELU()) == f"GELU: {ADVICE['GELU']}"
+
+
+def test_one_activation_is_one_module() -> None:
+    for form in ("relu function", "relu method", "clamp(min=0)", "threshold", "maximum with 0"):
+        network = trace(Net(FORMS[form]), (3, 8, 8))
+        assert [type(m) for _, m in call_nodes(network) if does(m) == "fires"] == [nn.ReLU, nn.ReLU], form
+    clipped = [m for _, m in call_nodes(trace(Net(FORMS["clamp(0, 2)"]), (3, 8, 8))) if isinstance(m, ClippedReLU)]
+    assert clipped[0].cap == 0.5
+
+
+REFUSED: dict[str, tuple[Forward, str]] = {
+    "a product": (lambda n, x: F.relu(b(n, (y := a(n, x)) * y)), "mul: a product of two values"),
+    "over the batch": (lambda n, x: F.relu(b(n, a(n, x) - a(n, x).mean(0, keepdim=True))), "dimension 0, the batch"),
+    "a softmax inside": (lambda n, x: F.relu(b(n, a(n, x).softmax(1))), "softmax: .*right before the output"),
+    "reflection": (lambda n, x: F.relu(n.mix(F.pad(a(n, x), (1, 1, 1, 1), "reflect")[..., 1:-1, 1:-1])), "reflect"),
+    "bilinear": (lambda n, x: F.avg_pool2d(F.interpolate(a(n, x), scale_factor=2, mode="bilinear"), 2), "bilinear"),
+    "a leaky ReLU": (lambda n, x: F.leaky_relu(b(n, a(n, x))), "signed"),
+    "dropout that never stops": (lambda n, x: F.relu(b(n, F.dropout(a(n, x), 0.5))), "training=self.training"),
+    "values decide": (lambda n, x: F.relu(b(n, a(n, x))) if x.sum() > 0 else a(n, x), "depends on the values"),
+    "written in place": (lambda n, x: _written(n, x), "in place"),
+    "a view changed in place": (lambda n, x: _stale(n, x), "in place"),
+}
+
+
+def _written(net: Net, x: Tensor) -> Tensor:
+    x = a(net, x)
+    x[:, 0] = 0
+    return x
+
+
+def _stale(net: Net, x: Tensor) -> Tensor:
+    y = net.stem(x)
+    part = y[:, :4]
+    y.relu_()
+    return F.relu(torch.cat([part, y], 1))
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_what_has_no_spiking_form_is_refused_by_name(form: str) -> None:
+    forward, message = REFUSED[form]
+    with pytest.raises(ValueError, match=message):
+        net = Net(lambda n, x: F.relu(n.stem(x)))
+        net.way = forward
+        qsnn.quantize(net, DATA)
+
+
+def test_all_places_are_named_at_once() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.LayerNorm(6), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+    with pytest.raises(ValueError, match=r"1 \(GELU: .*; 2 \(LayerNorm: put nn\.BatchNorm"):
+        qsnn.quantize(net, DATA)
+
+
+def test_a_network_that_answers_otherwise_than_its_graph_is_refused() -> None:
+    net = Net(FORMS["relu function"])
+    net.mix.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(ValueError, match=r"does not answer as the network itself: they differ from layer mix on"):
+        qsnn.quantize(net, DATA)
+
+
+def test_every_module_keeps_its_own_training_flag() -> None:
+    net = Net(FORMS["a shared layer"]).train()
+    net.norm.eval()
+    before = {name: module.training for name, module in net.named_modules()}
+    qann = qsnn.quantize(net, DATA)
+    qsnn.convert(net, DATA)
+    assert {name: module.training for name, module in net.named_modules()} == before
+    assert qann.get_submodule("stem").training
