@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,26 +12,19 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from qsnn.data.images import normalise
-from qsnn.export.onnx_layers import (
-    average_pool,
-    float_layer,
-    integer_input,
-    integer_layer,
-    max_pool,
-    sum_pool,
-    write_sum,
-)
-from qsnn.export.onnx_moves import FUNCTIONS
+from qsnn.export.onnx_layers import float_layer, integer_input, integer_layer, write_sum
+from qsnn.export.onnx_moves import MOVES
 from qsnn.export.onnx_neurons import current, current_if, dynamic_if, integer_if, real_if
-from qsnn.export.onnx_values import CannotWriteError, Values, Wire
+from qsnn.export.onnx_pools import average_pool, count_pool, max_pool, sum_pool
+from qsnn.export.onnx_values import TYPES, CannotWriteError, Values, Wire
 from qsnn.files import write_atomic
-from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer, SumPool
+from qsnn.folded.layers import CountPool, FloatLayer, IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.graph.kinds import CLASSES
 from qsnn.graph.recipe import child_recipe, input_shape_of
-from qsnn.graph.trace import AVERAGE_POOLS, MAX_POOLS, shape_nodes
+from qsnn.graph.trace import module_of, value_shapes
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import PlusMinus, Repeat
 
@@ -83,8 +75,8 @@ def _plus_minus(values: Values, name: str, module: PlusMinus, shape: tuple[int, 
 MODULES: dict[tuple[type[nn.Module], ...], Callable[..., Wire]] = {
     (IntegerInput,): integer_input, (IntegerLayer,): integer_layer, (FloatLayer,): float_layer, (SumPool,): sum_pool,
     (IntegerIF,): integer_if, (DynamicIF,): dynamic_if, (CurrentIF,): current_if, (RealIF,): real_if,
-    (Current,): current, (Repeat,): _same, (PlusMinus,): _plus_minus, MAX_POOLS: max_pool,
-    AVERAGE_POOLS: average_pool,
+    (Current,): current, (Repeat,): _same, (PlusMinus,): _plus_minus, (CountPool,): count_pool, **MOVES,
+    CLASSES["takes maxima"]: max_pool, CLASSES["averages"]: average_pool,
 }  # fmt: skip
 """What writes a module: (values, name, module, shape of one image behind it, its inputs) -> the wire it gives. The
 first row that fits counts."""
@@ -126,77 +118,51 @@ def onnx_model(folded: SNN, config: OnnxConfig) -> onnx.ModelProto:
     return _finished(values, _walk(folded, values, shape, frames), recipe, shape, frames)
 
 
-def _shapes(network: fx.GraphModule, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The shape of every node's value for one image, without the batch; a list of them for a split."""
-    found = []
-    for batch in (2, 3):
-        probe: Any = copy.deepcopy(network)
-        for module in probe.modules():
-            if hasattr(module, "timesteps"):
-                module.timesteps = 1
-        ShapeProp(probe).run(torch.zeros(batch, *shape, device=_device(network)))
-        found.append({node.name: node.meta.get("tensor_meta") for node in probe.graph.nodes})
-    shapes: dict[str, Any] = {}
-    for name, meta in found[0].items():
-        if hasattr(meta, "shape"):
-            batches = meta.shape[:1], found[1][name].shape[:1]
-            shapes[name] = tuple(meta.shape[1:]) if batches == ((2,), (3,)) else None
-        elif isinstance(meta, tuple | list):
-            shapes[name] = [tuple(part.shape[1:]) for part in meta]
-    return shapes
+Answer = tuple[Wire, Wire | None]
+"""A head's answers, and the integers that its readout was made of, if it was."""
 
 
-def _device(network: nn.Module) -> torch.device:
-    return next(iter((*network.parameters(), *network.buffers()))).device
-
-
-def _walk(folded: SNN, values: Values, shape: tuple[int, ...], frames: bool) -> tuple[Wire, Wire | None]:
-    """Write every node; return the readout's wire, and the integers that it was made of, if it was.
+def _walk(folded: SNN, values: Values, shape: tuple[int, ...], frames: bool) -> list[Answer]:
+    """Write every node; return the answers of every head.
 
     Raises:
         ValueError: all nodes that cannot be written.
     """
     network = folded.network
-    shapes, sizes = _shapes(network, shape), shape_nodes(network)
-    wires: dict[fx.Node, Any] = {}
+    shapes = value_shapes(network, shape)
+    wires: dict[fx.Node, Wire] = {}
     missing: list[str] = []
-    answer: tuple[Wire, Wire | None] | None = None
+    answers: list[Answer] = []
     for node in network.graph.nodes:
-        if node in sizes:
-            continue
-        sources: list[Any] = [wires.get(source) for source in node.all_input_nodes if source not in sizes]
-        if any(source is None for source in sources):
+        if any(source not in wires for source in node.all_input_nodes):
             continue  # behind what is named already
         values.graph.scope = node.name
         try:
             if node.op == "placeholder":
                 wires[node] = _placeholder(values, shape, frames)
             elif node.op == "output":
-                answer = _answer(values, network, node, sources[0], wires)
-            elif node.op == "get_attr":
-                raise CannotWriteError(f"{node.name} (a tensor of its own)")
+                answers = [_answer(values, network, source, wires) for source in node.all_input_nodes]
             else:
-                wires[node] = _written(values, network, node, sources, shapes.get(node.name))
+                wires[node] = _written(values, network, node, wires, shapes)
         except CannotWriteError as error:
             missing.append(str(error))
     if missing:
         raise ValueError(f"cannot write to ONNX: {'; '.join(missing)}")
-    assert answer is not None
-    return answer
+    return answers
 
 
-def _written(values: Values, network: fx.GraphModule, node: fx.Node, sources: list[Any], shape: Any) -> Any:
-    if shape is None:
-        raise CannotWriteError(f"{node.name}: it moves the batch")
-    if node.op == "call_module":
-        module = network.get_submodule(str(node.target))
-        for kinds, emit in MODULES.items():
-            if isinstance(module, kinds):
-                return emit(values, str(node.target), module, shape, *sources)
-        raise CannotWriteError(f"{node.target} ({type(module).__name__})")
-    if node.target in FUNCTIONS:
-        return FUNCTIONS[node.target](values, node, shape, sources)
-    raise CannotWriteError(f"{node.name} ({getattr(node.target, '__name__', node.target)})")
+def _written(
+    values: Values, network: fx.GraphModule, node: fx.Node, wires: dict[fx.Node, Wire],
+    shapes: dict[str, tuple[int, ...]],
+) -> Wire:  # fmt: skip
+    module = module_of(network, node)
+    if module is None:
+        raise CannotWriteError(f"{node.name} ({getattr(node.target, '__name__', node.target)})")
+    sources = [wires[source] for source in node.args if isinstance(source, fx.Node)]
+    for kinds, emit in MODULES.items():
+        if isinstance(module, kinds):
+            return emit(values, str(node.target), module, shapes[node.name][1:], *sources)
+    raise CannotWriteError(f"{node.target} ({type(module).__name__})")
 
 
 def _placeholder(values: Values, shape: tuple[int, ...], frames: bool) -> Wire:
@@ -210,36 +176,33 @@ def _placeholder(values: Values, shape: tuple[int, ...], frames: bool) -> Wire:
 
 
 def _answer(
-    values: Values, network: fx.GraphModule, node: fx.Node, wire: Wire, wires: dict[fx.Node, Any]
-) -> tuple[Wire, Wire | None]:
-    """The mean of the readout over the steps so far, and the integer sums it was made of."""
-    graph, (source,) = values.graph, node.all_input_nodes
+    values: Values, network: fx.GraphModule, source: fx.Node, wires: dict[fx.Node, Wire]
+) -> Answer:
+    """The mean of a readout over the steps so far, and the integer sums it was made of."""
+    graph, wire, module = values.graph, wires[source], module_of(network, source)
     dtype = "f32" if values.ready(wire).dtype == "f32" and wire.real else "f64"
     sums = values.summed(wire, dtype)
     names = [graph.add("Div", x, graph.const(float(t), dtype)) if t > 1 else x
              for x, t in zip(sums, values.steps, strict=True)]  # fmt: skip
-    module = network.get_submodule(str(source.target)) if source.op == "call_module" else None
     inside = [wires[s] for s in source.all_input_nodes] if isinstance(module, Current) else []
     integers = None
     if len(inside) == 1 and not values.ready(inside[0]).real:
         kind = "i32" if inside[0].bound * values.timesteps < 2**31 else "i64"
         integers = replace(inside[0], names=tuple(values.summed(inside[0], kind)), dtype=kind)
-    return replace(wire, names=tuple(graph.cast(name, "f32") for name in names)), integers
+    return replace(wire, names=tuple(graph.cast(name, "f32") for name in names), dtype="f32"), integers
 
 
 def _finished(
-    values: Values, answer: tuple[Wire, Wire | None], recipe: dict[str, Any], shape: tuple[int, ...], frames: bool
+    values: Values, answers: list[Answer], recipe: dict[str, Any], shape: tuple[int, ...], frames: bool
 ) -> onnx.ModelProto:
     """The model with its inputs, outputs and metadata, checked."""
     graph = values.graph
     graph.scope = "answer"
-    logits, integers = answer
+    heads = [f"_{place}" if place else "" for place in range(len(answers))]
+    named = [(logits, f"logits{head}") for (logits, _), head in zip(answers, heads, strict=True)]
+    named += [(sums, f"integer_logits{head}") for (_, sums), head in zip(answers, heads, strict=True) if sums]
     outputs = []
-    for wire, name, kind in ((logits, "logits", TensorProto.FLOAT), (integers, "integer_logits", TensorProto.INT32)):
-        if wire is None:
-            continue
-        if wire.dtype == "i64":
-            kind = TensorProto.INT64
+    for wire, name in named:
         front: list[str | int | None] = ["batch"] if values.deferred else [values.timesteps, "batch"]
         if values.deferred:
             graph.nodes.append(helper.make_node("Identity", [wire.names[0]], [name], name=name))
@@ -248,7 +211,7 @@ def _finished(
             rows = [graph.add("Unsqueeze", x, axes) for x in wire.names]
             graph.nodes.append(helper.make_node("Concat", rows, [name], name=name, axis=0))
         sides: list[str | int | None] = [*front, *wire.shape]
-        outputs.append(helper.make_tensor_value_info(name, kind, sides))
+        outputs.append(helper.make_tensor_value_info(name, TYPES[wire.dtype][0], sides))
     if values.tables is not None:
         entry = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", *shape])
     else:

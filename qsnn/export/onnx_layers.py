@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from qsnn.export.onnx_values import CannotWriteError, Values, Wire
-from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer, SumPool
-from qsnn.folded.terms import as_tuple
+from qsnn.export.onnx_values import FLOAT32, FLOAT64, INT32, CannotWriteError, Values, Wire
+from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
+from qsnn.folded.terms import sides as as_tuple
 
-FLOAT32, INT32, FLOAT64 = 2**24, 2**31, 2**53
-"""Integers below these are exact, in whatever order they are added."""
 PAIR = 2**15 - 1
 """What a sum of two neighbouring products may be where a CPU adds them in 16 bits (AVX2 without VNNI, u8 x s8)."""
-_MATRIX = 2**22
-"""Most entries of the matrix of an average pool of currents."""
 
 
 def array(x: Any) -> NDArray[Any]:
@@ -38,14 +34,17 @@ def integer_input(values: Values, name: str, module: IntegerInput, shape: tuple[
         table = array(module(torch.from_numpy(values.tables))) + zero
         found = values.looked_up(wire, table, "u8" if small else "f32")
         return replace(found, bound=levels, zero=zero)
-    frames = wire.kind == "frames"
+    frames = not wire.static
+    if frames and wire.kind != "frames" and values.deferred and values.timesteps > 1:
+        raise CannotWriteError(f"{name}: frames that are changed before they are quantized; use firing='online'")
     small, zero = (False, 0) if frames else (small, zero)  # a sum over frames does not fit into 8 bits
     step = array(module.step).astype(np.float64)
     # a quotient of two float32 is a half or at least 2**-26 away from one: then q + 1/2 + zero cannot round to a tie
-    plain = bool((step == step.astype(np.float32)).all()) and levels < 2**15
+    plain = wire.dtype == "f32" and bool((step == step.astype(np.float32)).all()) and levels < 2**15
     names: list[str] = []
     for source in wire.names:
-        q = graph.add("Div", graph.cast(source, "f64"), graph.const(step, "f64"))
+        x = source if wire.dtype == "f64" else graph.cast(source, "f64")
+        q = graph.add("Div", x, graph.const(step, "f64"))
         if plain:
             q = graph.add("Floor", graph.add("Add", q, graph.const(zero + 0.5, "f64")))
         else:
@@ -75,7 +74,8 @@ def write_sum(values: Values, wire: Wire) -> Wire:
     most = module.bound * (1 if wire.static else values.timesteps)
     weight, shape = array(module.weight), wire.shape
     small = weight.dtype == np.int8
-    eight = small and source.dtype == "u8" and values.counts == "u8" and most < INT32
+    transposed = "output_padding" in module.options
+    eight = small and not transposed and source.dtype == "u8" and values.counts == "u8" and most < INT32
     scope, graph.scope = graph.scope, name
     try:
         if eight and (weight.ndim == 2 or most >= FLOAT32):
@@ -93,7 +93,8 @@ def write_sum(values: Values, wire: Wire) -> Wire:
             kernel = graph.stored(weight.T if weight.ndim == 2 else weight, "i8", "f32")
             xs, dtype = values.cast(source, "f32").names, "f32"
             options = {} if weight.ndim == 2 else _options(module, weight, source.shape, shape)
-            names = [graph.add("MatMul" if weight.ndim == 2 else "Conv", x, kernel, **options) for x in xs]
+            op = "MatMul" if weight.ndim == 2 else "ConvTranspose" if transposed else "Conv"
+            names = [graph.add(op, x, kernel, **options) for x in xs]
             values.note(name, "float32 sums below 2**24")
         elif most < FLOAT64:
             xs, dtype = values.cast(source, "f64").names, "f64"
@@ -146,7 +147,8 @@ def float_layer(values: Values, name: str, module: FloatLayer, shape: tuple[int,
         elif weight.ndim == 2:
             y = graph.add("MatMul", x, kernel)
         else:
-            y = graph.add("Conv", x, kernel, **_options(module, weight, source.shape, shape))
+            op = "ConvTranspose" if "output_padding" in module.options else "Conv"
+            y = graph.add(op, x, kernel, **_options(module, weight, source.shape, shape))
         if bias is not None:
             per = bias if weight.ndim == 2 else values.per_channel(bias, weight.ndim)
             y = graph.add("Add", y, graph.const(span * per, dtype))
@@ -161,6 +163,7 @@ def _double_kernel(values: Values, module: Any, weight: NDArray[Any]) -> str:
     if weight.ndim == 2:
         rows: NDArray[Any] = weight.T
     else:
+        weight = _turned(module, weight)
         groups = module.options["groups"]
         rows = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).swapaxes(2, 3)
         rows = rows.reshape(groups, len(weight) // groups, -1)
@@ -175,6 +178,8 @@ def double_layer(
     graph = values.graph
     if len(weight) == 2:
         return graph.add("MatMul", x, kernel)
+    if "output_padding" in module.options:
+        x, module, weight, before = _stuffed(values, x, module, weight, before)
     pads, dims = padding(module, weight, before, after), len(weight) - 2
     if any(pads):
         full = [0, 0, *pads[:dims], 0, 0, *pads[dims:]]
@@ -192,6 +197,40 @@ def double_layer(
     return graph.add("Reshape", graph.add("MatMul", kernel, stacked), graph.const([-1, *after], "i64"))
 
 
+def _turned(module: Any, weight: NDArray[Any]) -> NDArray[Any]:
+    """The weights of the convolution that a transposed one is, on an input with zeros between its values."""
+    if "output_padding" not in module.options:
+        return weight
+    groups = module.options["groups"]
+    split = weight.reshape(groups, len(weight) // groups, *weight.shape[1:]).swapaxes(1, 2)
+    joined = split.reshape(-1, *split.shape[2:])
+    return np.ascontiguousarray(joined[(slice(None), slice(None), *[slice(None, None, -1)] * (weight.ndim - 2))])
+
+
+def _stuffed(
+    values: Values, x: str, module: Any, weight: tuple[int, ...], before: tuple[int, ...]
+) -> tuple[str, Any, tuple[int, ...], tuple[int, ...]]:
+    """A transposed convolution as a plain one: stride - 1 zeros between the values, and the border it sees."""
+    graph, options, dims = values.graph, module.options, len(weight) - 2
+    stride, dilation, given, more = (
+        as_tuple(options[k], dims) for k in ("stride", "dilation", "padding", "output_padding")
+    )
+    if max(stride) > 1:
+        split = [before[0]] + [side for pair in zip(before[1:], [1] * dims, strict=True) for side in pair]
+        ends = [0, 0] + [side for pair in zip([0] * dims, [s - 1 for s in stride], strict=True) for side in pair]
+        x = graph.add("Reshape", x, graph.const([-1, *split], "i64"))
+        x = graph.add("Pad", x, graph.const([0] * len(ends) + ends, "i64"), graph.const(0.0, "f64"))
+    wide = [side * s for side, s in zip(before[1:], stride, strict=True)]
+    x = graph.add("Reshape", x, graph.const([-1, before[0], *wide], "i64"))
+    edge = [d * (k - 1) - p for d, k, p in zip(dilation, weight[2:], given, strict=True)]
+    last = [e + m - (s - 1) for e, m, s in zip(edge, more, stride, strict=True)]
+    x = graph.add("Pad", x, graph.const([0, 0, *edge, 0, 0, *last], "i64"), graph.const(0.0, "f64"))
+    groups = options["groups"]
+    plain = SimpleNamespace(options={"stride": 1, "padding": 0, "dilation": options["dilation"], "groups": groups})
+    sides = tuple(side + e + f for side, e, f in zip(wide, edge, last, strict=True))
+    return x, plain, (weight[1] * groups, weight[0] // groups, *weight[2:]), (before[0], *sides)
+
+
 def padding(module: Any, weight: tuple[int, ...], before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
     """Zeros before and behind each side, as ONNX lists them."""
     dims, given = len(weight) - 2, module.options["padding"]
@@ -206,7 +245,9 @@ def padding(module: Any, weight: tuple[int, ...], before: tuple[int, ...], after
 
 def _options(module: Any, weight: NDArray[Any], before: tuple[int, ...], after: tuple[int, ...]) -> dict[str, Any]:
     dims = weight.ndim - 2
+    extra = module.options.get("output_padding")
     return {
+        **({} if extra is None else {"output_padding": list(as_tuple(extra, dims))}),
         "kernel_shape": list(weight.shape[2:]), "pads": padding(module, weight.shape, before, after),
         "strides": list(as_tuple(module.options["stride"], dims)), "group": module.options["groups"],
         "dilations": list(as_tuple(module.options["dilation"], dims)),
@@ -225,77 +266,3 @@ def quantized_conv(
         graph.const(stored, kind), graph.const(m, "f32"), graph.const(zeros, kind), one, graph.const(0, "u8"),
         graph.const(beta, "i32"), **_options(wire.layer, stored, wire.source.shape, wire.shape),
     )  # fmt: skip
-
-
-def sum_pool(values: Values, name: str, module: SumPool, shape: tuple[int, ...], wire: Wire) -> Wire:
-    """Window sums: a convolution with weights of 1, in 8 bits where they fit."""
-    source, graph = values.ready(wire), values.graph
-    size, channels = math.prod(module.kernel), source.shape[0]
-    bound = source.bound * size
-    most = bound * (1 if source.static else values.timesteps)
-    options = {
-        "kernel_shape": list(module.kernel), "strides": list(module.stride), "pads": [*module.padding] * 2,
-        "group": channels,
-    }  # fmt: skip
-    ones = (channels, 1, *module.kernel)
-    new = replace(source, shape=shape, bound=bound, ordered=False)
-    if source.dtype == "u8" and not source.zero and most <= 255:
-        one, zero = graph.const(np.float32(1), "f32"), graph.const(0, "u8")
-        weight = graph.ones(ones)
-        names = [
-            graph.add("QLinearConv", x, one, zero, weight, one, graph.const(0, "i8"), one, zero, **options)
-            for x in source.names
-        ]
-        return replace(new, names=tuple(names))
-    if most >= FLOAT32:
-        raise CannotWriteError(f"{name}: its window sums reach {most:.3g}, which float32 does not hold exactly")
-    source = values.cast(source, "f32")
-    weight = graph.cast(graph.ones(ones), "f32")
-    names = [graph.add("Conv", x, weight, **options) for x in source.names]
-    return replace(new, names=tuple(names), dtype="f32", zero=0)
-
-
-def average_pool(values: Values, name: str, module: nn.Module, shape: tuple[int, ...], wire: Wire) -> Wire:
-    """The mean of currents, as the matrix that the pool is: exact for every padding, ceiling and uneven window."""
-    source = values.ready(wire)
-    before, after = math.prod(source.shape[1:]), math.prod(shape[1:])
-    if before * after > _MATRIX:
-        raise CannotWriteError(f"{name}: an average of currents over {before:,} places; only {_MATRIX:,} entries fit")
-    dtype, graph = ("f32" if source.dtype == "f32" else "f64"), values.graph
-    basis = torch.eye(before, dtype=torch.float64).view(before, 1, *source.shape[1:])
-    matrix = array(module(basis)).reshape(before, after)
-    names = []
-    for x in values.increments(source, dtype):
-        flat = graph.add("Reshape", x, graph.const([-1, source.shape[0], before], "i64"))
-        y = graph.add("MatMul", flat, graph.const(matrix, dtype))
-        names.append(graph.add("Reshape", y, graph.const([-1, *shape], "i64")))
-    values.note(name, "real: a mean of currents")
-    return Wire(tuple(names), dtype, shape, real=True, static=source.static)
-
-
-def max_pool(values: Values, name: str, module: Any, shape: tuple[int, ...], wire: Wire) -> Wire:
-    """The maximum of each step's spikes; of deferred spikes, which come first in time, the maximum of the counts."""
-    source, graph = values.ready(wire), values.graph
-    if source.real:
-        raise CannotWriteError(f"{name}: a max pool of currents")
-    if values.deferred and values.timesteps > 1 and not (source.ordered or source.static):
-        raise CannotWriteError(f"{name}: a max pool behind a sum of spikes, deferred; export it with firing='online'")
-    dims = len(shape) - 1
-    kernel, stride, pad, gap = (
-        as_tuple(x, dims) for x in (module.kernel_size, module.stride, module.padding, module.dilation)
-    )
-    # the end is padded to what torch's rounding gives, so that no runtime's own rule for ceil_mode is asked
-    end = [
-        max(0, (out - 1) * s + g * (k - 1) + 1 - side - p)
-        for out, s, g, k, side, p in zip(shape[1:], stride, gap, kernel, source.shape[1:], pad, strict=True)
-    ]
-    options = {"kernel_shape": list(kernel), "strides": list(stride), "pads": [*pad, *end], "dilations": list(gap)}
-    if source.static or len(source.names) == 1:
-        names = [graph.add("MaxPool", x, **options) for x in source.names]
-        return replace(source, names=tuple(names), shape=shape)
-    names, before = [], ""
-    for x in source.names:  # the spikes of one step, and what the pool lets through summed up again
-        pooled = graph.add("MaxPool", graph.add("Sub", x, before) if before else x, **options)
-        names.append(graph.add("Add", names[-1], pooled) if names else pooled)
-        before = x
-    return replace(source, names=tuple(names), shape=shape)

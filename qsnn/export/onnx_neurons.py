@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,22 +29,27 @@ def integer_if(values: Values, name: str, module: IntegerIF, shape: tuple[int, .
         sign = array(module.sign)
         names = list(source.names)
         if (sign < 0).any():
-            flip = values.graph.const(values.per_channel(sign, source.dims), dtype)
+            flip = values.graph.const(_shaped(module, sign), dtype)
             names = [values.graph.add("Mul", x, flip) for x in names]
         counts, how = [], "comparisons"
         for t, x in zip(values.steps, names * (len(values.steps) if source.static else 1), strict=True):
             bound = np.array([wire.bound * (1 if source.static else t)]).astype(np.int64)
             limits = thresholds(values, module, t, source.static, bound)
-            count, how = _counted_integers(values, x, limits, bound, dtype, source.dims)
+            count, how = _counted_integers(values, x, limits, bound, dtype, module)
             counts.append(count)
         values.note(name, how)
     return replace(new, names=tuple(settled(values, counts)))
 
 
+def _shaped(module: IntegerIF, x: NDArray[Any]) -> NDArray[Any]:
+    """Values, (n,) or (1,), in the shape in which they meet an image."""
+    return x.reshape(module.shape if x.size > 1 else ())
+
+
 def thresholds(
     values: Values, module: IntegerIF, step: int, static: bool, bound: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """M_{t,k} of the sum up to ``step``, (t, C), cut to what the sum can be; where static of one step's value."""
+    """M_{t,k} of the sum up to ``step``, (t, n), cut to what the sum can be; where static of one step's value."""
     table = array(module.table(values.timesteps, "deferred" if values.deferred else "online"))
     rows = table[0] if values.deferred else table[step - 1, :step]
     top = 2.0**53
@@ -58,12 +64,13 @@ def _in_the_convolution(values: Values, name: str, module: IntegerIF, wire: Wire
     if wire.kind != "sum" or layer is None or source is None or values.counts != "u8":
         return None
     weight = array(layer.weight)
-    if weight.ndim < 3 or weight.dtype != np.int8:
+    by_channel = module.shape in ((), (len(weight), *[1] * (len(wire.shape) - 1)))
+    if not 3 <= weight.ndim <= 4 or weight.dtype != np.int8 or not by_channel or "output_padding" in layer.options:
         return None
     source = values.ready(source)
     if source.dtype != "u8":
         return None
-    sign = array(module.sign).astype(np.int64)
+    sign = np.broadcast_to(array(module.sign).astype(np.int64), len(weight))
     weight = weight.astype(np.int64) * sign.reshape(-1, *[1] * (weight.ndim - 1))
     rows = np.abs(weight).reshape(len(weight), -1).sum(1) * int(source.bound)
     steps = [(t, rows * (1 if source.static else t)) for t in values.steps]
@@ -129,35 +136,35 @@ def _once(
     counts, start = [], 0
     for part in limits:
         ranks = np.sort(place[start : start + len(part)])
-        counts.append(counted(values, y, ranks[:, None], "u8", wire.dims))
+        counts.append(counted(values, y, ranks, "u8"))
         start += len(part)
     values.note(name, f"QLinearConv once for all steps, {how}" + (f", weights x {factor}" if factor > 1 else ""))
     return counts
 
 
 def _counted_integers(
-    values: Values, x: str, limits: NDArray[np.int64], bound: NDArray[np.int64], dtype: str, dims: int
+    values: Values, x: str, limits: NDArray[np.int64], bound: NDArray[np.int64], dtype: str, module: IntegerIF
 ) -> tuple[str, str]:
     """How many limits an integer sum has reached, and how that is found."""
     graph = values.graph
     if dtype == "f32" and len(limits) > 3:
         fit = affine(limits, np.broadcast_to(bound, limits.shape[1:]), whole=False)
         if fit is not None and (fit[1] == fit[1].astype(np.float32)).all() and int(bound.max()) < 2**20:
-            m, beta = (graph.const(values.per_channel(z, dims), "f32") for z in fit)
+            m, beta = (graph.const(_shaped(module, z), "f32") for z in fit)
             y = graph.add("Round", graph.add("Mul", graph.add("Add", x, beta), m))
             y = graph.add("Clip", y, graph.const(0.0, "f32"), graph.const(float(len(limits)), "f32"))
             return (y if values.counts == "f32" else graph.cast(y, values.counts)), "one multiplication and rounding"
     edges: NDArray[Any] = limits
     if dtype == "f32" and int(bound.max()) < 2**22:
         edges = limits - 0.5  # half a unit of room, should a runtime's float sums not be integers to the last bit
-    return counted(values, x, edges, dtype, dims), "comparisons"
+    return counted(values, x, [_shaped(module, edge) for edge in edges], dtype), "comparisons"
 
 
-def counted(values: Values, x: str, limits: NDArray[Any], dtype: str, dims: int) -> str:
-    """How many of the limits, (K, C), x has reached."""
+def counted(values: Values, x: str, limits: Iterable[NDArray[Any]], dtype: str) -> str:
+    """How many of the limits, each shaped to meet x, it has reached."""
     graph, count = values.graph, ""
     for limit in limits:
-        reached = graph.add("GreaterOrEqual", x, graph.const(values.per_channel(limit, dims), dtype))
+        reached = graph.add("GreaterOrEqual", x, graph.const(limit, dtype))
         one = graph.cast(reached, values.counts)
         count = graph.add("Add", count, one) if count else one
     return count
@@ -175,7 +182,7 @@ def settled(values: Values, counts: list[str]) -> list[str]:
 
 
 def _gains(module: Current, wires: tuple[Wire, ...]) -> list[NDArray[np.float64]]:
-    return [array(module.gain(index, wire.dims)) for index, wire in enumerate(wires)]
+    return [array(module.gain(index)) for index in range(len(wires))]
 
 
 def _added(values: Values, terms: list[list[str]], gains: list[NDArray[np.float64]]) -> list[str]:
@@ -196,7 +203,7 @@ def current(values: Values, name: str, module: Current, shape: tuple[int, ...], 
     static = all(wire.static for wire in wires)
     spans = (1,) if static else values.spans
     terms = [_spread(values, wire, static) for wire in wires]
-    bias = values.per_channel(array(module.bias), len(shape) + 1)
+    bias = array(module.step_bias)
     names = [
         values.graph.add("Add", total, values.graph.const(span * bias, "f64"))
         for total, span in zip(_added(values, terms, _gains(module, wires)), spans, strict=True)
@@ -217,13 +224,12 @@ def current_if(values: Values, name: str, module: CurrentIF, shape: tuple[int, .
     wires = tuple(values.ready(wire) for wire in wires)
     graph, dims = values.graph, len(shape) + 1
     totals = _added(values, [values.summed(wire, "f64") for wire in wires], _gains(module, wires))
-    bias = values.per_channel(array(module.bias), dims)
-    offset, theta = 1.0 - array(module.initial), array(module.threshold)
+    bias = array(module.step_bias)
+    offset, theta = (values.per_channel(x, dims) for x in (1.0 - array(module.initial), array(module.threshold)))
     counts = []
     for t, total in zip(values.steps, totals, strict=True):
         total = graph.add("Add", total, graph.const(float(t) * bias, "f64"))
-        limits = np.stack([np.atleast_1d((k + offset) * theta) for k in range(t)])
-        counts.append(counted(values, total, limits, "f64", dims))
+        counts.append(counted(values, total, [(k + offset) * theta for k in range(t)], "f64"))
     values.note(name, "real: sums of currents in float64")
     return Wire(tuple(settled(values, counts)), values.counts, shape, 1.0, ordered=True)
 

@@ -19,6 +19,10 @@ TYPES: dict[str, tuple[int, Any]] = {
 }  # fmt: skip
 
 
+FLOAT32, INT32, FLOAT64 = 2**24, 2**31, 2**53
+"""Integers below these are exact, in whatever order they are added."""
+
+
 class CannotWriteError(ValueError):
     """Why a node has no ONNX form."""
 

@@ -35,7 +35,8 @@ def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: An
             8-bit products).
     Shape:
         of the ONNX file: images (B, C, H, W), or frames (B, T, C, H, W); logits (B, K) deferred, (T, B, K) online, the
-        answer after each step; integer_logits, the readout's integer sums up to each step, likewise.
+        answer after each step; integer_logits, the readout's integer sums up to each step, likewise; of a second head
+        logits_1 and integer_logits_1.
     Raises:
         TypeError: not a folded network, or an option that the format does not have.
         ValueError: an unknown format, an option out of range, or layers that cannot be written, all of them named.
