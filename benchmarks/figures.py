@@ -1,112 +1,160 @@
-"""Figures of the studies: lines against T or strength, accuracy against synops, a dot a task."""
+"""Figures: accuracy against T of a run, and of a study lines, panels, a scatter or dots; qsnn's own curve style."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
-from qsnn.files import write_atomic
+import studies
+from lookup import by_label, flow, whole
+from tables import FLOW, accuracies, count_of, spread
+
+from qsnn.report.curve import COLOURS, draw_curve, saved
 from qsnn.report.records import Record
 
-HERE = Path(__file__).resolve().parent
-COLOURS = ("#2a6f97", "#c1121f", "#6a994e", "#bc6c25", "#7b2cbf", "#495057", "#0f8b8d", "#e09f3e")
-STYLE = {
-    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "svg.hashsalt": "qsnn", "svg.fonttype": "none", "legend.frameon": False,
+By = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Label -> metrics of every seed."""
+Draw = Callable[[Any, By], None]
+CYCLE = [COLOURS[f"c{i}"][0] for i in range(5)]
+WORDS = {
+    "qann": "QANN", "ann": "without spikes", "teacher": "teacher", "T=1": "student, T = 1", "T=2": "student, T = 2",
 }  # fmt: skip
-KEYS = {"qann": "QANN", "T=1": "student, T = 1", "T=2": "student, T = 2"}
-AXES = {
-    "noise": "noise: σ, pixels on [0, 1]", "blur": "blur: σ [pixel]", "occlusion": "occlusion: part of the area",
-    "shift": "shift: up to so many pixels each way",
-}  # fmt: skip
+"""Metric -> how a legend names it, in figures of dots."""
 
 
-def draw(name: str, records: Sequence[Record]) -> Path:
-    """Draw what a study measured, mean ± standard deviation over the seeds; return the SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    by: dict[str, list[dict[str, Any]]] = {}
-    for r in records:
-        by.setdefault(r.name.partition("/")[2], []).append(r.metrics)
-    keys = list(dict.fromkeys(key for rows in by.values() for row in rows for key in row))
-    seeds = len({r.seed for r in records})
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4.4), layout="constrained")
-        if any(key.startswith("strength ") for key in keys):
-            _panels(figure, by)
-        elif "synops" in keys and "accuracy" in keys:
-            _scatter(figure.subplots(), by)
-        elif any(key.startswith("T=") for key in keys) and name not in ("tasks", "smoothing"):
-            _lines(figure.subplots(), by, "T=", "time steps T")
-        else:
-            left_out = ("weight_bytes", "synops", "ece", "spike rate", "n")
-            _dots(figure.subplots(), by, [key for key in keys if key not in left_out])
-        data_name = "several data sets" if records[0].data == "all" else records[0].data
-        figure.suptitle(f"{name}, {data_name}, {seeds} seed{'s' if seeds > 1 else ''}")
-        data = io.BytesIO()
-        figure.savefig(data, format="svg", facecolor="white", metadata={"Date": None})
-    path = HERE / "figures" / f"study-{name}.svg"
-    write_atomic(path, data.getvalue())
-    return path
+# --- what a study may ask for -----------------------------------------------------------------------------------------
 
 
-def _spread(rows: Sequence[dict[str, Any]], key: str) -> tuple[float, float]:
+def lines(names: Mapping[str, str] | None = None) -> Draw:
+    """Accuracy against T, a line a row; ``names``: label -> how the legend calls it."""
+    words = names or {}
+    return lambda figure, by: _lines(figure.subplots(), {words.get(n, n): by[n] for n in by}, "T=", "time steps T")
+
+
+def panels(titles: Mapping[str, str], prefix: str = "strength ") -> Draw:
+    """A panel for each kind, the part of a label before its comma; a line for what stands behind it."""
+
+    def draw(figure: Any, by: By) -> None:
+        places = figure.subplots(2, -(-len(titles) // 2)).flat
+        for index, (axes, (kind, title)) in enumerate(zip(places, titles.items(), strict=False)):
+            mine = {label.partition(", ")[2]: rows for label, rows in by.items() if label.startswith(f"{kind}, ")}
+            _lines(axes, mine, prefix, title, legend=index == 0)
+
+    return draw
+
+
+def scatter(x: str, title: str, unit: float = 1e6) -> Draw:
+    """Accuracy against another metric, in ``unit``; one colour for what stands before a label's comma."""
+
+    def draw(figure: Any, by: By) -> None:
+        axes = figure.subplots()
+        groups = list(dict.fromkeys(label.partition(", ")[0] for label in by))
+        for label, rows in by.items():
+            group, _, rest = label.partition(", ")
+            colour = CYCLE[groups.index(group) % len(CYCLE)]
+            at, (y, error) = _spread(rows, x)[0] / unit, _spread(rows, "accuracy")
+            named = None if group in {c.get_label() for c in axes.containers} else group
+            axes.errorbar([at], [y], [error], color=colour, marker="o", capsize=2, label=named)
+            axes.annotate(rest, (at, y), (6, 4), textcoords="offset points", fontsize=7, color=colour)
+        axes.set(xlabel=title, ylabel="accuracy [%]")
+        axes.legend(fontsize=7)
+
+    return draw
+
+
+def dots(*keys: str) -> Draw:
+    """A line a row of the study, a dot for each of these metrics."""
+
+    def draw(figure: Any, by: By) -> None:
+        axes = figure.subplots()
+        for index, key in enumerate(keys):
+            labels = [label for label, rows in by.items() if any(key in row for row in rows)]
+            found = [_spread(by[label], key) for label in labels]
+            axes.errorbar([m for m, _ in found], [list(by).index(label) + 0.12 * index for label in labels],
+                          xerr=[s for _, s in found], color=CYCLE[index], marker="osD^v"[index], linestyle="",
+                          capsize=2, label=WORDS.get(key, key))  # fmt: skip
+        axes.grid(False, axis="y")
+        axes.grid(True, axis="x")
+        axes.set_yticks(range(len(by)), list(by))
+        axes.invert_yaxis()
+        axes.set_xlabel("accuracy [%]")
+        axes.legend(fontsize=7)
+
+    return draw
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
     values = [float(row[key]) for row in rows if key in row]
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def _lines(axes: Any, by: dict[str, list[dict[str, Any]]], prefix: str, title: str, legend: bool = True) -> None:
+def _lines(axes: Any, by: By, prefix: str, title: str, legend: bool = True) -> None:
     for index, (label, rows) in enumerate(by.items()):
         keys = [key for key in rows[0] if key.startswith(prefix)]
-        x = [float(key.removeprefix(prefix)) for key in keys]
         found = [_spread(rows, key) for key in keys]
-        colour = COLOURS[index % len(COLOURS)]
-        style = "--" if index >= len(COLOURS) else "-"
-        axes.errorbar(x, [m for m, _ in found], [s for _, s in found], color=colour, linestyle=style, marker="o",
-                      markersize=3, capsize=2, linewidth=1.2, label=label)  # fmt: skip
+        axes.errorbar([float(key.removeprefix(prefix)) for key in keys], [m for m, _ in found], [s for _, s in found],
+                      color=CYCLE[index % 5], linestyle="--" if index >= 5 else "-", marker="osD^v"[index % 5],
+                      markersize=4, capsize=2, linewidth=1.3, label=label)  # fmt: skip
     if prefix == "T=":
         axes.set_xscale("log", base=2)
-        steps = sorted({float(k[2:]) for rows in by.values() for k in rows[0] if k.startswith("T=")})
+        axes.minorticks_off()
+        steps = sorted({float(k.removeprefix(prefix)) for rows in by.values() for k in rows[0] if k.startswith(prefix)})
         axes.set_xticks(steps, [f"{t:g}" for t in steps])
-    axes.set_xlabel(title)
-    axes.set_ylabel("accuracy [%]")
+    axes.set(xlabel=title, ylabel="accuracy [%]")
     if legend:
         axes.legend(fontsize=7, ncols=2 if len(by) > 5 else 1)
 
 
-def _panels(figure: Any, by: dict[str, list[dict[str, Any]]]) -> None:
-    kinds = list(dict.fromkeys(label.partition(", ")[0] for label in by))
-    for index, (axes, kind) in enumerate(zip(figure.subplots(2, -(-len(kinds) // 2)).flat, kinds, strict=False)):
-        mine = {label.partition(", ")[2]: rows for label, rows in by.items() if label.startswith(f"{kind}, ")}
-        _lines(axes, mine, "strength ", AXES.get(kind, kind), legend=index == 0)
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _scatter(axes: Any, by: dict[str, list[dict[str, Any]]]) -> None:
-    groups = list(dict.fromkeys(label.partition(", ")[0] for label in by))
-    for label, rows in by.items():
-        group, _, width = label.partition(", ")
-        colour = COLOURS[groups.index(group) % len(COLOURS)]
-        x, (y, error) = _spread(rows, "synops")[0] / 1e6, _spread(rows, "accuracy")
-        known = {text.get_label() for text in axes.containers}
-        axes.errorbar([x], [y], [error], color=colour, marker="o", capsize=2, label=None if group in known else group)
-        axes.annotate(width, (x, y), (6, 4), textcoords="offset points", fontsize=7, color=colour)
-    axes.set_xlabel("operations on 1-bit weights per image [million]")
-    axes.set_ylabel("accuracy [%]")
-    axes.legend(fontsize=7)
+def of_study(name: str, records: Sequence[Record]) -> bytes | None:
+    """What a study measured as SVG, mean ± standard deviation over the seeds; None where it has no figure."""
+    from matplotlib.figure import Figure
+
+    draw = studies.find(name).figure
+    if draw is None or not records:
+        return None
+
+    def made() -> Figure:
+        figure = Figure(figsize=(7, 4.4), layout="constrained")
+        draw(figure, {label: [r.metrics for r in found] for label, found in by_label(records).items()})
+        data = "several data sets" if records[0].data == "all" else records[0].data
+        figure.suptitle(f"{name}, {data}, {count_of(len({r.seed for r in records}), 'seed')}")
+        return figure
+
+    return saved(made, "svg")
 
 
-def _dots(axes: Any, by: dict[str, list[dict[str, Any]]], keys: Sequence[str]) -> None:
-    for index, key in enumerate(keys):
-        labels = [label for label, rows in by.items() if any(key in row for row in rows)]
-        found = [_spread(by[label], key) for label in labels]
-        axes.errorbar([m for m, _ in found], [list(by).index(label) + 0.12 * index for label in labels],
-                      xerr=[s for _, s in found], color=COLOURS[index % len(COLOURS)], marker="o", linestyle="",
-                      capsize=2, label=KEYS.get(key, key))  # fmt: skip
-    axes.set_yticks(range(len(by)), list(by))
-    axes.invert_yaxis()
-    axes.set_xlabel("accuracy [%]")
-    axes.legend(fontsize=7)
+def of_run(chosen: dict[str, list[Record]]) -> bytes:
+    """The accuracy curve of a flow as SVG."""
+    results, bands = [], {}
+    for model, rows in chosen.items():
+        steps = tuple(rows[0].metrics["timesteps"])
+        values = [accuracies(rows, t) or [] for t in steps or (1,)]
+        mean_of = tuple(fmean(v) for v in values)
+        results.append(SimpleNamespace(name=model, n=rows[0].n, timesteps=steps, accuracy=mean_of, exits=()))
+        bands[model] = [spread(v, rows[0].n) for v in values]
+    first, seeds = chosen["student"][0], len(chosen["student"])
+    band = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed, 95 % Wilson interval"
+    title = f"{first.config['run']['model']} on {first.data}: {band}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "curve.svg"
+        draw_curve(results, path, title=title, spread=bands if seeds > 1 else None)  # type: ignore[arg-type]
+        return path.read_bytes()
+
+
+def published(records: Sequence[Record]) -> dict[str, bytes]:
+    """Every figure that the records give, by its file's name."""
+    found: dict[str, bytes] = {}
+    for data in dict.fromkeys(r.data for r in records if r.name.startswith("run/")):
+        if chosen := flow(records, "run", FLOW, data):
+            found[f"run-{data}.svg"] = of_run(chosen)
+    for name in studies.names():
+        if drawn := of_study(name, whole(name, records)):
+            found[f"study-{name}.svg"] = drawn
+    return found

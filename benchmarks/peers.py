@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -28,10 +26,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import qsnn
-from qsnn.report.records import Record, append, environment, now, read
+from qsnn.report.records import Record, append, environment, now
+from qsnn.report.terminal import number
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from lookup import key, plain, stored
 from setting import cached
+from tables import plus_minus
 
 HERE = Path(__file__).resolve().parent
 TIMESTEPS = (1, 2, 4, 8, 16)
@@ -201,11 +202,10 @@ def run(names: list[str], seeds: list[int], path: Path, data_root: Path | None) 
                 for method in (OURS, *recipes(), *OTHERS):
                     if teacher is None:
                         teacher, config = teacher_of(data, net, seed)
-                    config = json.loads(json.dumps({**config, "calibration_images": CALIBRATION}))
+                    config = plain({**config, "calibration_images": CALIBRATION})
                     name = f"peers/{net}/{method}"
-                    wanted.append((name, data_name, config))
-                    known = read(path) if path.exists() else []
-                    if any((r.name, r.data, r.config) == wanted[-1] for r in known):
+                    wanted.append(key(name, data_name, config))
+                    if wanted[-1] in stored(path):
                         continue
                     world = environment("cpu")
                     metrics = measure(method, teacher, data)
@@ -213,10 +213,10 @@ def run(names: list[str], seeds: list[int], path: Path, data_root: Path | None) 
                         name=name, data=data_name, seed=seed, n=min(IMAGES, len(data.test)), metrics=metrics,
                         config=config, environment=world, time=now(),
                     ))  # fmt: skip
-                    shown = "  ".join(f"{key} {value:.2f}" for key, value in metrics.items())
+                    shown = "  ".join(f"{what} {number(value)}" for what, value in metrics.items())
                     console.print(f"{data_name} {net} {method}, seed {seed}: {shown}", highlight=False)
-    newest = {(r.name, r.data, json.dumps(r.config, sort_keys=True)): r for r in read(path)}
-    return [newest[name, data_name, json.dumps(config, sort_keys=True)] for name, data_name, config in wanted]
+    known = stored(path)
+    return [known[row] for row in wanted]
 
 
 def print_table(records: list[Record]) -> None:
@@ -228,11 +228,8 @@ def print_table(records: list[Record]) -> None:
         for net in NETS:
             rows = [r for r in records if r.data == data_name and r.name.split("/")[1] == net]
             for method in (OURS, *recipes(), *OTHERS):
-                cells = []
-                for t in TIMESTEPS:
-                    values = [float(r.metrics[f"T={t}"]) for r in rows if r.name.split("/")[2] == method]
-                    cells.append(f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
-                table.add_row(net, method, *cells)
+                mine = [r.metrics for r in rows if r.name.split("/", 2)[2] == method]
+                table.add_row(net, method, *(plus_minus([m[f"T={t}"] for m in mine]) for t in TIMESTEPS))
         Console().print(table)
 
 

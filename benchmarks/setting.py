@@ -1,31 +1,38 @@
-"""What the studies share: a setting, and its networks, trained once and kept under the hash of their config."""
+"""What studies share: a setting, its networks, trained once and kept under the hash of their config, and helpers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 
 import qsnn
+from qsnn.report.records import Record
 
 CACHE = Path("runs/study")
 MOST_EPOCHS = 5
 """A data set of few images is seen at most so many times as often."""
+IMAGES = 2_000
+"""Test images, the first of the data set, where many steps or many networks take long."""
 Row = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
 """Label, the config that names it besides the setting, and what measures it."""
+Load = Callable[[str], qsnn.Data]
+"""A data set by its name; "nmnist:4" is N-MNIST in four frames."""
 
 STUDENTS: dict[str, dict[str, int]] = {
     "W4": {"weight_bits": 4, "levels": 2},
     "W1": {"weight_bits": 1, "levels": 2},
     "fp16": {"weight_bits": 16, "levels": 2},
 }
+W4 = STUDENTS["W4"]
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,30 @@ def student_of(
 
     known = {"setting": asdict(setting), "quantize": quantized, "distill": asdict(config), "options": options}
     return cached("student", known, make)  # type: ignore[return-value]
+
+
+def of_qann(setting: Setting, **options: Any) -> dict[str, Any]:
+    """The config of a row that works on the W4/L2 network of the setting."""
+    return {**options, "quantize": W4, "train": asdict(setting.low_bits())}
+
+
+def first_of(data: qsnn.Data) -> Any:
+    """The first test images, for what takes long."""
+    return data.test.head(IMAGES)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def curve_of(model: nn.Module, test: Any, timesteps: int = 8) -> dict[str, float]:
+    """Online accuracy [%] at T = 1, 2, 4, ..., in one pass as the network stands, not folded."""
+    right: Tensor | int = 0
+    for images, labels in qsnn.batches(test, 500):
+        answers = model(images, timesteps=timesteps)
+        right = right + (answers.argmax(-1) == labels).sum(1)
+    found = (100.0 * torch.as_tensor(right).double() / len(test)).tolist()
+    return {f"T={t}": found[t - 1] for t in (1, 2, 4, 8, 16) if t <= timesteps}
+
+
+def mean_of(records: Sequence[Record], label: str, key: str) -> float:
+    """Mean over the seeds of one number of one row."""
+    values = [float(r.metrics[key]) for r in records if r.name.partition("/")[2] == label]
+    return sum(values) / len(values)

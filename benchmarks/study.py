@@ -3,22 +3,20 @@
 A row whose record is there already (same config) is not run again, so a long table fills across calls. Networks that
 several rows need are kept in ``runs/study`` under the hash of their config. Default size: the study net (16-16-32-32-64
 channels), 20,000 training images, 4 epochs a stage; ``--full`` uses all images. ``--jobs`` rows run at a time, each on
-its share of the cores.
+its share of the cores. What a study is stands in ``studies/NAME.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -27,68 +25,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import qsnn
-from qsnn.report.records import Record, append, environment, now, read
+from qsnn.files import write_atomic
+from qsnn.report.records import Record, append, environment, now
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import questions
-import questions_tasks
-import questions_training
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # this folder, and never studies/: see its docstring
+import figures
 import studies
-from figures import draw
-from setting import CACHE, Row, Setting
+from lookup import key, plain, stored
+from setting import CACHE, Setting
+from tables import plus_minus
 
 HERE = Path(__file__).resolve().parent
-Load = Callable[[str], qsnn.Data]
 
 
 def _load(root: Path | None, name: str) -> qsnn.Data:
     """A data set by name; recordings as four frames for the order of frames, else as two, one for each step."""
     name, _, steps = name.partition(":")
     return qsnn.load_data(name, root=root, timesteps=int(steps or 2) if name == "nmnist" else None)
-
-
-@dataclass(frozen=True)
-class Study:
-    """What a name of the command line stands for."""
-
-    rows: Callable[[Setting, Load], Iterator[Row]]
-    data: str = "fashion-mnist"
-    """Data set where none is named."""
-    answer: Callable[[Sequence[Record]], str] | None = None
-    """The sentence at the end."""
-
-
-def _one(study: Callable[[Setting, qsnn.Data], Iterator[Row]]) -> Callable[[Setting, Load], Iterator[Row]]:
-    """A study of one data set."""
-    return lambda setting, load: study(setting, load(setting.data))
-
-
-STUDIES: dict[str, Study] = {
-    "precision": Study(_one(studies.precision), answer=studies.precision_answer),
-    "certificates": Study(_one(studies.certificates)),
-    "online": Study(_one(studies.online), answer=studies.online_answer),
-    "distill": Study(_one(studies.distill), answer=studies.distill_answer),
-    "smoothing": Study(_one(studies.smoothing), answer=studies.smoothing_answer),
-    "residual": Study(_one(questions_training.residual), "mnist", questions_training.residual_answer),
-    "pooling": Study(
-        lambda setting, load: questions_training.pooling(setting, load(setting.data), partial(load, "nmnist")),
-        answer=questions_training.pooling_answer,
-    ),
-    "reset": Study(_one(questions.reset), answer=questions.reset_answer),
-    "tau": Study(_one(questions_training.tau), answer=questions_training.tau_answer),
-    "levels": Study(_one(questions.levels), answer=questions.levels_answer),
-    "generalize": Study(_one(questions_tasks.generalize), answer=questions_tasks.generalize_answer),
-    "tasks": Study(questions_tasks.tasks, "all", questions_tasks.tasks_answer),
-    "readout": Study(_one(questions.readout), answer=questions.readout_answer),
-    "hybrid": Study(_one(questions_training.hybrid), answer=questions_training.hybrid_answer),
-    "time": Study(
-        lambda setting, load: questions_training.time(setting, partial(load, "nmnist:4")),
-        "nmnist",
-        questions_training.time_answer,
-    ),
-    "code": Study(_one(questions_tasks.code), answer=questions_tasks.code_answer),
-    "multitask": Study(questions_tasks.multitask, "all", questions_tasks.multitask_answer),
-}
 
 
 def selected(
@@ -98,8 +51,8 @@ def selected(
     images, epochs = (None, 12) if full else (20_000, 4)
     setting = Setting(data_name, model, epochs, images, seed)
     return [
-        (setting, label, json.loads(json.dumps({"setting": asdict(setting), **options})), measure)
-        for label, options, measure in STUDIES[name].rows(setting, partial(_load, data_root))
+        (setting, label, plain({"setting": asdict(setting), **options}), measure)
+        for label, options, measure in studies.find(name).rows(setting, partial(_load, data_root))
         if not only or label in only
     ]
 
@@ -138,12 +91,12 @@ def run(
     rows = [row for seed in seeds for row in selected(name, data_name, seed, full, data_root, model, only)]
     if not rows:
         raise ValueError(f"study {name} has no row of {', '.join(only)}")
-    known = {(r.name, json.dumps(r.config, sort_keys=True)) for r in (read(path) if path.exists() else [])}
-    keys = [(f"study-{name}/{label}", json.dumps(config, sort_keys=True)) for _, label, config, _ in rows]
+    keys = [key(f"study-{name}/{label}", setting.data, config) for setting, label, config, _ in rows]
+    known = stored(path)
     missing = [
         (name, path, data_name, setting.seed, full, data_root, model, [label])
-        for (setting, label, _, _), key in zip(rows, keys, strict=True)
-        if key not in known
+        for (setting, label, _, _), wanted in zip(rows, keys, strict=True)
+        if wanted not in known
     ]
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     if jobs == 1:
@@ -164,35 +117,29 @@ def run(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-    newest = {(r.name, json.dumps(r.config, sort_keys=True)): r for r in read(path)}
-    return [newest[key] for key in keys]
+    known = stored(path)
+    return [known[wanted] for wanted in keys]
 
 
 def print_table(name: str, records: list[Record]) -> None:
     """Mean ± standard deviation over the seeds of every metric, a row a label."""
     labels = list(dict.fromkeys(r.name.partition("/")[2] for r in records))
-    keys = list(dict.fromkeys(key for r in records for key in r.metrics if not key.startswith("error")))
+    keys = list(dict.fromkeys(k for r in records for k in r.metrics if not k.startswith("error")))
     table = Table(title=f"{name} on {records[0].data}")
     table.add_column("setting")
-    for key in keys:
-        table.add_column(key, justify="right")
+    for metric in keys:
+        table.add_column(metric, justify="right")
     for label in labels:
         rows = [r for r in records if r.name.partition("/")[2] == label]
-        cells = []
-        for key in keys:
-            values = [float(r.metrics[key]) for r in rows if key in r.metrics]
-            if not values:
-                cells.append("")
-                continue
-            cells.append(f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else ""))
-        table.add_row(label, *cells)
+        values = ([float(r.metrics[metric]) for r in rows if metric in r.metrics] for metric in keys)
+        table.add_row(label, *(plus_minus(found) if found else "" for found in values))
     Console().print(table)
 
 
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", choices=STUDIES)
+    parser.add_argument("name", choices=studies.names())
     parser.add_argument("--data", default=None, help="by default what the question is about")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--full", action="store_true", help="all training images, 12 epochs a stage")
@@ -203,7 +150,7 @@ def main() -> None:
         "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="rows at a time, each on its share of the cores"
     )
     args = parser.parse_args()
-    study = STUDIES[args.name]
+    study = studies.find(args.name)
     try:
         records = run(
             args.name, args.data or study.data, args.seeds, args.full, args.data_root, args.model, args.only or (),
@@ -216,7 +163,10 @@ def main() -> None:
         sys.exit(2)
     print_table(args.name, records)
     if study.answer is not None and not args.only:
-        print(f"drawn: {draw(args.name, records)}")
+        if drawn := figures.of_study(args.name, records):
+            path = CACHE / f"study-{args.name}.svg"
+            write_atomic(path, drawn)
+            print(f"drawn: {path}; scripts/readme draws the one that is published")
         print(study.answer(records))
 
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 import qsnn
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.models.create import build_model
 from qsnn.quant.activations import level_quant
 from qsnn.report.records import Record, append, environment, now
 
@@ -70,7 +71,7 @@ def quantization_aware_training(model_name: str, repeats: int) -> dict[str, Any]
     keep_freed_memory()
     torch.manual_seed(0)
     images, labels = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
-    model = qsnn.models.build_model(model_name, (1, 28, 28), 10)
+    model = build_model(model_name, (1, 28, 28), 10)
     qann = qsnn.quantize(model, [(images, labels)])
     sides = {"float": training_step(model, images, labels), "qat": training_step(qann, images, labels)}
     seconds = side_by_side(sides, repeats)
@@ -117,7 +118,7 @@ class _ScaledNode(nn.Module):
 def _students(model_name: str, channels_last: bool = True) -> dict[str, Callable[[], None]]:
     torch.manual_seed(0)
     images, labels = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
-    qann: Any = qsnn.quantize(qsnn.models.build_model(model_name, (1, 28, 28), 10), [(images, labels)])
+    qann: Any = qsnn.quantize(build_model(model_name, (1, 28, 28), 10), [(images, labels)])
     snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2))
     return {
         "qsnn": training_step(snn, images, labels),

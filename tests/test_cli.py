@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import re
@@ -516,20 +518,52 @@ def test_checkpoints_of_two_data_sets_are_not_compared(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "Missing subcommand"),
-        (["info", "file", "--nope"], "--nope"),
-        (["train", "--data", "digits"], "--out PATH"),
-        (["run", "--epochs", "one"], "--epochs"),
-        (["convert", "file", "--out", "out", "--timesteps", "two"], "--timesteps"),
+        ([], "a command is missing; use one of run, train,"),
+        (["nothing"], "unknown command 'nothing'; use one of run, train,"),
+        (["--nope"], "unknown command '--nope'"),
+        (["info", "file", "--nope"], "unrecognized options: --nope; `qsnn info --help` lists the options"),
+        (["train", "--data", "digits"], "missing from qsnn train: --out PATH"),
+        (["run", "--epochs", "one"], "error parsing --epochs"),
+        (["convert", "file", "--out", "out", "--timesteps", "two"], "error parsing --timesteps"),
+        (["info", f"{'long' * 40}-{'name' * 40}"], f"{'long' * 40}-{'name' * 40}"),
     ],
 )
-def test_a_command_line_that_cannot_be_parsed(
-    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+def test_a_command_line_that_cannot_be_parsed(args: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused(*args)
+
+
+def test_a_refusal_is_not_cut_by_a_narrow_terminal(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    name = "a" * 200
+    assert f"optimizer must be 'sgd' or 'adamw', got '{name}'" in refused(
+        "train", "--data", "digits", "--out", "out", "--optimizer", name
+    )
+    assert os.environ["COLUMNS"] == "40"
+
+
+def test_what_nobody_foresaw_is_one_line_that_says_how_to_report_it(
+    refused: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(file: Path) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("qsnn.cli.commands.info", info)
+    error = refused("info", "--file", "x")
+    assert error.startswith("qsnn: two lines (RuntimeError); qsnn did not foresee this: please report it")
+    assert "QSNN_DEBUG=1" in error
+    monkeypatch.setenv("QSNN_DEBUG", "1")
     with pytest.raises(SystemExit) as left:
-        main(args)
-    shown = capsys.readouterr()
-    assert left.value.code == 2 and message in shown.err and not shown.out
+        main(["info", "--file", "x"])
+    shown = capsys.readouterr().err
+    assert left.value.code == 2 and shown.startswith("Traceback") and shown.endswith(error)
+
+
+def test_the_table_of_commands_says_what_the_commands_say() -> None:
+    for name, (module, line) in cli.COMMANDS.items():
+        command = getattr(importlib.import_module(module), name)
+        assert (inspect.getdoc(command) or "").splitlines()[0] == line
 
 
 # ---- as a process of its own
@@ -553,5 +587,43 @@ def test_a_process_finds_a_model_in_the_working_directory(tmp_path: Path) -> Non
 def test_a_process_that_fails_says_so_in_one_line(tmp_path: Path) -> None:
     done = process(tmp_path, "fold", "missing", "--out", "out")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "qsnn: no such file: missing"
+    assert done.stderr == "qsnn: no such file: missing\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [(["--help"], 0), (["-h"], 0), (["--version"], 0), ([], 2), (["nothing"], 2), (["nope", "-x"], 2)],
+)
+def test_an_answer_that_needs_no_torch_imports_none(args: list[str], status: int) -> None:
+    """Torch takes seconds to import; so it is looked for, and no clock is read."""
+    code = f"""
+import sys
+from qsnn.cli.main import main
+try:
+    main({args!r})
+except SystemExit as left:
+    assert left.code in ((None, 0) if {status} == 0 else ({status},)), left.code
+assert not {{"torch", "numpy", "spikingjelly", "brevitas", "matplotlib"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (len(done.stdout) > 5) == (status == 0) and (len(done.stderr.splitlines()) == 1) == (status == 2)
+    if args == ["--version"]:
+        assert done.stdout == f"qsnn {qsnn.__version__}\n"
+
+
+def test_no_command_prints_a_warning_of_somebody_else(chain: Path, tmp_path: Path) -> None:
+    """CUDA_HOME without a GPU, on which torch comments when SpikingJelly imports its extension builder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    for args in (
+        ("train", "--data", "digits", "--model", "study", "--epochs", 1, "--train-images", 128, "--out", "teacher"),
+        ("quantize", "teacher", "--epochs", 1, "--train-images", 128, "--out", "qann"),
+        ("convert", "qann", "--certify", "--out", "snn"),
+        ("distill", "snn", "--teacher", "qann", "--epochs", 1, "--train-images", 128, "--out", "student"),
+        ("fold", "student", "--out", "folded"),
+        ("benchmark", "folded", "qann", "--timesteps", 2, "--html", "report.html"),
+        ("info", "folded"),
+    ):
+        command = [sys.executable, "-m", "qsnn", *map(str, args)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), args

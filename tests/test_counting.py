@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qsnn
-from qsnn.measure.counting import LiveMemory
+from qsnn.data.memory import LiveMemory
 
 IMAGE = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 2)
 LABEL = torch.zeros(1, dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -210,6 +211,13 @@ def test_every_image_once_an_epoch(digits: qsnn.Data) -> None:
         found = torch.stack(seen).sort(0).values
         expected = torch.stack([part[i][0].flatten() for i in range(n)]).sort(0).values
         assert torch.equal(found, expected)
+
+
+def test_both_ways_to_distill_take_the_same_arguments(nets: tuple, digits: qsnn.Data) -> None:
+    one, both = inspect.signature(qsnn.distill), inspect.signature(qsnn.distill_together)
+    assert one.parameters == both.parameters
+    with pytest.raises(TypeError, match="resum"):
+        qsnn.distill(nets[2], nets[1], digits, CONFIG, resum="state")
 
 
 @pytest.mark.slow

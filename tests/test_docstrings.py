@@ -13,7 +13,7 @@ import qsnn
 PACKAGE = Path(qsnn.__file__).parent
 ROOMS = ("quant", "snn", "folded", "distillation")
 """Rooms whose every public definition is read; of the others those that ``qsnn`` hands out."""
-UNIT = re.compile(r"\[[^\]]+\]|\b(bits?|images|steps?|epochs|passes|levels|timesteps|layers|processes)\b", re.IGNORECASE)
+UNIT = re.compile(r"\[[^\]]+\]|\b(bits?|images|steps?|epochs|passes|levels|timesteps|layers|processes)\b", re.I)
 SHAPE = re.compile(r"Shape:|\([A-Z]['A-Z_]*(·[A-Z])?(, [^)]*)?\)|\(\*\)|\(\)")
 FORMULA = re.compile(r":math:|\.\. math::")
 OWES_SOURCE = re.compile(r"Quant$|IFNode$|^Dynamics$|divergence$|cross_entropy$|matching$|regulariser$|^estimates$")
@@ -124,8 +124,10 @@ def test_these_laws_can_fail():
     assert not UNIT.search("Peak learning rate.") and UNIT.search("Time constant [steps]")
 
 
-VERBS = ("quantize", "convert", "distill", "fold", "certify", "benchmark", "fit", "save", "load", "load_data", "summary",
-         "accuracy", "create_model", "batches")  # fmt: skip
+VERBS = (
+    "quantize", "convert", "distill", "fold", "certify", "benchmark", "fit", "save", "load", "load_data", "summary",
+    "accuracy", "create_model", "batches",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", VERBS)

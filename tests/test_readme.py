@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import re
 import runpy
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
 
 import qsnn
 from qsnn.cli import main as cli
@@ -22,14 +24,15 @@ from qsnn.report.records import Record, append
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPT = runpy.run_path(str(ROOT / "scripts/readme"))
-update: Callable[..., list[str]] = SCRIPT["update"]
+RESULTS = (ROOT / "benchmarks/RESULTS.md").read_text(encoding="utf-8")
+update: Callable[..., list[str]] = runpy.run_path(str(ROOT / "scripts/readme"))["update"]
 COMMANDS = [
     line
     for block in re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
     if line.startswith("qsnn ")
 ]
+PAGE = "benchmarks/RESULTS.md"
 EMPTY = "# own\n\n<!-- table:run-digits -->\nno records yet\n<!-- /table -->\n\nlast\n"
 CONFIG = {
     "run": {"model": "vgg-small", "weight_bits": 4, "levels": 2, "out": "a", "epochs": None, "seed": 0},
@@ -41,7 +44,7 @@ WORLD = {
 }  # fmt: skip
 
 
-def add(root: Path, seed: int = 0, gain: float = 0.0, *, minute: int = 0, models: tuple[str, ...] = SCRIPT["MODELS"],
+def add(root: Path, seed: int = 0, gain: float = 0.0, *, minute: int = 0, models: tuple[str, ...] = tables.FLOW,
         epochs: int = 20, **world: Any) -> None:  # fmt: skip
     """Append what a run writes: accuracies of 90 + gain, a step more for every T."""
     config = copy.deepcopy(CONFIG)
@@ -63,13 +66,14 @@ def add(root: Path, seed: int = 0, gain: float = 0.0, *, minute: int = 0, models
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    (tmp_path / "README.md").write_text(EMPTY, encoding="utf-8")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / PAGE).write_text(EMPTY, encoding="utf-8")
     return tmp_path
 
 
-def table(root: Path) -> str:
+def page(root: Path) -> str:
     update(root)
-    return (root / "README.md").read_text(encoding="utf-8")
+    return (root / PAGE).read_text(encoding="utf-8")
 
 
 def cells(text: str, model: str) -> list[str]:
@@ -101,17 +105,35 @@ def test_commands_are_shown():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_parses(line, monkeypatch):
     called = []
-    for name, command in cli.COMMANDS.items():
+    for name, (module, _) in cli.COMMANDS.items():
+        command = getattr(importlib.import_module(module), name)
         stub = functools.wraps(command)(lambda *args, name=name, **options: called.append(name))
-        monkeypatch.setitem(cli.COMMANDS, name, stub)
+        monkeypatch.setattr(f"{module}.{name}", stub)
     _, *args = shlex.split(line, comments=True)
     cli.main(args)
     assert called == [args[0]]
 
 
-def test_links_and_scripts_exist():
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README) + re.findall(r"\bscripts/[\w.]+", README):
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", PAGE])
+def test_links_and_scripts_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / path).exists(), path
+    for path in re.findall(r"\bscripts/[\w.]+\w", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_readme_is_a_page():
+    assert len(README.splitlines()) <= 170
+    assert max(map(len, README.split("<!-- table:")[0].splitlines())) <= 120
+
+
+def test_every_table_of_results_says_what_made_it():
+    tables_and_lines = re.findall(r"(?:^\|.*\n)+\n(.*)$(?:\n\n(Trained with .*|.*`python .*)$)?", RESULTS, re.MULTILINE)
+    assert len(tables_and_lines) > 20
+    for line in map(" ".join, tables_and_lines):
+        for word in (r"`(python|qsnn) ", r"; commit [0-9a-f]{7}", r"seeds: \d", r"Processor|EPYC|GPU|NVIDIA"):
+            assert re.search(word, line), line
 
 
 def test_tables_and_figures_are_what_the_records_give():
@@ -125,10 +147,9 @@ def test_all_is_the_public_surface():
         return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
 
     assert qsnn.__all__ == sorted(qsnn.__all__, key=order)
+    public = {name for name in qsnn.__all__ if not isinstance(getattr(qsnn, name), types.ModuleType)}
     found = {name for name, value in vars(qsnn).items() if not isinstance(value, types.ModuleType)}
-    assert {name for name in found if not name.startswith("_")} == {
-        name for name in qsnn.__all__ if not isinstance(getattr(qsnn, name), types.ModuleType)
-    }
+    assert {name for name in found if not name.startswith("_")} == public  # each is loaded by now
     for name in qsnn.__all__:
         assert (getattr(qsnn, name).__doc__ or "").strip(), name
 
@@ -139,7 +160,7 @@ def test_all_is_the_public_surface():
 def test_mean_and_standard_deviation_over_seeds(root):
     for seed, gain in enumerate((0.0, 1.0, 5.0)):
         add(root, seed, gain)
-    text = table(root)
+    text = page(root)
     # by hand: (0 + 1 + 5)/3 = 2; sqrt((4 + 1 + 9)/2) = 2.6458
     accuracy = ["92.00 ± 2.65", "93.00 ± 2.65", "94.00 ± 2.65", "95.00 ± 2.65"]
     assert cells(text, "student") == ["2.0", *accuracy, "0.250", "448 k", "13.8 k"]
@@ -147,7 +168,7 @@ def test_mean_and_standard_deviation_over_seeds(root):
     for words in (
         "540 test images; seeds: 0, 1, 2; vgg-small, 4-bit weights, L = 2; certificates that say EXACT: 3 of 3",
         "a CPU; commit 0123456; torch 2.1; brevitas 0.1; spikingjelly 2.0; ±: standard deviation over the seeds.",
-        "(benchmarks/figures/run-digits.svg)",
+        "(figures/run-digits.svg)",
     ):
         assert words in text
     figure = (root / "benchmarks/figures/run-digits.svg").read_text(encoding="utf-8")
@@ -156,7 +177,7 @@ def test_mean_and_standard_deviation_over_seeds(root):
 
 def test_one_seed_has_an_interval_and_says_so(root):
     add(root)
-    text = table(root)
+    text = page(root)
     # Wilson, p = 0.9, n = 540: 1.96·sqrt(0.09/540 + 1.96²/(4·540²))/(1 + 1.96²/540) = 0.0254
     assert cells(text, "SNN online")[1] == "90.00 ± 2.54 †"
     assert "† one seed: half the 95 % Wilson interval over the test images." in text
@@ -166,28 +187,28 @@ def test_one_seed_has_an_interval_and_says_so(root):
 def test_the_newest_record_counts_wherever_it_stands(root):
     add(root, gain=3.0, minute=2)
     add(root, gain=1.0, minute=1)
-    assert cells(table(root), "student")[1] == "93.00 ± 2.17 †"
+    assert cells(page(root), "student")[1] == "93.00 ± 2.17 †"
 
 
 def test_configs_are_not_mixed_and_the_newest_one_is_taken(root):
     for seed in (0, 1):
         add(root, seed, minute=5, epochs=20)
     add(root, 2, gain=5.0, minute=6, epochs=1)
-    assert cells(table(root), "student")[1].startswith("95.00") and "seeds: 2;" in table(root)
+    assert cells(page(root), "student")[1].startswith("95.00") and "seeds: 2;" in page(root)
     add(root, 0, minute=7, epochs=20)
-    assert "seeds: 0, 1;" in table(root)
+    assert "seeds: 0, 1;" in page(root)
 
 
 def test_a_seed_counts_only_where_every_model_has_it(root):
     add(root, 0)
     add(root, 1, models=("teacher", "QANN"), minute=1)
-    assert "seeds: 0;" in table(root)
+    assert "seeds: 0;" in page(root)
 
 
 @pytest.mark.parametrize("world", [{"dirty": True}, {"commit": None, "dirty": None}])
 def test_code_that_is_no_clean_commit_is_left_out(root, world, capsys):
     add(root, 0, **world)
-    assert table(root) == EMPTY
+    assert page(root) == EMPTY
     assert "left out 5 records of code that is not a clean commit" in capsys.readouterr().err
 
 
@@ -195,16 +216,16 @@ def test_a_second_call_changes_nothing_and_text_outside_is_kept(root):
     assert update(root) == []  # without records
     add(root, 0)
     add(root, 1, gain=1.0)
-    assert update(root, check=True) == ["README.md", "benchmarks/figures/run-digits.svg"]
+    assert update(root, check=True) == [PAGE, "benchmarks/figures/run-digits.svg"]
     assert not (root / "benchmarks/figures").exists()  # a check writes nothing
-    assert update(root) == ["README.md", "benchmarks/figures/run-digits.svg"]
-    text = (root / "README.md").read_text(encoding="utf-8")
+    assert update(root) == [PAGE, "benchmarks/figures/run-digits.svg"]
+    text = (root / PAGE).read_text(encoding="utf-8")
     assert update(root, check=True) == update(root) == []
     assert text.startswith("# own\n\n<!-- table:run-digits -->\n| model |")
     assert text.endswith("<!-- /table -->\n\nlast\n")
     (root / "benchmarks/records/run.jsonl").unlink()
-    assert update(root) == ["README.md", "benchmarks/figures/run-digits.svg"]  # the figure has gone
-    assert (root / "README.md").read_text(encoding="utf-8") == EMPTY
+    assert update(root) == [PAGE, "benchmarks/figures/run-digits.svg"]  # the figure has gone
+    assert (root / PAGE).read_text(encoding="utf-8") == EMPTY
     assert list((root / "benchmarks/figures").iterdir()) == []
 
 
@@ -223,15 +244,15 @@ def test_check_sees_a_figure_of_other_bytes_unless_another_matplotlib_drew_it(ro
 
 @pytest.mark.parametrize(("text", "message"), [
     ("<!-- table:run-digits -->\n", "each ended by"),
-    ("<!-- table:run-digits -->\n<!-- table:run-mnist -->\n<!-- /table -->\n", "or no end"),
-    (EMPTY + EMPTY, "once"),
-    ("<!-- table:other -->\n<!-- /table -->\n", "table:run-DATA --> .* got other"),
+    ("<!-- table:run-digits -->\n<!-- table:run-mnist -->\n<!-- /table -->\n", "each ended by"),
+    (EMPTY + EMPTY, "RESULTS.md: expected every .* once"),
+    ("<!-- table:other -->\n<!-- /table -->\n", "RESULTS.md: expected a block named run-DATA, .* got other"),
 ])  # fmt: skip
 def test_wrong_markers_are_refused_and_nothing_is_written(root, text, message):
-    (root / "README.md").write_text(text, encoding="utf-8")
+    (root / PAGE).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         update(root)
-    assert (root / "README.md").read_text(encoding="utf-8") == text
+    assert (root / PAGE).read_text(encoding="utf-8") == text
 
 
 def line(name: str, minute: int, seed: int = 0, version: int = 0, **metrics: Any) -> Record:
@@ -243,7 +264,7 @@ def line(name: str, minute: int, seed: int = 0, version: int = 0, **metrics: Any
 
 
 def test_the_first_paragraph_is_made_from_the_records():
-    headline, ours = SCRIPT["headline"], {"qann": 88.0, "qann on": 89.0}
+    ours = {"qann": 88.0, "qann on": 89.0}
     ratios = {"spikingjelly, contiguous": 2.0, "qsnn MiB": 10.0, "spikingjelly MiB": 20.0}
     records = [
         line("study-distill/W4", 1, 0, **ours, **{"T=2": 89.0}),
@@ -253,7 +274,21 @@ def test_the_first_paragraph_is_made_from_the_records():
         line("throughput/distill/study", 4, version=2, qsnn=1.8, **ratios),  # older, though it comes later
         line("throughput/distill/vgg-small", 5, qsnn=1.3, **ratios),
     ]
-    text = headline(records)
+    text = tables.headline(records)
     for words in ("2 seeds", "**89.5 %**", "68.0 %", "0.60 to 0.65 of the time", ", and 0.50 of the memory"):
         assert words in text
-    assert headline(records[:3]) == headline([]) == "no records yet\n"
+    assert tables.headline(records[:3]) == tables.headline([]) == tables.EMPTY
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_a_block_without_records_says_so(name):
+    assert name == "study-list" or tables.EMPTY in tables.make(name, [])
+
+
+def test_contents_link_to_the_headings():
+    text = tables.contents("# no\n\n## Time and memory\n\n### fashion-mnist, T = 2\n")
+    assert text == "- [Time and memory](#time-and-memory)\n  - [fashion-mnist, T = 2](#fashion-mnist-t--2)"
+
+
+def test_mean_and_deviation_are_written_once():
+    assert tables.plus_minus([1.0, 3.0]) == "2.00 ± 1.41" and tables.plus_minus([2.0], 1) == "2.0"

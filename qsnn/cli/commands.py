@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import tyro
 from rich.console import Console
@@ -18,20 +17,15 @@ from qsnn.data.images import Data
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
-from qsnn.files import write_atomic
 from qsnn.folded.fold import fold as to_integers
 from qsnn.graph.recipe import recipe_of
 from qsnn.measure.accuracy import accuracy
-from qsnn.measure.benchmark import benchmark as run_benchmark
 from qsnn.measure.certify import certify
 from qsnn.measure.summary import summary
 from qsnn.models.create import create_model
 from qsnn.quant.quantize import QuantizeConfig
 from qsnn.quant.quantize import quantize as to_qann
-from qsnn.report.curve import draw_curve
-from qsnn.report.page import write_report
-from qsnn.report.records import Record, append, environment, now
-from qsnn.report.terminal import energy_table, table
+from qsnn.report.terminal import table
 from qsnn.snn.convert import ConvertConfig
 from qsnn.snn.convert import convert as to_snn
 from qsnn.snn.network import SNN
@@ -136,7 +130,7 @@ def convert(
         raise ValueError(
             "--certify compares with a quantized network as it is; leave --calibrate away, or quantize first"
         )
-    data = _data(cast(dict[str, Any], qann.qsnn_recipe), file, data_root) if plain or calibrate else None
+    data = data_of(cast(dict[str, Any], qann.qsnn_recipe), file, data_root) if plain or calibrate else None
     snn = to_snn(qann, data, config)
     save(snn, out)
     print(f"wrote {out}")
@@ -194,77 +188,6 @@ def fold(file: _FILE, out: Path) -> None:
     print(f"wrote {out}")
 
 
-def benchmark(
-    files: tyro.conf.Positional[tuple[Path, ...]],
-    timesteps: int = 8,
-    firing: str | None = None,
-    html: Path | None = None,
-    figure: Path | None = None,
-    records: Path | None = None,
-    json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
-    exit_margin: float | None = None,
-    data_root: Path | None = None,
-    device: str | None = None,
-) -> None:
-    """Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.
-
-    Args:
-        files: Checkpoints.
-        timesteps: Largest T.
-        firing: online or deferred; default what the network is made for.
-        html: Write a report here.
-        figure: Draw accuracy against T here (.png or .svg).
-        records: Append a record for each checkpoint here.
-        json_file: Write all numbers of all checkpoints here.
-        exit_margin: Also answer early, once the class in front leads by so much (0 to 1).
-        data_root: Folder of the data sets; default $QSNN_DATA.
-        device: cpu, cuda or cuda:1; default a GPU where there is one.
-    """
-    if not files:
-        raise ValueError("expected at least one checkpoint: qsnn benchmark FILE ...")
-    stems = [file.stem for file in files]
-    names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-    place = start(device)
-    models = {name: load(file).to(place) for name, file in zip(names, files, strict=True)}
-    recipes = {name: recipe_of(model) for name, model in models.items()}
-    sets = {str(recipe.get("data", {}).get("name")) for recipe in recipes.values()}
-    if len(sets) > 1:
-        raise ValueError(f"expected checkpoints of one data set, got {', '.join(sorted(sets))}; benchmark them apart")
-    data = _data(recipes[names[0]], files[0], data_root)
-    results = [
-        run_benchmark(
-            model, data.test, timesteps=timesteps, firing=firing, name=name,
-            exit_margin=exit_margin if hasattr(model, "firing") else None,
-        )
-        for name, model in models.items()
-    ]  # fmt: skip
-    Console().print(table(results))
-    Console().print(energy_table(results))
-    if json_file is not None:
-        write_atomic(json_file, json.dumps({r.name: {"n": r.n, **r.metrics()} for r in results}, indent=1))
-    world = environment(place.type)
-    title = f"{', '.join(names)} on {Path(data.name).name}"
-    if html is not None:
-        command = f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}"
-        write_report(
-            html, title=title, results=results, certificate=None, config=recipes, environment=world, command=command,
-            notes=[], stages=None,
-        )  # fmt: skip
-    if figure is not None:
-        draw_curve(results, figure, title=title)
-    if records is not None:
-        for result, recipe in zip(results, recipes.values(), strict=True):
-            seed = recipe.get("distill", recipe.get("train", {})).get("seed", 0)
-            append(records, Record(
-                name=f"benchmark/{result.name}", data=Path(data.name).name, seed=seed, n=result.n,
-                metrics=result.metrics(),
-                config=recipe, environment=world, time=now(),
-            ))  # fmt: skip
-    for path in (html, figure, records, json_file):
-        if path is not None:
-            print(f"wrote {path}")
-
-
 def info(file: _FILE) -> None:
     """Print what a checkpoint holds: how it was made, from what, and what it weighs.
 
@@ -311,10 +234,15 @@ def _expect(model: nn.Module, file: Path, kinds: tuple[str, ...]) -> None:
 def _loaded(file: Path, root: Path | None, kinds: tuple[str, ...]) -> tuple[nn.Module, Data]:
     model = load(file)
     _expect(model, file, kinds)
-    return model, _data(cast(dict[str, Any], model.qsnn_recipe), file, root)
+    return model, data_of(cast(dict[str, Any], model.qsnn_recipe), file, root)
 
 
-def _data(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
+def data_of(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
+    """Load the data set that a checkpoint was made for.
+
+    Raises:
+        ValueError: the checkpoint names none.
+    """
     name = recipe.get("data", {}).get("name")
     if name is None:
         raise ValueError(f"{file} does not say which data set it was made for; use the Python interface")
@@ -322,7 +250,7 @@ def _data(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
 
 
 def _certify(snn: SNN, qann: nn.Module, file: Path, root: Path | None) -> None:
-    certificate = certify(snn, qann, _data(cast(dict[str, Any], qann.qsnn_recipe), file, root).test)
+    certificate = certify(snn, qann, data_of(cast(dict[str, Any], qann.qsnn_recipe), file, root).test)
     print(certificate)
     if not certificate.exact:
         raise ValueError("the spiking network is not equal to the quantized one")

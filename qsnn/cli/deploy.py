@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import tyro
-from numpy.typing import NDArray
 
-from qsnn.checkpoint import load
 from qsnn.export.runtime import OnnxNetwork, image_files, show
 from qsnn.export.runtime import predict as answers
 from qsnn.export.write import export as write
-from qsnn.graph.recipe import recipe_of
-from qsnn.snn.network import SNN
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# torch is imported where a checkpoint is read: an exported file is answered without it
 
 
 def export(
@@ -39,12 +38,15 @@ def export(
         input: float (normalised images) or uint8 (raw pixels, normalisation inside); default float.
         kernels: int8, or float for runtimes without 8-bit products (OpenVINO); default int8.
     """
+    from qsnn.checkpoint import load
+    from qsnn.graph.recipe import recipe_of
+
     chosen = {"timesteps": timesteps, "firing": firing, "input": input, "kernels": kernels}
-    folded = load(file)
+    folded: Any = load(file)
     if not getattr(folded, "folded", False):
         kind = recipe_of(folded).get("kind")
         raise ValueError(f"{file} holds a {kind!r}; expected 'folded': qsnn fold {file} --out folded.safetensors first")
-    write(cast(SNN, folded), out, format=format, **{k: v for k, v in chosen.items() if v is not None})
+    write(folded, out, format=format, **{k: v for k, v in chosen.items() if v is not None})
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 
@@ -69,6 +71,11 @@ def predict(
         runner = OnnxNetwork(network)
         found = answers(runner, files, runner.recipe, raw=runner.raw, top=top, exit_margin=exit_margin)
     else:
+        import torch
+
+        from qsnn.checkpoint import load
+        from qsnn.graph.recipe import recipe_of
+
         model: Any = load(network)
 
         @torch.no_grad()
@@ -78,6 +85,3 @@ def predict(
 
         found = answers(run, files, recipe_of(model), top=top, exit_margin=exit_margin)
     show(found, as_json=json)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "predict": predict}

@@ -1,78 +1,212 @@
-"""The command line: parsing, and one line for every wrong input."""
+"""The command line: which command is meant, and one line for everything that goes wrong.
+
+This file imports neither torch nor anything that does, so that ``qsnn --help``, ``qsnn --version`` and a misspelled
+command answer at once; a command's own file is imported when the command is called.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
+import itertools
+import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
 
-from qsnn.cli import commands, deploy
-from qsnn.training.fit import CHECKPOINT_SECONDS
-from qsnn.training.processes import stop
+from qsnn import __version__
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "run": commands.run, "train": commands.train, "quantize": commands.quantize, "convert": commands.convert,
-    "distill": commands.distill, "fold": commands.fold, "benchmark": commands.benchmark, "info": commands.info,
-    **deploy.COMMANDS,
-}  # fmt: skip
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": (
+        "qsnn.cli.commands",
+        "Do the whole flow: teacher, QANN, SNN, certificate, student, fold, benchmark, report.",
+    ),
+    "train": ("qsnn.cli.commands", "Train a float network, the teacher."),
+    "quantize": (
+        "qsnn.cli.commands",
+        "Make a low-precision network of a float one: calibration, then quantization-aware training.",
+    ),
+    "convert": ("qsnn.cli.commands", "Turn a quantized network, or a calibrated float one, into a spiking one."),
+    "distill": ("qsnn.cli.commands", "Train a spiking student of few time steps against a teacher."),
+    "fold": ("qsnn.cli.commands", "Turn a spiking network into its integer form."),
+    "benchmark": (
+        "qsnn.cli.benchmark",
+        "Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.",
+    ),
+    "info": ("qsnn.cli.commands", "Print what a checkpoint holds: how it was made, from what, and what it weighs."),
+    "export": ("qsnn.cli.deploy", "Write a folded network to a file that runs without qsnn."),
+    "predict": ("qsnn.cli.deploy", "Name the class of image files, one line each."),
+}
+"""By command: the module with the function of that name, and the first line of its docstring (a test compares)."""
+
+_DESCRIPTION = """From a trained ANN to a spiking network that answers in two time steps, with proof.
+`qsnn COMMAND --help` explains the options of a command, `qsnn --version` prints the version."""
+_OURS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+"""What the package raises for wrong input; its message says what to do."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; bad input ends with one line and exit status 2, Ctrl-C with 130."""
+    """Run the command line.
+
+    Whatever goes wrong ends with one line and exit status 2, Ctrl-C with 130. With QSNN_DEBUG=1 in the environment the
+    traceback stands above the line.
+    """
     if "" not in sys.path:
         sys.path.append("")  # a model of one's own in the working directory, also where the script `qsnn` is called
-    rank = int(os.environ.get("RANK", 0))
+    words = sys.argv[1:] if args is None else args
     try:
-        with contextlib.ExitStack() as stack:
-            if rank:  # torchrun started several processes; the first one speaks
-                stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            _parse(args)()
-            stop()
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        print(f"qsnn: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with _one_voice():
+            _run(words)
+    except _OURS as error:
+        _end(2, _flat(error))
     except KeyboardInterrupt:
-        print(
-            "qsnn: stopped; the same command goes on from the last checkpoint (after every epoch, and within one every "
-            f"{CHECKPOINT_SECONDS / 60:g} minutes)",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
+        _end(130, "stopped; the same command goes on from the last checkpoint (one is written after every epoch of a "
+                  "training, and within an epoch every few minutes)")  # fmt: skip
+    except Exception as error:
+        _end(2, f"{_flat(error)} ({type(error).__name__}); qsnn did not foresee this: please report it, with the "
+                "command you typed, `qsnn --version`, and what QSNN_DEBUG=1 before the command prints")  # fmt: skip
 
 
-def _parse(args: list[str] | None) -> Callable[[], None]:
+def _run(words: Sequence[str]) -> None:
+    if words and words[0] == "--version":
+        print(f"qsnn {__version__}")
+        return
+    name = words[0] if words else ""
+    if name in COMMANDS:
+        _without_foreign_warnings()
+        command = getattr(importlib.import_module(COMMANDS[name][0]), name)
+        _parsed(_later(command), words[1:], prog=f"qsnn {name}")()
+        processes = sys.modules.get("qsnn.training.processes")
+        if processes is not None:  # the command may have joined those that torchrun started
+            processes.stop()
+    elif {"-h", "--help"} & set(words):
+        _parsed_commands(words)
+    else:
+        wrong = f"unknown command {name!r}" if words else "a command is missing"
+        raise ValueError(f"{wrong}; use one of {', '.join(COMMANDS)}; `qsnn --help` says what each does")
+
+
+def _end(status: int, line: str) -> None:
+    if os.environ.get("QSNN_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"qsnn: {line}", file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _flat(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of several processes that torchrun started only the first one prints."""
+    if int(os.environ.get("RANK", 0)):
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    else:
+        yield
+
+
+def _without_foreign_warnings() -> None:
+    """Leave out one warning: that there is no CUDA runtime, which torch logs where a CUDA_HOME is found.
+
+    SpikingJelly imports torch.utils.cpp_extension, which logs it on import, for people who compile extensions. qsnn
+    compiles none, and says itself when a GPU is asked for that is not there.
+    """
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_is_wanted)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("No CUDA runtime is found")
+
+
+# ---- parsing
+
+
+def _parsed(command: Callable[..., Any], words: Sequence[str], *, prog: str) -> Callable[[], None]:
     """The command with its arguments, not yet called.
 
-    tyro draws a box around the ValueError of a config that refuses an option; it is raised here instead, so that it
-    becomes one line like any other. Parsing and calling are apart so that only what tyro prints is held back.
+    Parsing and calling are apart so that only what the parser prints is held back: it explains a mistake in a box of
+    many lines, which becomes one.
     """
-    shown = io.StringIO()
+    boxed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(shown):
-            return tyro.extras.subcommand_cli_from_dict(
-                {name: _later(command) for name, command in COMMANDS.items()},
-                args=args,
-                prog="qsnn",
-                description="From a trained ANN to a spiking network that answers in two time steps, with proof.",
-                config=(tyro.conf.FlagCreatePairsOff,),
+        with contextlib.redirect_stderr(boxed), _room_for_a_line(words):
+            later: Callable[[], None] = tyro.cli(
+                command, args=list(words), prog=prog, config=(tyro.conf.FlagCreatePairsOff,)
             )
-    except SystemExit as leave:
-        failure = leave.__context__  # names the config, or the option that could not be read, which the box explains
-        if failure is not None and isinstance(getattr(failure, "arg", None), str):
-            raise ValueError(getattr(failure, "message", failure)) from None
-        sys.stderr.write(shown.getvalue())
-        raise
+    except SystemExit as left:
+        if left.code in (None, 0):  # --help
+            raise
+        raise ValueError(_unboxed(boxed.getvalue(), prog)) from None
+    return later
 
 
-def _later(command: Callable[..., None]) -> Callable[..., Any]:
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     @functools.wraps(command)
     def later(*args: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(command, *args, **options)
 
     return later
+
+
+@contextlib.contextmanager
+def _room_for_a_line(words: Sequence[str]) -> Iterator[None]:
+    """Make the terminal wide for tyro, unless it prints help: it would break long words of a message, like paths."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & set(words):
+        os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _unboxed(box: str, prog: str) -> str:
+    """What tyro explains in a box, as one line: its first part, up to the rule; below stands how to get help.
+
+    >>> _unboxed('''
+    ... ╭─ Value error ───────────────────────╮
+    ... │ Error parsing --seed: no whole      │
+    ... │ number                              │
+    ... │ ─────────────────────────────────── │
+    ... │ For full helptext, see qsnn --help  │
+    ... ╰─────────────────────────────────────╯''', "qsnn run")
+    'error parsing --seed: no whole number; `qsnn run --help` lists the options'
+    """
+    rows = [row.strip(" │") for row in box.strip().splitlines()[1:]]  # without the title
+    rows = list(itertools.dropwhile(_is_rule, rows))  # where the terminal knows ASCII alone, one stands below the title
+    text = _flat(" ".join(itertools.takewhile(lambda row: not _is_rule(row), rows)))
+    refused = re.match(r"Error parsing (?!-)[\w.]*: ", text)  # a config that says itself what is wrong with an option
+    if refused:
+        return text[refused.end() :]
+    return f"{text[:1].lower()}{text[1:]}; `{prog} --help` lists the options"
+
+
+def _is_rule(row: str) -> bool:
+    return not any(character.isalnum() for character in row)
+
+
+def _parsed_commands(words: Sequence[str]) -> None:
+    """Print the help of the program: functions without arguments stand for the commands."""
+
+    def stand_in(line: str) -> Callable[[], None]:
+        def command() -> None: ...
+
+        command.__doc__ = line
+        return command
+
+    tyro.extras.subcommand_cli_from_dict(
+        {name: stand_in(line) for name, (_, line) in COMMANDS.items()}, args=list(words), prog="qsnn",
+        description=_DESCRIPTION,
+    )  # fmt: skip

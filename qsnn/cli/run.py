@@ -10,13 +10,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
+from qsnn.checkpoint import file_hash, load_weights
 from qsnn.data.events import EVENTS
 from qsnn.data.images import Data
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill
 from qsnn.folded.fold import fold
-from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
 from qsnn.models.create import create_model
@@ -28,6 +27,7 @@ from qsnn.snn.convert import ConvertConfig, convert
 from qsnn.snn.network import SNN
 from qsnn.training.fit import TrainConfig, fit
 from qsnn.training.processes import start
+from qsnn.training.stages import Stages
 
 Say = Callable[[str], None]
 
@@ -108,7 +108,7 @@ class _Flow:
     def __init__(self, config: RunConfig, data: Data, say: Say) -> None:
         self.config, self.data, self.say, self.device = config, data, say, start(config.device)
         self.out = Path(config.out)
-        self.stages: list[tuple[str, float]] = []
+        self.stages = Stages(self.out, device=self.device, fresh=config.fresh, say=say)
         epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
         self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed)
@@ -123,58 +123,29 @@ class _Flow:
     def run(self) -> RunResult:
         started = time.perf_counter()
         weights = None if self.config.weights is None else file_hash(self.config.weights)
-        teacher = self._stage(
+        teacher = self.stages.run(
             "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,
             train=asdict(self.teacher_config),
         )  # fmt: skip
-        qann = self._stage(
-            "qann", lambda state: self._qann(teacher, state), teacher,
+        qann = self.stages.run(
+            "qann", lambda state: self._qann(teacher, state), parent=teacher,
             quantize=asdict(self.quantize_config), train=asdict(self.qat_config),
         )  # fmt: skip
-        snn = cast(
-            SNN,
-            self._stage("snn", lambda _: convert(qann, self.convert_config), qann, convert=asdict(self.convert_config)),
-        )
+        snn = cast(SNN, self.stages.run(
+            "snn", lambda _: convert(qann, self.convert_config), parent=qann, convert=asdict(self.convert_config)
+        ))  # fmt: skip
         certificate = certify(snn, qann, self.data.test)
         proved_on = f"deferred, T = {certificate.timesteps}, {certificate.images:,} test images"
         self.say(f"certificate: {certificate.verdict} ({proved_on})")
-        student = cast(
-            SNN,
-            self._stage("student", lambda state: distill(snn, qann, self.data, self.distill_config, resume=state),
-                        snn, distill=asdict(self.distill_config)),
-        )  # fmt: skip
-        folded = cast(SNN, self._stage("folded", lambda _: fold(student), student))
+        student = cast(SNN, self.stages.run(
+            "student", lambda state: distill(snn, qann, self.data, self.distill_config, resume=state), parent=snn,
+            distill=asdict(self.distill_config),
+        ))  # fmt: skip
+        folded = cast(SNN, self.stages.run("folded", lambda _: fold(student), parent=student))
         results = self._benchmark(teacher, qann, snn, folded)
-        self.stages.append(("all", time.perf_counter() - started))
+        self.stages.seconds["all"] = time.perf_counter() - started
         files = self._write(results, certificate, folded)
         return RunResult(results, str(certificate), certificate.exact, files)
-
-    def _path(self, name: str) -> Path:
-        return self.out / f"{name}.safetensors"
-
-    def _stage(
-        self, name: str, make: Callable[[Path], nn.Module], parent: nn.Module | None = None, **configs: Any
-    ) -> nn.Module:
-        """Load the stage's file if it was made from this parent with these configs; else make and save it."""
-        key = {"parent": None if parent is None else recipe_of(parent)["sha256"], **configs}
-        path = self._path(name)
-        state = resume_file(path, key)
-        if self.config.fresh:
-            path.unlink(missing_ok=True)
-            state.unlink(missing_ok=True)
-        if path.exists():
-            recipe = read_recipe(path)
-            if recipe.get("stage") == _plain(key):
-                self.say(f"{name}: done before, loaded {path}")
-                return load(path).to(self.device)
-        started = time.perf_counter()
-        model = make(state)
-        set_recipe(model, {**recipe_of(model), "stage": key})
-        save(model, path)
-        state.unlink(missing_ok=True)
-        self.stages.append((name, time.perf_counter() - started))
-        self.say(f"{name}: {self.stages[-1][1]:.1f} s, wrote {path}")
-        return load(path).to(self.device)
 
     def _teacher(self, state: Path) -> nn.Module:
         teacher = create_model(self.config.model, self.data, seed=self.config.seed)
@@ -202,7 +173,7 @@ class _Flow:
             benchmark(snn, test, timesteps=steps, firing="deferred", name="SNN deferred", reference=qann),
             benchmark(student, test, timesteps=steps, name="student", reference=qann),
         )
-        self.stages.append(("benchmark", time.perf_counter() - started))
+        self.stages.seconds["benchmark"] = time.perf_counter() - started
         return results
 
     def _write(self, results: tuple[Benchmark, ...], certificate: Any, folded: SNN) -> tuple[Path, ...]:
@@ -228,10 +199,10 @@ class _Flow:
         draw_curve(results, curve, title=title)
         write_report(
             report, title=title, results=results, certificate=str(certificate), config=config, environment=world,
-            command=_command(self.config), notes=[], stages=self.stages,
+            command=_command(self.config), notes=[], stages=list(self.stages.seconds.items()),
         )  # fmt: skip
         names = ("teacher", "qann", "snn", "student", "folded")
-        return (*(self._path(name) for name in names), curve, report, records)
+        return (*(self.stages.path(name) for name in names), curve, report, records)
 
 
 def _command(config: RunConfig) -> str:

@@ -1,13 +1,24 @@
-"""How tensors lie in memory while a network trains: channels-last, and in pages that are kept."""
+"""Memory of a network while it runs: how its tensors lie, that pages are kept, and how many images fit into a batch."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
+
+from qsnn.data.images import batches
+
+MOST_BYTES = 2**30
+"""What the tensors of one batch may take by default [byte]."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's names for the options of mallopt, from malloc.h."""
@@ -43,3 +54,81 @@ def lay_out_(model: nn.Module, memory_format: torch.memory_format) -> None:
     """Put all 4-d parameters of a model into a memory format, in place."""
     for parameter in model.parameters():
         parameter.data = laid_out(parameter, memory_format)
+
+
+@torch.no_grad()
+def batch_within(
+    call: Callable[[Tensor], Any],
+    data: Any,
+    most: int,
+    *,
+    device: torch.device | str | None = None,
+    limit: int = MOST_BYTES,
+) -> int:
+    r"""Return how many images a call may take at once, so that its tensors fit into ``limit``.
+
+    What a call takes at any moment is :math:`a + bB` for a batch of B images, with :math:`a, b \ge 0` (quantized
+    weights do not grow with the batch). So k times the images take at most k times the peak p, and
+    :math:`B \lfloor \mathrm{limit} / p(B) \rfloor` images fit. It starts with B = 1, and measures again while the
+    result at least doubles: near the limit what does not grow weighs less.
+
+    Args:
+        call: runs the network on a batch.
+        data: a Dataset. An iterable of batches keeps its own size, so that ``most`` is returned.
+        most: the largest batch size, images.
+        device: of the network.
+        limit: what the tensors may take at one time, without the parameters [byte].
+    """
+    if not isinstance(data, Dataset):
+        return most
+    size = 1
+    while True:
+        images = next(batches(data, size, device=device))[0]
+        more = min(most, len(images) * limit // max(1, _peak_of(call, images)))
+        if more == most or more < 2 * size or len(images) < size:
+            return max(1, more)
+        size = more
+
+
+def _peak_of(call: Callable[[Tensor], Any], images: Tensor) -> int:
+    with LiveMemory() as memory:
+        call(images)
+    return memory.peak
+
+
+class LiveMemory(TorchDispatchMode):
+    """Follows the memory of the tensors that are made while it is on; ``peak`` is the most at one time [byte].
+
+    It counts storages, not what the allocator rounds them up to, so that the number is the same on every machine.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._holders: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(leaf) for leaf in tree_leaves((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf) not in given:
+                self._hold(leaf)
+        return out
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._holders.get(key)
+        if known is None and tensor._is_view():
+            return  # a view of memory that was there before
+        self._holders[key] = (known or 0) + 1
+        if known is None:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self.now -= size

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,16 @@ from qsnn.data.images import Data, summed
 from qsnn.distillation.losses import (
     answer_divergence,
     ensemble_divergence,
-    rate_matching,
     smoothed_cross_entropy,
     step_cross_entropy,
     step_divergence,
     step_regulariser,
 )
 from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
+from qsnn.distillation.rates import matches, rate_distance, teacher_layers
 from qsnn.graph.hooks import recorded
 from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
-from qsnn.snn.equations import firing_function, per_channel
+from qsnn.snn.equations import firing_function
 from qsnn.snn.network import SNN, TimeLoop, train_neurons_
 from qsnn.snn.neurons import IFNode
 from qsnn.training.fit import TrainConfig, fit, kl_divergence
@@ -42,15 +42,15 @@ class DistillConfig:
     epochs: int = 10
     """Passes over the training images."""
     lr: float = 0.02
-    """Peak learning rate (SGD; about 0.002 for AdamW)."""
+    """Peak learning rate [1] (SGD; about 0.002 for AdamW)."""
     optimizer: str = "sgd"
     """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
     batch_size: int = 128
     """Images a step."""
     weight_decay: float = 5e-4
-    """L2 penalty; never on biases, batch norm and thresholds."""
+    """L2 penalty [1]; never on biases, batch norm and thresholds."""
     label_smoothing: float = 0.1
-    """Mass moved from the label to the other classes in the student's cross entropy [0, 1)."""
+    """Mass moved from the label to the other classes in the student's cross entropy [1], in [0, 1)."""
     ce_weight: float = 0.5
     """Weight of the cross entropy of the answer after T steps."""
     kd_weight: float = 0.5
@@ -66,7 +66,7 @@ class DistillConfig:
     regulariser_weight: float = 0.0
     """Weight of the squared distance of every step's logits from 1 (TET)."""
     rate_weight: float = 0.0
-    """Weight of the distance of the student's firing rates from the teacher's activations."""
+    """Weight of the distance of the student's firing rates from the teacher's activations [1]."""
     rate_layers: tuple[str, ...] = ()
     """Layers whose rates are matched, "name" or "student name:teacher name"; by default all neurons."""
     kd_temperature: float = 1.0
@@ -82,7 +82,7 @@ class DistillConfig:
     mutual: bool = False
     """Train the teacher too, which learns from the student; see :func:`distill_together`."""
     sparsity: float = 0.0
-    """Part of the weights that is pruned, by magnitude in every layer, growing during the training [0, 1)."""
+    """Part of the weights that is pruned, by magnitude in every layer, growing during the training [1], in [0, 1)."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: int | None = None
@@ -149,15 +149,20 @@ def distillation_loss(
     return {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
 
+class FitOptions(TypedDict, total=False):
+    """Keywords that :func:`distill` hands on to :func:`qsnn.fit` as they are."""
+
+    resume: str | Path | None
+    tensorboard: str | Path | None
+    label: str
+
+
 def distill(
     student: nn.Module,
     teacher: nn.Module | Sequence[nn.Module],
     data: Data,
     config: DistillConfig | None = None,
-    *,
-    resume: str | Path | None = None,
-    tensorboard: str | Path | None = None,
-    label: str = "student",
+    **options: Unpack[FitOptions],
 ) -> Any:
     """Return a trained copy of ``student`` that answers in ``config.timesteps`` steps, online.
 
@@ -167,16 +172,13 @@ def distill(
         teacher: the quantized or float network, logits (B, K); or several, e.g. both.
         data: training and validation images.
         config: loss terms and training options.
-        resume: file for the state (see :func:`qsnn.fit`).
-        tensorboard: folder for TensorBoard (see :func:`qsnn.fit`).
-        label: shown beside the progress bar.
+        options: ``resume``, file for the state; ``tensorboard``, folder for TensorBoard; ``label``, shown beside the
+            progress bar, by default "student"; see :func:`qsnn.fit`.
     Raises:
         TypeError: the student is no network, or ``config`` no DistillConfig.
         ValueError: the student is folded, holds no spiking node, or an option does not fit it.
     """
-    return distill_together(
-        student, teacher, data, config, resume=resume, tensorboard=tensorboard, label=label
-    )[0]  # fmt: skip
+    return distill_together(student, teacher, data, config, **options)[0]
 
 
 def distill_together(
@@ -184,12 +186,9 @@ def distill_together(
     teacher: nn.Module | Sequence[nn.Module],
     data: Data,
     config: DistillConfig | None = None,
-    *,
-    resume: str | Path | None = None,
-    tensorboard: str | Path | None = None,
-    label: str = "student",
+    **options: Unpack[FitOptions],
 ) -> tuple[Any, nn.Module]:
-    r"""Like :func:`distill`; return the student and the teacher.
+    r"""Do what :func:`distill` does, with the same arguments; return the student and the teacher.
 
     With ``config.mutual`` the teacher (one) is a trained copy: its loss is
     :math:`\lambda_{CE}\,CE(z^{teacher}, y) + \lambda_{KD}\,\tau^2 KL(p_\tau(\bar z) \,\|\, p^{teacher}_\tau)`, with
@@ -202,10 +201,9 @@ def distill_together(
     config = config or DistillConfig()
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     _check(student, teachers, config)
-    recipe = child_recipe(student, "student", distill=asdict(config))
     pair = _Pair(copy.deepcopy(student), copy.deepcopy(teachers[0]) if config.mutual else None, config)
-    others = [expert.eval() for expert in teachers] if not config.mutual else []
-    loss, limits = _Loss(config, others), _prepared_neurons_(pair.student, config)
+    fixed = [] if config.mutual else [expert.eval() for expert in teachers]
+    limits = _prepared_neurons_(pair.student, config)
     pruned = start_pruning_(pair.student, config.sparsity) if config.sparsity else None
 
     def after_step(step: int, steps: int) -> None:
@@ -214,21 +212,24 @@ def distill_together(
         if pruned is not None:
             pruned(step, steps)
 
-    fit(
-        pair, data, config.training(), loss=loss, after_step=after_step, resume=resume, tensorboard=tensorboard,
-        label=label,
-    )  # fmt: skip
+    fit_options: FitOptions = {"label": "student", **options}
+    fit(pair, data, config.training(), loss=_Loss(config, fixed), after_step=after_step, **fit_options)
     finish_pruning_(pair.student)
-    trained = pair.student
     for parameter, _ in limits:
         parameter.requires_grad_(False)
+    _say_how_made_(pair, student, teachers[0], config)
+    return pair.student, pair.teacher or teachers[0]
+
+
+def _say_how_made_(pair: _Pair, student: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:
+    """Record on the trained copies what they were made from, and how."""
+    recipe = child_recipe(student, "student", distill=asdict(config))
     recipe["convert"] = {**recipe.get("convert", {}), "timesteps": config.timesteps, "firing": "online"}
-    recipe["teacher"] = recipe_of(teachers[0]).get("sha256")
-    set_recipe(trained, recipe)
+    recipe["teacher"] = recipe_of(teacher).get("sha256")
+    set_recipe(pair.student, recipe)
     if pair.teacher is not None:
-        taught = {name: value for name, value in recipe_of(teachers[0]).items() if name != "sha256"}
+        taught = {name: value for name, value in recipe_of(teacher).items() if name != "sha256"}
         set_recipe(pair.teacher, {**taught, "mutual": asdict(config)})
-    return trained, pair.teacher or teachers[0]
 
 
 def _check(student: nn.Module, teachers: list[nn.Module], config: DistillConfig) -> None:
@@ -256,7 +257,7 @@ class _Pair(nn.Module):
         self.student, self.teacher = student, teacher
         loop: Any = student if isinstance(student, SNN | TimeLoop) else TimeLoop(student, config.timesteps)
         loop.timesteps, loop.firing = config.timesteps, "online"
-        self.__dict__["loop"] = loop  # not a second name for the student in the state
+        self.__dict__["loop"] = loop  # past nn.Module: as a submodule the student would stand twice in the state
 
     def forward(self, images: Tensor) -> Tensor:
         answers: Tensor = self.loop(images)
@@ -272,69 +273,26 @@ class _Loss:
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
         config = self.config
-        matched = self._matched(model) if config.rate_weight else {}
-        taps = {name: _found(model.teacher or self.teachers[0], name) for name in matched}
+        matched = matches(model.loop, config.rate_layers) if config.rate_weight else {}
+        layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight
         seen, targets, taught = summed(images, self.teachers[0] if self.teachers else model.teacher), [], None
-        with recorded(taps) as activations:
+        with recorded(layers) as activations:
             if model.teacher is not None:
                 taught = model.teacher(seen)
                 targets = [taught.detach()]
             elif asked:
                 with torch.no_grad():
                     targets = [teacher(seen) for teacher in self.teachers]
-        with recorded({name: probe for name, (probe, _) in matched.items()}) as outputs:
+        with recorded({name: match.seen for name, match in matched.items()}) as outputs:
             z = model.loop.step_logits(images, timesteps=config.timesteps)
         terms = distillation_loss(z, targets, labels, config)
         if matched:
-            terms["rate"] = config.rate_weight * _rate_term(matched, outputs, activations, len(z))
+            terms["rate"] = config.rate_weight * rate_distance(matched, outputs, activations, len(z))
         if taught is not None:
             terms["teacher_ce"] = config.ce_weight * F.cross_entropy(taught, labels)
             terms["teacher_kd"] = config.kd_weight * kl_divergence(taught, z.mean(0).detach(), config.kd_temperature)
         return terms
-
-    def _matched(self, pair: _Pair) -> dict[str, tuple[nn.Module, nn.Module]]:
-        """By the teacher's layer: the student's module whose output is compared, and its neuron."""
-        if not getattr(pair.loop, "multi_step", True):
-            raise ValueError("rate matching of a SpikingJelly network needs step_mode 'm'")
-        neurons = dict(pair.loop.neurons())
-        probes = getattr(pair.loop, "probes", {})
-        found = {}
-        for spec in self.config.rate_layers or tuple(neurons):
-            name, _, other = spec.partition(":")
-            if name not in neurons:
-                raise ValueError(f"rate_layers names {name!r}; the student's neurons are {', '.join(neurons)}")
-            probe = pair.loop.network.get_submodule(probes[name]) if name in probes else neurons[name]
-            found[other or name] = (probe, neurons[name])
-        return found
-
-
-def _rate_term(
-    matched: dict[str, tuple[nn.Module, nn.Module]],
-    outputs: dict[str, Tensor],
-    activations: dict[str, Tensor],
-    timesteps: int,
-) -> Tensor:
-    rates, thetas = {}, {}
-    for name, (probe, neuron) in matched.items():
-        output, y = outputs[name], activations[name]
-        steps = output if output.dim() == y.dim() + 1 else output.unflatten(0, (timesteps, -1))
-        level: Any = neuron.threshold if isinstance(neuron, IFNode) else neuron.v_threshold
-        theta = per_channel(torch.as_tensor(level).to(steps[0]), y.dim())
-        # a max pool behind the neuron already sees θ·spikes
-        rates[name] = steps.mean(0) * (theta if probe is neuron else 1.0)
-        thetas[name] = theta.detach()
-    return rate_matching(rates, {name: y.detach() for name, y in activations.items()}, thetas)
-
-
-def _found(teacher: nn.Module, name: str) -> nn.Module:
-    try:
-        return teacher.get_submodule(name)
-    except AttributeError:
-        raise ValueError(
-            f"the teacher has no layer {name!r} to match firing rates with; name pairs: "
-            f"rate_layers=('student name:teacher name', ...)"
-        ) from None
 
 
 def _prepared_neurons_(student: nn.Module, config: DistillConfig) -> list[tuple[nn.Parameter, Tensor | float]]:

@@ -49,7 +49,7 @@ def prunable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def start_pruning_(model: nn.Module, sparsity: float) -> Callable[[int, int], None]:
-    """Mask the weights of a model, in place; return what to call after each step, with its number and that of all.
+    """Mask the weights of a model, in place; return what to call after each step, with (steps so far, steps in all).
 
     torch.nn.utils.prune keeps ``weight_orig`` and ``weight_mask`` in the state, so that a stopped run goes on.
     """
@@ -65,7 +65,7 @@ def start_pruning_(model: nn.Module, sparsity: float) -> Callable[[int, int], No
         for layer in layers.values():
             weight, mask = (getattr(layer, f"weight_{kind}") for kind in ("orig", "mask"))
             count = int(amount * weight.numel())
-            # what is masked counts as 0, so that it stays so
+            # a weight that is masked counts as 0 here, the smallest magnitude, so that it stays masked
             mask.copy_(prune.L1Unstructured(count).compute_mask((weight * mask).contiguous(), torch.ones_like(mask)))
 
     return after_step

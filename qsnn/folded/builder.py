@@ -40,7 +40,7 @@ class Builder:
         return self.shapes[node.name][1:]
 
     def by_channel(self, x: Tensor, node: fx.Node) -> Tensor:
-        """A number (), or one a channel (C,), dimension 1: (C, 1, ...), as an image of the value of ``node`` needs it."""
+        """A number (), or one a channel (C,), dimension 1: (C, 1, ...), as an image of ``node`` needs it."""
         return x.reshape(-1, *[1] * (len(self.shape(node)) - 1)) if x.numel() > 1 else x.reshape(())
 
     def numbers(self, x: Tensor, node: fx.Node) -> Tensor:

@@ -40,6 +40,12 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     Raises:
         TypeError: not an SNN.
         ValueError: already folded, or an operation that has no integer form (it is named).
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> snn = qsnn.convert(qsnn.quantize(qsnn.create_model("study", data), data))
+    >>> sorted({type(layer).__name__ for layer in qsnn.fold(snn).network.children()})
+    ['Current', 'Flatten', 'IntegerIF', 'IntegerInput', 'IntegerLayer', 'Repeat', 'SumPool']
     """
     if not isinstance(snn, SNN):
         raise TypeError(f"expected an SNN from convert or distill, got {type(snn).__name__}")

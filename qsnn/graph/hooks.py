@@ -40,6 +40,18 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
+def recorded_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collect the first input of these modules while the block runs; of several calls the last."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        found[name] = args[0]
+
+    with watching(modules, keep):
+        yield found
+
+
+@contextmanager
 def kept_modes(*models: nn.Module) -> Iterator[None]:
     """Give every module of these networks its own training flag back after the block: frozen layers stay frozen."""
     modes = [(module, module.training) for model in models for module in model.modules()]

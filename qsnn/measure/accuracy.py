@@ -9,22 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from qsnn.data.images import batches, summed
+from qsnn.data.memory import batch_within, keep_freed_memory
 from qsnn.graph.trace import device_of
 from qsnn.snn.network import time_loop
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, source: Any, batch_size: int = 500, **options: Any) -> float:
+def accuracy(model: nn.Module, source: Any, batch_size: int | None = None, **options: Any) -> float:
     """Return the percent of right answers; an SNN answers after its last step.
 
     Args:
         model: ANN or SNN.
         source: a Dataset or an iterable of (images, labels).
-        batch_size: images a call.
+        batch_size: images a call; by default up to 500, as many as fit into 1 GiB.
         options: passed to the model, e.g. ``timesteps=4``.
     """
+    keep_freed_memory()
     training = model.training
-    right, seen = count_right(model.eval(), source, batch_size, (0, 1), **options)
+    model.eval()
+    if batch_size is None:
+        batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, device=device_of(model))
+    right, seen = count_right(model, source, batch_size, (0, 1), **options)
     model.train(training)
     return 100.0 * right / max(1, seen)
 

@@ -142,6 +142,12 @@ def certify(
     Raises:
         TypeError: ``snn`` is not an SNN.
         ValueError: ``qann`` has no quantized activations, the two have different layers, or there is no image.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> qann = qsnn.quantize(qsnn.create_model("study", data), data)
+    >>> qsnn.certify(qsnn.convert(qann), qann, data.test, images=20).verdict
+    'EXACT'
     """
     if not isinstance(snn, SNN):
         raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qsnn.folded.layers import FloatLayer, IntegerLayer, layer_options, weighted_sum
 from qsnn.graph.hooks import watching
@@ -140,41 +137,3 @@ class Counter:
                 y = weighted_sum(x, ones, options)
                 (self._reach[name],) = torch.autograd.grad(y.sum(), x)
         return self._reach[name][0]
-
-
-class LiveMemory(TorchDispatchMode):
-    """Follows the memory of the tensors that are made while it is on; ``peak`` is the most at one time [byte].
-
-    It counts storages, not what the allocator rounds them up to, so that the number is the same on every machine.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._holders: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(leaf) for leaf in tree_leaves((args, kwargs or {}))}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id(leaf) not in given:
-                self._hold(leaf)
-        return out
-
-    def _hold(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        known = self._holders.get(key)
-        if known is None and tensor._is_view():
-            return  # of something that was there before
-        self._holders[key] = (known or 0) + 1
-        if known is None:
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        weakref.finalize(tensor, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self._holders[key] -= 1
-        if not self._holders[key]:
-            del self._holders[key]
-            self.now -= size

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # 45 nm, 0.9 V, pJ an operation: Horowitz, "Computing's Energy Problem (and what we can do about it)", ISSCC 2014
-_ADD_INT32, _ADD_FP32 = 0.1, 0.9
-_MULTIPLY_INT8, _MULTIPLY_FP16, _MULTIPLY_FP32 = 0.2, 1.1, 3.7
-_SRAM_64_BITS = 20.0
-"""Reading 64 bits from a 32 KB memory on the chip [pJ]."""
-_STATE_BITS = 16
+ADD_INT32, ADD_FP32 = 0.1, 0.9
+MULTIPLY_INT8, MULTIPLY_FP16, MULTIPLY_FP32 = 0.2, 1.1, 3.7
+CONVENTION_MAC, CONVENTION_SYNOP = 4.6, 0.9
+"""What papers on spiking networks take for a MAC and a synop, as if all were fp32 [pJ]."""
+SRAM_WORD = 20.0
+"""Reading one word from a 32 KB memory on the chip [pJ]."""
+SRAM_WORD_BITS = 64
+"""Of that word [bit]."""
+STATE_BITS = 16
 """Of a membrane, where its bits are not set [bit]."""
+MICRO = 1e-6
+"""From pJ to µJ [1]."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class LayerCost:
     synops: float
     """Accumulates that spikes drive."""
     dense_macs: float
-    """Multiply-accumulates of the layer in the network that is not spiking."""
+    """Multiply-accumulates of the layer in the same network without spikes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Estimate:
     microjoules: float | None
     """[µJ] an image; None for what is a ratio."""
     ratio: float | None
-    """To the same network that is not spiking, with the same levels and weights [1]; None where nothing spikes."""
+    """Of this energy to that of the same network without spikes, same levels and weights [1]; None for an ANN."""
     break_even: float | None
     """Spike rate at which the ratio would be 1 [spikes a neuron and step]; None where there is none."""
     source: str
@@ -47,27 +53,47 @@ class Estimate:
 
 
 def mac_energy(weight_bits: int, input_bits: int) -> float:
-    """Energy of one multiply-accumulate [pJ]: integers by the area of their multiplier, accumulated in 32 bit.
+    r"""Energy of one multiply-accumulate [pJ]: of integers of w and i bits :math:`0.2 \cdot wi/64 + 0.1`.
+
+    The area of a multiplier grows with the product of the bits of its inputs; 8 bits by 8 take 0.2 pJ. Products of
+    integers are accumulated in 32 bit. From 16 bits on it is a float multiplication and an addition in fp32.
 
     >>> round(mac_energy(32, 32), 3), round(mac_energy(8, 8), 3), mac_energy(1, 1) < mac_energy(4, 2)
     (4.6, 0.3, True)
+
+    Args:
+        weight_bits, input_bits: w and i [bit]; 16 is fp16, 32 float.
+    Source:
+        Horowitz, ISSCC 2014.
     """
     wide = max(weight_bits, input_bits)
     if wide > 16:
-        return _MULTIPLY_FP32 + _ADD_FP32
+        return MULTIPLY_FP32 + ADD_FP32
     if wide == 16:
-        return _MULTIPLY_FP16 + _ADD_FP32
-    return _MULTIPLY_INT8 * weight_bits * input_bits / 64 + _ADD_INT32
+        return MULTIPLY_FP16 + ADD_FP32
+    return MULTIPLY_INT8 * weight_bits * input_bits / 64 + ADD_INT32
 
 
 def accumulate_energy(weight_bits: int) -> float:
-    """Energy of one accumulate of a weight [pJ]: integers in 32 bit, else fp32."""
-    return _ADD_INT32 if weight_bits <= 8 else _ADD_FP32
+    """Energy of one accumulate of a weight [pJ]: of integers 0.1, in 32 bit; else 0.9, in fp32.
+
+    Args:
+        weight_bits: [bit]; 16 is fp16, 32 float.
+    Source:
+        Horowitz, ISSCC 2014.
+    """
+    return ADD_INT32 if weight_bits <= 8 else ADD_FP32
 
 
 def read_energy(bits: float) -> float:
-    """Energy of reading or writing so many bits on the chip [pJ]."""
-    return _SRAM_64_BITS * bits / 64
+    """Energy of reading or writing so many bits on the chip [pJ]: 20 for 64.
+
+    Args:
+        bits: [bit]
+    Source:
+        Horowitz, ISSCC 2014 (a memory of 32 KB).
+    """
+    return SRAM_WORD * bits / SRAM_WORD_BITS
 
 
 def estimates(
@@ -82,37 +108,28 @@ def estimates(
 
     Args:
         layers: what each layer does.
-        spike_rate: spikes a neuron and step; None: nothing spikes.
+        spike_rate: spikes per neuron and step [1]; None for an ANN.
         neuron_updates: neurons times steps.
         state_bits: of a membrane [bit]; default 16.
-        level_bits: of an activation of the same network that is not spiking [bit].
+        level_bits: of an activation in the same network without spikes [bit].
+    Source:
+        Horowitz, ISSCC 2014; counting as Dampfhoffer et al., "Are SNNs Really More Energy-Efficient Than ANNs? ...",
+        IEEE TETCI 2022.
     """
-    state = state_bits or _STATE_BITS
-    macs, synops = sum(layer.macs for layer in layers), sum(layer.synops for layer in layers)
-    convention = (4.6 * macs + 0.9 * synops) * 1e-6
-    dense_convention = 4.6 * sum(layer.dense_macs for layer in layers) * 1e-6
-    static = driven = dense = 0.0
-    for layer in layers:
-        inputs = layer.input_bits
-        one = mac_energy(layer.weight_bits, inputs) + read_energy(layer.weight_bits + inputs)
-        static += layer.macs * one
-        spike = accumulate_energy(layer.weight_bits) + read_energy(layer.weight_bits + 2 * state)
-        driven += layer.synops * spike
-        bits = level_bits if inputs == 1 and spike_rate is not None else inputs
-        dense += layer.dense_macs * (mac_energy(layer.weight_bits, bits) + read_energy(layer.weight_bits + bits))
-    updates = neuron_updates * (_ADD_INT32 + read_energy(2 * state))
-    precise = (static + driven + updates) * 1e-6
-    spiking = spike_rate is not None
-
-    def even(fixed: float, moving: float, target: float) -> float | None:
-        return spike_rate * (target - fixed) / moving if spike_rate and moving and target > fixed else None
-
+    spiking, state = spike_rate is not None, state_bits or STATE_BITS
+    macs = CONVENTION_MAC * sum(layer.macs for layer in layers)
+    synops = CONVENTION_SYNOP * sum(layer.synops for layer in layers)
+    dense = CONVENTION_MAC * sum(layer.dense_macs for layer in layers)
+    convention = (macs + synops) * MICRO
+    static, driven, precise_dense = _by_precision(layers, state, level_bits if spiking else None)
+    updates = neuron_updates * (ADD_INT32 + read_energy(2 * state))
+    precise = (static + driven + updates) * MICRO
     horowitz = "Horowitz, ISSCC 2014, 45 nm"
     return (
         Estimate(
-            "convention", convention, convention / dense_convention if spiking else None,
-            even(4.6 * macs * 1e-6, 0.9 * synops * 1e-6, dense_convention), horowitz,
-            "4.6 pJ a MAC, 0.9 pJ a synop, as if all were fp32; no memory, no neuron",
+            "convention", convention, convention / (dense * MICRO) if spiking else None,
+            _break_even(spike_rate, macs * MICRO, synops * MICRO, dense * MICRO), horowitz,
+            f"{CONVENTION_MAC} pJ a MAC, {CONVENTION_SYNOP} pJ a synop, as if all were fp32; no memory, no neuron",
         ),
         Estimate(
             "precision and memory", precise, None, None,
@@ -121,8 +138,31 @@ def estimates(
             f"membrane of {state} bit, from 32 KB on the chip; every neuron is updated at every step",
         ),
         Estimate(
-            "ratio to the QANN", None, precise / (dense * 1e-6) if spiking and dense else None,
-            even(static + updates, driven, dense) if spiking else None, f"{horowitz}; Dampfhoffer et al. 2022",
+            "ratio to the QANN", None, precise / (precise_dense * MICRO) if spiking and precise_dense else None,
+            _break_even(spike_rate, static + updates, driven, precise_dense), f"{horowitz}; Dampfhoffer et al. 2022",
             f"as before, against the same layers with activations of {level_bits} bit and no reuse of what is read",
         ),
     )  # fmt: skip
+
+
+def _by_precision(layers: Sequence[LayerCost], state: int, levels: int | None) -> tuple[float, float, float]:
+    """MACs, synops, and the MACs of the same network without spikes, at their bits, with the memory they read [pJ].
+
+    Args:
+        layers: what each layer does.
+        state: of a membrane [bit].
+        levels: of an activation there, where this network has a spike [bit]; None for an ANN.
+    """
+    static = driven = dense = 0.0
+    for layer in layers:
+        weight, inputs = layer.weight_bits, layer.input_bits
+        bits = levels if levels is not None and inputs == 1 else inputs
+        static += layer.macs * (mac_energy(weight, inputs) + read_energy(weight + inputs))
+        driven += layer.synops * (accumulate_energy(weight) + read_energy(weight + 2 * state))
+        dense += layer.dense_macs * (mac_energy(weight, bits) + read_energy(weight + bits))
+    return static, driven, dense
+
+
+def _break_even(spike_rate: float | None, fixed: float, moving: float, target: float) -> float | None:
+    """The spike rate at which the energy would be ``target``: ``fixed`` stays, ``moving`` grows with the rate."""
+    return spike_rate * (target - fixed) / moving if spike_rate and moving and target > fixed else None

@@ -119,6 +119,11 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
         shape: (C, H, W) of one image; by default the one the model was made for.
     Raises:
         ValueError: no shape is given and none is recorded.
+
+    >>> import qsnn
+    >>> found = qsnn.summary(qsnn.create_model("study", qsnn.load_data("digits")))
+    >>> found.weight_bytes == found.float_bytes, found.macs_by_precision
+    (True, {'W32A32': 452224})
     """
     shape = shape or input_shape_of(model)
     if shape is None:

@@ -110,7 +110,14 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
         data: a :class:`~qsnn.Data` (its training images are used), a Dataset, or an iterable of (images, labels).
         config: precision and calibration.
     Raises:
-        ValueError: nothing to quantize, a layer that is not supported (all of them are named), or no data.
+        ValueError: nothing to quantize, a layer that is not supported (all of them are named), a copy that does not
+            answer as the model does, or no data.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> qann = qsnn.quantize(qsnn.create_model("study", data), data, qsnn.QuantizeConfig(weight_bits=1, levels=2))
+    >>> qsnn.integer_weights(qann.get_submodule("3"))[0].unique()
+    tensor([-1,  1], dtype=torch.int8)
     """
     config = config or QuantizeConfig()
     if not isinstance(config, QuantizeConfig):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.measure.benchmark import Benchmark
-from qsnn.report.terminal import shown_steps
+from qsnn.report.terminal import shown, shown_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,13 +25,14 @@ COLOURS = {
 }  # fmt: skip
 _INK, _MUTED, _LINE, _PAPER = (COLOURS[name][0] for name in ("ink", "muted", "line", "paper"))
 
-_RC: Any = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "qsnn", "font.size": 9.0, "text.parse_math": False,  # "$" is no formula
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _MUTED, "axes.labelcolor": _INK,
     "axes.titlecolor": _INK, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlesize": 11.0,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": _LINE, "xtick.color": _MUTED, "xtick.labelcolor": _INK,
     "ytick.color": _MUTED, "ytick.labelcolor": _INK, "legend.frameon": False, "legend.labelcolor": _INK,
 }  # fmt: skip
+"""matplotlib's settings for every figure of the project, those of the benchmarks too."""
 
 
 Spread = Mapping[str, Sequence[float]]
@@ -40,7 +41,7 @@ Spread = Mapping[str, Sequence[float]]
 def _curve(
     results: Sequence[Benchmark], width: float, height: float, title: str = "", spread: Spread | None = None
 ) -> Figure:
-    """Accuracy against T: a line and a band a spiking model, a level line an ANN; sizes in inches."""
+    """Accuracy against T: a line with a band for each spiking model, a level line for each ANN; sizes in inches."""
     from matplotlib.figure import Figure  # pyplot would keep every figure, and ask for a display
 
     spiking, anns = [r for r in results if r.timesteps], [r for r in results if not r.timesteps]
@@ -53,7 +54,7 @@ def _curve(
         colour = COLOURS[f"c{i % 5}"][0]
         low, high = _band(r, None if spread is None else spread[r.name])
         axes.fill_between(r.timesteps, low, high, color=colour, alpha=0.12, lw=0)
-        # later lines are thinner and hollow: of two equal curves (a folded student) both are seen
+        # each line is thinner than the one before, and hollow: where two are equal (a folded student) both are seen
         axes.plot(
             r.timesteps, r.accuracy, color=colour, marker="osD^v"[i % 5], label=r.name, zorder=3 + i,
             markersize=max(3.5, 7 - i), linewidth=max(1.0, 2.4 - 0.4 * i), markerfacecolor=_PAPER if i else colour,
@@ -69,13 +70,15 @@ def _curve(
     everything = [a for r in results for a in r.accuracy]
     later = [a for r in spiking for t, a in zip(r.timesteps, r.accuracy, strict=True) if t > steps[0]]
     top = max(everything)
-    # a first step that fell so low that it would hide the rest is written, not drawn
+    # where accuracy at the first step is so low that the axis would squeeze the rest, it is written, not drawn
     span = top - min([*later, *(r.accuracy[0] for r in anns)]) if later else top
     low_end = min(a for a in everything if a >= top - 4 * max(span, 1.0))
     margin = 0.2 * max(top - low_end, 1.0)
     floor = max(0.0, low_end - margin)
     axes.set_ylim(floor, min(100.0, top + margin) + margin / 6)
-    below = [f"↓ {r.name}, T = {steps[0]}: {a:.1f} %" for r in spiking for a in r.accuracy if a < floor]
+    below = [
+        f"↓ {r.name}, T = {steps[0]}: {shown(a, 'short accuracy')} %" for r in spiking for a in r.accuracy if a < floor
+    ]
     box = {"facecolor": _PAPER, "edgecolor": "none", "pad": 2}
     axes.text(0.02, 0.03, "\n".join(below), transform=axes.transAxes, size=8, color=_MUTED, bbox=box, zorder=20)
     axes.set(xlabel="time steps T", ylabel="accuracy [%]", title=title)
@@ -99,8 +102,8 @@ def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str, sp
         results: at least one with timesteps.
         path: ends in .png (150 dpi) or .svg; written whole or not at all.
         title: stands above the axes.
-        spread: half the width of the band [%] by model name, one number a T, in place of the Wilson interval; for
-            accuracies that are means over seeds, their standard deviation.
+        spread: half the width of the band [%] by model name, one number for each T, in place of the Wilson interval;
+            for accuracies that are means over seeds, their standard deviation.
     Raises:
         ValueError: another suffix, or nothing that spikes.
     """
@@ -114,12 +117,20 @@ def draw_curve(results: Sequence[Benchmark], path: str | Path, *, title: str, sp
 
 def drawn(results: Sequence[Benchmark], kind: str, paper: str, *options: Any) -> bytes:
     """The curve as a file, without a date: equal results make equal bytes."""
+    return saved(lambda: _curve(results, *options), kind, paper)
+
+
+def saved(make: Callable[[], Figure], kind: str = "svg", paper: str = _PAPER) -> bytes:
+    """A figure that is made in :data:`STYLE`, as a file without a date: equal figures make equal bytes.
+
+    Args:
+        make: draws the figure.
+        kind: "svg" or "png" (150 dpi).
+        paper: colour of the background.
+    """
     import matplotlib
 
     data = io.BytesIO()
-    with matplotlib.rc_context(_RC):
-        _curve(results, *options).savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
+    with matplotlib.rc_context(STYLE):
+        make().savefig(data, format=kind, facecolor=paper, dpi=150, metadata={"Date": None})
     return data.getvalue()
-
-
-

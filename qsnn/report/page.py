@@ -1,4 +1,4 @@
-"""What a person looks at: the accuracy curve, and one HTML page that needs no other file."""
+"""The report: one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.report.curve import COLOURS, drawn
-from qsnn.report.terminal import NONE, accuracy_at, number, shown_steps, si
+from qsnn.report.terminal import NONE, accuracy_at, kib, shown, shown_steps, si
 
 if TYPE_CHECKING:
-
     from qsnn.measure.benchmark import Benchmark
 
 _DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
@@ -38,17 +37,13 @@ def headline(results: Sequence[Benchmark], config: dict[str, Any]) -> str:
     when = {0: "", 1: " in one step", 2: " in two steps"}.get(t, f" in {t} steps")
     bits = next((value for key, value in _flat(config) if key.split(".")[-1] == "weight_bits"), None)
     words = {"QANN": f"the {f'{bits}-bit ' if bits else ''}QANN it was made from", "teacher": "the float teacher"}
-    others = [f", {words[r.name]} {r.accuracy[0]:.1f} %" for k in words for r in results if r.name == k and r != model]
-    text = f"{model.name[:1].upper()}{model.name[1:]}: {number(accuracy_at(model, t), 1)} %{when}{''.join(others)}."
+    text = f"{model.name[:1].upper()}{model.name[1:]}: {shown(accuracy_at(model, t), 'short accuracy')} %{when}"
+    for name, what in words.items():
+        for r in results:
+            if r.name == name and r != model:
+                text += f", {what} {shown(r.accuracy[0], 'short accuracy')} %"
+    text += "."
     return text.replace(" %", "\u00a0%")
-
-
-
-
-
-
-
-
 
 
 def _inline_curve(results: Sequence[Benchmark]) -> str:
@@ -60,7 +55,7 @@ def _inline_curve(results: Sequence[Benchmark]) -> str:
 
 
 def _html(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kind: str = "") -> str:
-    """A table of HTML cells, a name first in each row, in a box that scrolls; a cell may bring its own <td>."""
+    """An HTML table in a box that scrolls; each row starts with its name, and a cell may bring a <td> of its own."""
     top = f"<thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead>" if head else ""
     body = ""
     for name, *cells in rows:
@@ -79,30 +74,33 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]
 def _results(results: Sequence[Benchmark]) -> str:
     steps, rows = shown_steps(results), []
     for r in results:
-        cells = [escape(r.name), r.firing or "ANN", f"{r.weight_bytes / 1024:.1f}"]
+        cells = [escape(r.name), r.firing or "ANN", kib(r.weight_bytes)]
         for t in steps if r.timesteps else [0]:
             a = accuracy_at(r, t)
             low, high = interval((a or 0) / 100, r.n)
-            text = NONE if a is None else f"{a:.2f} <small>±{50 * (high - low):.2f}</small>"
+            half = shown(50 * (high - low), "accuracy")
+            text = NONE if a is None else f"{shown(a, 'accuracy')} <small>±{half}</small>"
             cells.append(text if r.timesteps else f'<td class="ann" colspan="{len(steps)}">{text}</td>')
-        rows.append([*cells, number(r.spike_rate, 3), si(r.synops), si(r.macs)])
+        rows.append([*cells, shown(r.spike_rate, "rate"), si(r.synops), si(r.macs)])
     accuracy = [f"T&nbsp;=&nbsp;{t}<br>[%]" if t else "accuracy<br>[%]" for t in steps]
     return _html(rows, ["model", "firing", "weights<br>[KiB]", *accuracy, "spike<br>rate", "synops", "MACs"], "results")
 
 
 def _rates(results: Sequence[Benchmark]) -> str:
-    """Bars: spikes a neuron and step, by layer; models that name their layers alike stand side by side."""
+    """Spikes per neuron and step as bars, one row for each layer, one column for each model with the same layers."""
     layers = _headline_model(results).spike_rates
-    shown = [r for r in results if layers and set(r.spike_rates) == set(layers)]
-    full = max([rate for r in shown for rate in r.spike_rates.values()], default=0) or 1
-    bar = '<i style="width:{:.1f}%"></i>{:.3f}'
-    rates = [(layer, [r.spike_rates[layer] for r in shown]) for layer in layers]
-    rows = [[escape(layer), *(bar.format(65 * rate / full, rate) for rate in row)] for layer, row in rates]
-    return _html(rows, ["layer", *(escape(r.name) for r in shown)], "rates")
+    alike = [r for r in results if layers and set(r.spike_rates) == set(layers)]
+    full = max([rate for r in alike for rate in r.spike_rates.values()], default=0) or 1
+    rows = []
+    for layer in layers:
+        rates = [r.spike_rates[layer] for r in alike]
+        bars = [f'<i style="width:{65 * rate / full:.1f}%"></i>{shown(rate, "rate")}' for rate in rates]
+        rows.append([escape(layer), *bars])
+    return _html(rows, ["layer", *(escape(r.name) for r in alike)], "rates")
 
 
 def _energy(results: Sequence[Benchmark]) -> str:
-    """Three estimates a model, side by side; below them what each assumes, and where it comes from."""
+    """The three estimates of each model side by side; below them what each assumes, and where it comes from."""
     names = [estimate.name for estimate in results[0].energy]
     of = {name: "QANN" if name == names[-1] else "ANN" for name in names}
     if not names:
@@ -111,11 +109,14 @@ def _energy(results: Sequence[Benchmark]) -> str:
     for r in results:
         cells = []
         for estimate in r.energy:
-            shown = [] if estimate.microjoules is None else [f"{estimate.microjoules:.3g}\u00a0µJ"]
-            whose = f"of\u00a0the\u00a0{of[estimate.name]}"
-            shown += [] if estimate.ratio is None else [f"{estimate.ratio:.2f}\u00a0{whose}"]
-            shown += [] if estimate.break_even is None else [f"<small>even at rate {estimate.break_even:.3f}</small>"]
-            cells.append("<br>".join(shown) or NONE)
+            lines = []
+            if estimate.microjoules is not None:
+                lines.append(f"{shown(estimate.microjoules, 'energy')}\u00a0µJ")
+            if estimate.ratio is not None:
+                lines.append(f"{shown(estimate.ratio, 'ratio')}\u00a0of\u00a0the\u00a0{of[estimate.name]}")
+            if estimate.break_even is not None:
+                lines.append(f"<small>even at rate {shown(estimate.break_even, 'rate')}</small>")
+            cells.append("<br>".join(lines) or NONE)
         rows.append([escape(r.name), *cells])
     text = "".join(f"<li>{escape(e.name)}: {escape(e.assumes)} ({escape(e.source)}).</li>" for e in results[-1].energy)
     return f'{_html(rows, ["model", *map(escape, names)])}<ul class="muted">{text}</ul>'
@@ -126,9 +127,10 @@ def _costs(results: Sequence[Benchmark]) -> str:
     rows = [
         [
             escape(r.name),
-            ", ".join(f"{bits if bits == 'other' else f'{bits} bit'}: {n / 1024:.1f}"
+            ", ".join(f"{bits if bits == 'other' else f'{bits} bit'}: {kib(n)}"
                       for bits, n in r.weight_bytes_by_bits.items()),
-            f"{r.state_bytes / 1024:.1f}", f"{r.peak_bytes / 1024:.0f}", f"{r.latency_ms:.2f}", f"{r.throughput:.0f}",
+            kib(r.state_bytes), kib(r.peak_bytes, "peak"), shown(r.latency_ms, "latency"),
+            shown(r.throughput, "throughput"),
         ]
         for r in results
     ]  # fmt: skip
@@ -137,21 +139,24 @@ def _costs(results: Sequence[Benchmark]) -> str:
 
 
 def _agreement(results: Sequence[Benchmark]) -> str:
-    """A row a T, a column a model: narrow screens are higher than wide."""
+    """Answers equal to the QANN's: a row for each T, a column for each model (narrow screens have room below)."""
     columns = {r.name: dict(zip(r.timesteps, r.agreement, strict=True)) for r in results if r.timesteps and r.agreement}
     steps = sorted({t for found in columns.values() for t in found})
-    rows = [[f"T = {t}", *(f"{c[t]:.2f} %" if t in c else "" for c in columns.values())] for t in steps]
+    rows = [[f"T = {t}", *(f"{shown(c[t], 'accuracy')} %" if t in c else "" for c in columns.values())] for t in steps]
     return _html(rows, ["", *map(escape, columns)])
 
 
 def _early(results: Sequence[Benchmark]) -> str:
-    """A row a margin; for each model the mean T and the accuracy."""
+    """A row for each margin; in it the accuracy and the mean T of each model."""
     leaving = [{e.margin: e for e in r.exits} for r in results if r.exits]
     margins = sorted({margin for exits in leaving for margin in exits})
-    rows = [
-        [f"{m:g}", *(f"{e[m].accuracy:.2f}\u00a0% <small>T\u00a0=\u00a0{e[m].timesteps:.2f}</small>" for e in leaving)]
-        for m in margins
-    ]  # fmt: skip
+    rows = []
+    for margin in margins:
+        ends = [exits[margin] for exits in leaving]
+        rows.append([shown(margin, "margin"), *(
+            f"{shown(end.accuracy, 'accuracy')}\u00a0% <small>T\u00a0=\u00a0{shown(end.timesteps, 'timesteps')}</small>"
+            for end in ends
+        )])  # fmt: skip
     return _html(rows, ["lead", *(escape(r.name) for r in results if r.exits)])
 
 
@@ -162,16 +167,14 @@ def _confusion(matrix: list[list[int]]) -> str:
         return _html([[f"{i} → {k}", f"{n} images"] for n, i, k in sorted(wrong, reverse=True)[:12]])
     rows = []
     for i, row in enumerate(matrix):
-        # the root makes a single mistake visible beside the diagonal
+        # the square root of the share: in proportion, a single mistake would be too pale to see beside the diagonal
         shade = [f"var(--c{int(i != k)}) {60 * (n / max(1, sum(row))) ** 0.5:.0f}%" for k, n in enumerate(row)]
         cell = '<td style="background:color-mix(in srgb,{},transparent)">{}</td>'
         rows.append([str(i), *(cell.format(s, n or "") for s, n in zip(shade, row, strict=True))])
     return _html(rows, ["", *(str(k) for k in range(len(matrix)))], "confusion")
 
 
-_CSS = (
-    "*{box-sizing:border-box}:root{color-scheme:light dark;LIGHT}@media(prefers-color-scheme:dark){:root{DARK}}"
-    """
+_RULES = """
 body{margin:0 auto;max-width:1000px;padding:2rem 1rem 4rem;background:var(--paper);color:var(--ink);
  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 h1{font-size:1.1rem;font-weight:600;color:var(--muted);margin:0} h2{font-size:1.15rem;margin:2.4rem 0 .7rem}
@@ -187,9 +190,15 @@ th:first-child,.settings td,.rates :is(th,td),.results :is(th,td):nth-child(2){t
 .rates td{min-width:8rem} i{display:inline-block;height:.6rem;margin-right:.4rem;background:var(--c0)}
 figure{margin:0;max-width:600px} svg{display:block;width:100%;height:auto} svg text{font-family:inherit!important}
 pre{background:var(--box);border-radius:6px;padding:.8rem 1rem;overflow-x:auto;font:.8125rem/1.5 monospace}"""
-)
-for _i, _name in enumerate(("LIGHT", "DARK")):
-    _CSS = _CSS.replace(_name, ";".join(f"--{key}:{pair[_i]}" for key, pair in COLOURS.items()))
+
+
+def _style() -> str:
+    """The style sheet: the colours as variables, light and dark, and the rules that use them."""
+    light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
+    return (
+        f"*{{box-sizing:border-box}}:root{{color-scheme:light dark;{light}}}"
+        f"@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{_RULES}"
+    )
 
 
 def write_report(
@@ -201,7 +210,7 @@ def write_report(
     Args:
         path: the file, written whole or not at all.
         title: what was run, e.g. "vgg-small on digits".
-        results: one a model, in the order of the flow; at least one.
+        results: one for each model, in the order of the flow; at least one.
         certificate: the text of ``certify``; like ``stages``, None leaves the section out.
         config: every setting; nested dicts are flattened.
         environment: ``records.environment()``.
@@ -229,7 +238,7 @@ def write_report(
         ("Memory and time", _costs(results)),
         (f"Confusion (row: label, column: answer): {escape(confused.name)}", _confusion(confused.confusion or [])),
         ("Certificate", f"<pre>{escape(certificate)}</pre>" if certificate else ""),
-        ("Time", _html([[escape(name), f"{seconds:.1f} s"] for name, seconds in stages or []])),
+        ("Time", _html([[escape(name), f"{shown(seconds, 'seconds')} s"] for name, seconds in stages or []])),
         ("Configuration", _html(settings[0], kind="settings")),
         ("Environment", _html(settings[1], kind="settings")),
         ("How to get the same again", f"<pre>{escape(command)}</pre>"),
@@ -238,7 +247,7 @@ def write_report(
     write_atomic(
         path,
         f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
-<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_CSS}</style></head>
+<meta name="viewport" content="width=device-width,initial-scale=1"><style>{_style()}</style></head>
 <body><h1>{escape(title)}</h1><p class="lead">{escape(headline(results, config))}</p>
 <p class="muted">{model.n:,} test images.</p>{body}</body></html>\n""",
     )

@@ -175,7 +175,3 @@ def read(path: str | Path) -> list[Record]:
                 f"delete the line or add what it lacks"
             ) from error
     return records
-
-
-
-

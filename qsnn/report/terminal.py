@@ -10,7 +10,46 @@ if TYPE_CHECKING:
 
     from qsnn.measure.benchmark import Benchmark
 
-NONE = "\u2013"  # what a table shows where there is no number
+NONE = "\u2013"
+"""What a table shows where there is no number."""
+FORMATS = {
+    "accuracy": ".2f",  # [%]
+    "short accuracy": ".1f",  # [%], in a sentence
+    "rate": ".3f",  # spikes a neuron and step [1]
+    "timesteps": ".2f",  # mean over images
+    "ratio": ".2f",  # [1]
+    "energy": ".3g",  # [µJ]
+    "memory": ".1f",  # [KiB]
+    "peak": ".0f",  # [KiB]
+    "latency": ".2f",  # [ms]
+    "throughput": ".0f",  # images a second
+    "seconds": ".1f",
+    "margin": "g",  # [1]
+}
+"""How a number of each quantity is written, in the terminal, the page, the figure, README and studies."""
+
+
+def shown(value: float | None, quantity: str) -> str:
+    """A number as its quantity is written, or a dash for None.
+
+    >>> shown(91.2345, "accuracy"), shown(0.25, "rate"), shown(None, "energy")
+    ('91.23', '0.250', '–')
+
+    Args:
+        value: in the unit of the quantity.
+        quantity: a key of :data:`FORMATS`.
+    """
+    return NONE if value is None else format(value, FORMATS[quantity])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with so many digits behind the point, or a dash for None: where no quantity of the table fits."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def kib(size: float, quantity: str = "memory") -> str:
+    """A number of bytes in KiB."""
+    return shown(size / 1024, quantity)
 
 
 def accuracy_at(result: Benchmark, t: int) -> float | None:
@@ -24,15 +63,22 @@ def shown_steps(results: Sequence[Benchmark]) -> list[int]:
     return [t for t in measured if t & (t - 1) == 0 or t == measured[-1]]
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A number with so many digits behind the point, or a dash for None."""
-    return NONE if value is None else f"{value:.{digits}f}"
-
-
 def si(value: float | None, gap: str = "\u00a0") -> str:
-    """A count in three digits: 1234 -> "1.23 k"."""
-    size, unit = next((s for s in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if (value or 0) >= 0.9995 * s[0]), (1.0, ""))
-    return NONE if value is None else f"{value / size:.3g}{gap if unit else ''}{unit}"
+    """A count in three digits, or a dash for None.
+
+    >>> si(1234, " "), si(999_600, " "), si(7, " ")
+    ('1.23 k', '1 M', '7')
+
+    Args:
+        value: the count.
+        gap: stands between the number and k, M or G.
+    """
+    if value is None:
+        return NONE
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:  # what three digits round up to the next unit
+            return f"{value / size:.3g}{gap}{unit}"
+    return f"{value:.3g}"
 
 
 def table(results: Sequence[Benchmark]) -> Table:
@@ -48,9 +94,9 @@ def table(results: Sequence[Benchmark]) -> Table:
         out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
     for r in results:
         dim = "" if r.timesteps else "dim"
-        cells = [Text(number(accuracy_at(r, t))[:5], style=dim) for t in steps]  # 100.0, else 99.99
-        cells += [Text(number(r.spike_rate, 3)), Text(si(r.synops, gap=""))]
-        out.add_row(Text(r.name), r.firing or "ANN", f"{r.weight_bytes / 1024:.1f}", *cells)
+        cells = [Text(shown(accuracy_at(r, t), "accuracy")[:5], style=dim) for t in steps]  # 100.0, else 99.99
+        cells += [Text(shown(r.spike_rate, "rate")), Text(si(r.synops, gap=""))]
+        out.add_row(Text(r.name), r.firing or "ANN", kib(r.weight_bytes), *cells)
     return out
 
 
@@ -69,7 +115,7 @@ def energy_table(results: Sequence[Benchmark]) -> Table:
     for r in results:
         convention, precise, ratio = r.energy
         out.add_row(
-            r.name, f"{convention.microjoules:.3g}", number(convention.ratio), f"{precise.microjoules:.3g}",
-            number(ratio.ratio), number(ratio.break_even, 3),
+            r.name, shown(convention.microjoules, "energy"), shown(convention.ratio, "ratio"),
+            shown(precise.microjoules, "energy"), shown(ratio.ratio, "ratio"), shown(ratio.break_even, "rate"),
         )  # fmt: skip
     return out

@@ -122,6 +122,13 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
         ValueError: nothing to convert, a quantizer without a step, plain ReLUs without data, or what has no faithful
             spiking form (all of it is named).
         TypeError: ``config`` is not a ConvertConfig.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> snn = qsnn.convert(qsnn.quantize(qsnn.create_model("study", data), data), qsnn.ConvertConfig(timesteps=2))
+    >>> images, labels = next(qsnn.batches(data.test, 4))
+    >>> snn(images).shape  # the answer after one step, and after two
+    torch.Size([2, 4, 10])
     """
     if isinstance(data, ConvertConfig) and config is None:
         data, config = None, data

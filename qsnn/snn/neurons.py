@@ -29,9 +29,10 @@ class IFNode(BaseNode):
         initial: v₀ / θ [1], a scalar or one a channel.
         dynamics: another reset, leak, signed spikes or a membrane of few bits; by default none of them.
         surrogate: what stands for the derivative of a spike at potential h: "box",
-            :math:`\partial s/\partial h = [\,|h - \theta| < \theta/2\,]/\theta`; "rate", the gradient of the clipped
-            ReLU that the rate follows, :math:`\partial s_t/\partial x_u = [0 < \bar x < \theta]/(T\theta)` for every two
-            steps t and u; or one of SpikingJelly by name.
+            :math:`\partial s/\partial h = [\,|h - \theta| < \theta/2\,]/\theta`; "rate", the gradient of the
+            clipped ReLU that the rate follows,
+            :math:`\partial s_t/\partial x_u = [0 < \bar x < \theta]/(T\theta)` for all steps t and u; or one of
+            SpikingJelly by name.
     Shape:
         step_mode "m": x and spikes (T, B, *); "s": (B, *). While an :class:`SNN` calls it: (T·B, *).
     Raises:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -23,14 +19,14 @@ from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import answer, count_right
 from qsnn.training.processes import average_buffers_, is_main, rank_and_world, shared, total_of, wait
-from qsnn.training.resume import Epoch, read_state, save_state
-from qsnn.training.resume import Progress as Done
+from qsnn.training.progress import Bar, StateFile
+from qsnn.training.resume import Epoch, Progress, read_state, save_state
 from qsnn.training.tensorboard import Board
 
 CHECKPOINT_SECONDS = 300.0
-"""A run with a ``resume`` file writes its state after each epoch, and within one at the latest after so long [s]."""
+"""A run with a ``resume`` file writes its state after each epoch, and within a long one every so many seconds [s]."""
 DIVERGED = 100.0
-"""A loss so many times that of the first epoch stops a run [1]."""
+"""A run stops where its loss is so many times the mean loss of its first epoch [1]."""
 
 Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | dict[str, Tensor]"]
 """(model, images, labels) -> the loss, or its weighted terms by name."""
@@ -45,15 +41,15 @@ class TrainConfig:
     batch_size: int = 128
     """Images a step."""
     lr: float = 0.1
-    """Peak learning rate (SGD; about 0.002 for AdamW)."""
+    """Peak learning rate [1] (SGD; about 0.002 for AdamW)."""
     optimizer: str = "sgd"
     """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
     weight_decay: float = 5e-4
-    """L2 penalty; never on biases, batch norm, quantizer steps and thresholds."""
+    """L2 penalty [1]; never on biases, batch norm, quantizer steps and thresholds."""
     warmup: float = 0.1
     """Part of all steps in which the learning rate rises [1]."""
     label_smoothing: float = 0.0
-    """Mass moved from the label to the other classes in the cross entropy [0, 1)."""
+    """Mass moved from the label to the other classes in the cross entropy [1], in [0, 1)."""
     kd_weight: float = 0.5
     """Where a teacher is given: weight of the KL term; the cross entropy has 1 - kd_weight [0, 1]."""
     kd_temperature: float = 1.0
@@ -100,7 +96,7 @@ def fit(
     tensorboard: str | Path | None = None,
     label: str = "train",
 ) -> list[Epoch]:
-    r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` an epoch.
+    r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` for each.
 
     The loss is the cross entropy, or with a teacher
     :math:`(1-\lambda)\,CE + \lambda\,\tau^2\,KL(p_\tau^{teacher}\,\|\,p_\tau)`, or ``loss(model, images, labels)``.
@@ -131,85 +127,104 @@ def fit(
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
-    device, (rank, world) = device_of(model), rank_and_world()
-    train: Any = data.train
-    if config.train_images is not None:
-        train = train.head(config.train_images) if hasattr(train, "head") else Subset(train, range(config.train_images))
-    if not hasattr(train, "__len__"):
-        raise ValueError("data.train must be a Dataset with a length")
-    sizes = batch_sizes(len(train), config.batch_size, world)
+    loader = _Loader(data, config, device_of(model))
     state = read_state(resume, asdict(config))
     if state is not None:
         model.load_state_dict(state.model)  # before the optimizer: Brevitas makes new parameters when it loads
-    optimizer, scheduler = _optimizer(model, config, len(sizes))
-    done = Done() if state is None else state.restore_(optimizer, scheduler)
-    if config.epochs == len(done.history):
+    optimizer, scheduler = _optimizer(model, config, len(loader))
+    done = Progress() if state is None else state.restore_(optimizer, scheduler)
+    if len(done.history) == config.epochs:
         model.eval()
         return done.history
-    recipe = recipe_of(model)
-    recipe.pop("sha256", None)  # the weights are no longer those of the file the model was loaded from
-    set_recipe(model, recipe)
-    step = _Step(model, loss or _default_loss(config, teacher), config.precision)
+    _leave_file(model)
     if teacher is not None:
         teacher.eval()
     keep_freed_memory()
+    step = _Step(model, loss or _default_loss(config, teacher), config.precision)
+    total, begun = config.epochs * len(loader), len(done.history) * len(loader) + done.batch
+    bar = Bar(label, config.epochs, total, begun)
     board = Board(tensorboard if is_main() else None)
-    saved = time.monotonic()
-
-    def save() -> None:
-        nonlocal saved
-        if resume is not None and is_main():
-            save_state(resume, model, optimizer, scheduler, asdict(config), done)
-        saved = time.monotonic()
-
-    with _progress() as progress, torch.random.fork_rng(), board:
-        total = config.epochs * len(sizes)
-        bar = progress.add_task(label, total=total, completed=len(done.history) * len(sizes) + done.batch, note="")
+    kept = StateFile(
+        resume, CHECKPOINT_SECONDS, lambda path: save_state(path, model, optimizer, scheduler, asdict(config), done)
+    )
+    with bar, torch.random.fork_rng(), board:
         for epoch in range(len(done.history), config.epochs):
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
             lay_out_(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
-            parts = batches(
-                train, config.batch_size, generator=generator, augment=config.augment or data.augment, device=device,
-                share=(rank, world),
-            )  # fmt: skip
             with shared(step) as shared_step:
                 run = torch.compile(shared_step) if config.compile else shared_step
-                for batch, (images, labels) in enumerate(parts):
-                    if batch < done.batch:  # done before the run was stopped
-                        continue
-                    torch.manual_seed(((config.seed * 1_000_003 + epoch) * len(sizes) + batch) * world + rank)
+                for images, labels, weight in loader.epoch(epoch, done.batch):
                     optimizer.zero_grad(set_to_none=True)
-                    value, terms = run(laid_out(images, torch.channels_last), labels)
+                    value, terms = run(images, labels)
                     number = float(value.detach())
-                    _refuse_divergence(number, done, epoch, batch, label, config, resume)
-                    # DDP takes the mean over processes, whose shares of the batch may differ by one image
-                    (value if world == 1 else value * (len(images) * world / sizes[batch])).backward()
+                    _refuse_divergence(number, done, config, label, resume)
+                    (value * weight).backward()
                     optimizer.step()
                     scheduler.step()
                     if after_step is not None:
                         after_step(scheduler.last_epoch, total)
-                    done.batch, done.total = batch + 1, done.total + number
+                    done.batch, done.total = done.batch + 1, done.total + number
                     board.step(scheduler.last_epoch, terms, scheduler.get_last_lr()[0])
-                    progress.advance(bar)
-                    if world == 1 and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                        save()
+                    bar.step()
+                    kept.save_if_due()
             lay_out_(model.eval(), torch.contiguous_format)
             average_buffers_(model)
-            counts = count_right(model, data.val, 500, (rank, world))
-            right, seen = total_of(torch.tensor(counts, device=device)).tolist()
-            mean_loss = float(total_of(torch.tensor(done.total, device=device))) / world / len(sizes)
-            done.history.append(Epoch(epoch + 1, mean_loss, 100.0 * right / max(1, seen)))
+            done.history.append(_ended(model, data, epoch + 1, done.total, len(loader)))
             done.batch, done.total = 0, 0.0
-            save()
+            kept.save()
             wait()
             board.epoch(scheduler.last_epoch, done.history[-1], model, data.val)
-            progress.update(bar, note=f"loss {mean_loss:.3f}, validation {done.history[-1].val_accuracy:.2f} %")
-            if not progress.console.is_terminal:
-                progress.console.print(
-                    f"{label}: epoch {epoch + 1}/{config.epochs}, {progress.tasks[bar].fields['note']}"
-                )
+            bar.epoch(done.history[-1])
     model.eval()
     return done.history
+
+
+class _Loader:
+    """The batches of each epoch. Their order, augmentation and dropout follow from the seed and the step alone."""
+
+    def __init__(self, data: Data, config: TrainConfig, device: torch.device) -> None:
+        train: Any = data.train
+        if config.train_images is not None:
+            few = config.train_images
+            train = train.head(few) if hasattr(train, "head") else Subset(train, range(few))
+        if not hasattr(train, "__len__"):
+            raise ValueError("data.train must be a Dataset with a length")
+        self.train, self.config, self.device = train, config, device
+        self.augment = config.augment or data.augment
+        self.rank, self.world = rank_and_world()
+        self.sizes = batch_sizes(len(train), config.batch_size, self.world)
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return len(self.sizes)
+
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Images, labels, and weight of their loss, of this process, from batch ``first`` on; every step is seeded."""
+        seed = self.config.seed * 1_000_003 + epoch
+        parts = batches(
+            self.train, self.config.batch_size, generator=torch.Generator().manual_seed(seed), augment=self.augment,
+            device=self.device, share=(self.rank, self.world),
+        )  # fmt: skip
+        for batch, (images, labels) in enumerate(parts):
+            if batch < first:  # done before the run was stopped
+                continue
+            torch.manual_seed((seed * len(self) + batch) * self.world + self.rank)
+            # DDP takes the mean over processes, whose shares of the batch may differ by one image
+            yield laid_out(images, torch.channels_last), labels, len(images) * self.world / self.sizes[batch]
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Drop the hash of the file the model was loaded from: from now on its weights are others."""
+    recipe = recipe_of(model)
+    recipe.pop("sha256", None)
+    set_recipe(model, recipe)
+
+
+def _ended(model: nn.Module, data: Data, epoch: int, losses: float, steps: int) -> Epoch:
+    """What an epoch gave, over all processes; ``losses`` is the sum over the steps of this one."""
+    (rank, world), device = rank_and_world(), device_of(model)
+    right, seen = total_of(torch.tensor(count_right(model, data.val, 500, (rank, world)), device=device)).tolist()
+    mean_loss = float(total_of(torch.tensor(losses, device=device))) / world / steps
+    return Epoch(epoch, mean_loss, 100.0 * right / max(1, seen))
 
 
 class _Step(nn.Module):
@@ -228,7 +243,7 @@ class _Step(nn.Module):
 
 
 def _refuse_divergence(
-    loss: float, done: Done, epoch: int, batch: int, label: str, config: TrainConfig, resume: str | Path | None
+    loss: float, done: Progress, config: TrainConfig, label: str, resume: str | Path | None
 ) -> None:
     limit = DIVERGED * max(done.history[0].loss, 0.1) if done.history else math.inf
     if math.isfinite(loss) and loss <= limit:
@@ -237,15 +252,9 @@ def _refuse_divergence(
     if resume is not None and Path(resume).exists():
         good = f"the last good state is {resume}, written after epoch {len(done.history)}"
     raise FloatingPointError(
-        f"the loss is {loss:.6g} in step {batch + 1} of epoch {epoch + 1} of {label!r}; try a lower lr than "
-        f"{config.lr}, or a longer warmup than {config.warmup}; {good}"
+        f"the loss is {loss:.6g} in step {done.batch + 1} of epoch {len(done.history) + 1} of {label!r}; try a lower "
+        f"lr than {config.lr}, or a longer warmup than {config.warmup}; {good}"
     )
-
-
-
-
-
-
 
 
 def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
@@ -282,16 +291,6 @@ def _optimizer(model: nn.Module, config: TrainConfig, per_epoch: int) -> tuple[A
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress bar, of the first process."""
-    with Progress(
-        TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=None if is_main() else Console(quiet=True), disable=not is_main(),
-    ) as progress:  # fmt: skip
-        yield progress
 
 
 def kl_divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:

@@ -95,7 +95,7 @@ def shared(step: nn.Module) -> Iterator[nn.Module]:
     on_gpu = next(step.parameters()).is_cuda
     norms = {name: module for name, module in step.named_modules() if isinstance(module, _BatchNorm)} if on_gpu else {}
     try:
-        for name, norm in norms.items():  # it shares parameters and buffers with the norm it stands for
+        for name, norm in norms.items():  # the new module shares parameters and buffers with the one it replaces
             _replace(step, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
         yield nn.parallel.DistributedDataParallel(step)
     finally:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn.data.images import batches
+from qsnn.graph.hooks import watching
 from qsnn.graph.trace import device_of
 from qsnn.snn.network import SNN, TimeLoop, time_loop
 from qsnn.training.resume import Epoch
@@ -73,21 +74,16 @@ class Board:
 @torch.no_grad()
 def _measured(snn: SNN | TimeLoop, source: Any) -> tuple[list[float], dict[str, float]]:
     """Accuracy after each step [%] and spikes per neuron and step by layer [1]."""
-    sums = dict.fromkeys((name for name, _ in snn.neurons()), 0.0)
-    sizes = dict.fromkeys(sums, 0)
+    neurons = dict(snn.neurons())
+    spikes, chances = dict.fromkeys(neurons, 0.0), dict.fromkeys(neurons, 0)
 
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, spikes: Tensor) -> None:
-            sums[name] += float(spikes.abs().sum())
-            sizes[name] += spikes.numel()
+    def count(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        spikes[name] += float(output.abs().sum())
+        chances[name] += output.numel()
 
-        return hook
-
-    handles = [neuron.register_forward_hook(count(name)) for name, neuron in snn.neurons()]
     right, seen = torch.zeros(snn.timesteps, dtype=torch.int64), 0
-    for images, labels in batches(source, 250, device=device_of(snn)):
-        right += (snn(images).argmax(-1) == labels).sum(1).cpu()
-        seen += len(labels)
-    for handle in handles:
-        handle.remove()
-    return (100.0 * right / seen).tolist(), {name: sums[name] / max(1, sizes[name]) for name in sums}
+    with watching(neurons, count):
+        for images, labels in batches(source, 250, device=device_of(snn)):
+            right += (snn(images).argmax(-1) == labels).sum(1).cpu()
+            seen += len(labels)
+    return (100.0 * right / seen).tolist(), {name: spikes[name] / max(1, chances[name]) for name in neurons}
