@@ -18,7 +18,7 @@ from qsnn.cli.main import main
 from qsnn.data.sources import FolderSet
 from qsnn.export.runtime import image_files, normalised, predict, read_pixels
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -122,6 +122,12 @@ def test_bad_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "bad.onnx").write_text("no network")
     (tmp_path / "empty").mkdir()
+    for name, value in (("foreign", None), ("torn", "{"), ("list", "[1]"), ("odd", '{"data": {"mean": "x"}}')):
+        model = onnx.load(online)
+        del model.metadata_props[:]
+        if value is not None:
+            onnx.helper.set_model_props(model, {"qsnn": value})
+        onnx.save(model, tmp_path / f"{name}.onnx")
     for words, said in (
         (["predict", online, str(tmp_path / "nothing.png")], "no such file"),
         (["predict", online, str(tmp_path / "empty")], "no image in"),
@@ -129,6 +135,11 @@ def test_bad_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str],
         (["predict", online, str(tmp_path / "deep.png")], "8 bit a channel"),
         (["predict", str(tmp_path / "bad.onnx"), images], "as an ONNX file"),
         (["predict", str(tmp_path / "no.onnx"), images], "no such file"),
+        (["predict", str(tmp_path / "foreign.onnx"), images], "not written by qsnn"),
+        (["predict", str(tmp_path / "torn.onnx"), images], "damaged metadata"),
+        (["predict", str(tmp_path / "list.onnx"), images], "damaged metadata"),
+        (["predict", str(tmp_path / "odd.onnx"), images], "damaged metadata"),
+        (["export", FOLDED, "--out", str(tmp_path / "a.onnx"), "--timesteps", "0"], "at least 1"),
         (["predict", online, images, "--top", "0"], "top to be at least 1"),
         (["predict", online, images, "--exit-margin", "2"], "exit_margin from 0 to 1"),
         (["predict", deferred, images, "--exit-margin", "0.5"], "an answer after every step"),

@@ -41,6 +41,8 @@ def affine(
     always, never = m <= -top, m > top
     low = np.where(always, -np.inf, np.where(never, d * top, d * (m - 1)))
     high = np.where(never, np.inf, np.where(always, -d * top, d * m))
+    if (d * top).max(initial=0) >= 2**30:  # a sum in int32
+        return None
     if count == 1:  # one boundary: a p so large that the rounding never passes 1, and no clip is needed
         p = 2 * d * top + 4 + (d % 2)
         middle = np.where(always, -d * top - d / 2, np.where(never, d * top + d / 2, d * m - d / 2))[0]

@@ -94,7 +94,10 @@ def write_onnx(folded: SNN, path: str | Path, **options: Any) -> None:
 
 def onnx_model(folded: SNN, config: OnnxConfig) -> onnx.ModelProto:
     """The checked ONNX model of a folded network."""
-    timesteps, firing = folded._checked(config.timesteps or folded.timesteps, config.firing or folded.firing)
+    timesteps, firing = folded._checked(
+        folded.timesteps if config.timesteps is None else config.timesteps,
+        folded.firing if config.firing is None else config.firing,
+    )
     most = MOST_DEFERRED if firing == "deferred" else MOST_ONLINE
     if timesteps > most:
         raise ValueError(f"expected at most {most} steps of {firing} firing in an ONNX file, got timesteps={timesteps}")

@@ -73,10 +73,7 @@ class OnnxNetwork:
         except Exception as error:  # ONNX Runtime raises many kinds for a file that is none
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"cannot read {path} as an ONNX file: {reason}") from None
-        found = self.session.get_modelmeta().custom_metadata_map.get("qsnn")
-        if found is None:
-            raise ValueError(f"{path} was not written by qsnn; qsnn export FILE --format onnx --out {path} does that")
-        self.recipe: dict[str, Any] = json.loads(found)
+        self.recipe = _recipe(self.session.get_modelmeta().custom_metadata_map.get("qsnn"), path)
         self.entry = self.session.get_inputs()[0].name
 
     @property
@@ -234,6 +231,24 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         print(f"qsnn: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _recipe(text: str | None, path: str | Path) -> dict[str, Any]:
+    """The recipe in a file's metadata, its parts of the types that are read here."""
+    try:
+        recipe = json.loads(text or "null")
+        if recipe is not None:
+            data, export = recipe.get("data", {}), recipe["export"]
+            numbers = [*data.get("mean", []), *data.get("std", []), *recipe["input_shape"]]
+            if export["input"] not in ("float", "uint8") or not all(isinstance(x, int | float) for x in numbers):
+                raise ValueError("options that are not known")
+            if not all(isinstance(name, str) for name in data.get("classes", [])):
+                raise ValueError("classes that are no names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has damaged metadata ({error!r}); export the network again") from None
+    if recipe is None:
+        raise ValueError(f"{path} was not written by qsnn; qsnn export FILE --format onnx --out {path} does that")
+    return recipe  # type: ignore[no-any-return]
 
 
 def _bytes(path: str | Path) -> bytes:

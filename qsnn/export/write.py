@@ -41,6 +41,15 @@ def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: An
         TypeError: not a folded network, or an option that the format does not have.
         ValueError: an unknown format, an option out of range, or layers that cannot be written, all of them named.
         ImportError: the library of the format is missing.
+
+    >>> import tempfile
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> folded = qsnn.fold(qsnn.convert(qsnn.quantize(qsnn.create_model("study", data), data)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = qsnn.export(folded, f"{folder}/net.onnx", firing="deferred", input="uint8")
+    ...     "QLinearConv" in path.read_bytes().decode("latin-1")
+    True
     """
     if format not in FORMATS:
         raise ValueError(f"expected format to be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
