@@ -83,7 +83,7 @@ class Graph:
         """Append a node of one output and return the output's name."""
         name, count = f"v{len(self.nodes)}", self._scopes.get(self.scope, 0)
         self._scopes[self.scope] = count + 1
-        place = f"{self.scope}.{count}" if count else self.scope
+        place = "" if count else self.scope  # the first node of a layer bears its name
         self.nodes.append(helper.make_node(op, list(inputs), [name], name=place, **attributes))
         return name
 
