@@ -348,7 +348,7 @@ def test_the_verb_stays_whatever_is_imported_first(order: str) -> None:
 def test_refusals(plain: qsnn.SNN, snn: qsnn.SNN, digits: qsnn.Data, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"call qsnn.export\(qsnn.fold\(snn\), path\)"):
         qsnn.export(snn, tmp_path / "a")
-    with pytest.raises(ValueError, match="expected format to be one of 'onnx'"):
+    with pytest.raises(ValueError, match="expected format to be one of 'onnx', 'nir'"):
         qsnn.export(plain, tmp_path / "a", format="tf")
     with pytest.raises(ValueError, match="is a folder"):
         qsnn.export(plain, tmp_path)

@@ -9,6 +9,7 @@ import tyro
 
 from qsnn.export.runtime import OnnxNetwork, image_files, show
 from qsnn.export.runtime import predict as answers
+from qsnn.export.write import FORMATS
 from qsnn.export.write import export as write
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def export(
     Args:
         file: Checkpoint that qsnn fold wrote.
         out: File to write.
-        format: onnx.
+        format: onnx, nir, c, qonnx or hub.
         timesteps: Time steps T; default what the network is made for.
         firing: online (an answer after every step) or deferred (one integer pass); default what it is made for.
         input: float (normalised images) or uint8 (raw pixels, normalisation inside); default float.
@@ -43,11 +44,11 @@ def export(
 
     chosen = {"timesteps": timesteps, "firing": firing, "input": input, "kernels": kernels}
     folded: Any = load(file)
-    if not getattr(folded, "folded", False):
+    if FORMATS.get(format, FORMATS["onnx"])[3] and not getattr(folded, "folded", False):
         kind = recipe_of(folded).get("kind")
         raise ValueError(f"{file} holds a {kind!r}; expected 'folded': qsnn fold {file} --out folded.safetensors first")
     write(folded, out, format=format, **{k: v for k, v in chosen.items() if v is not None})
-    print(f"wrote {out} ({out.stat().st_size:,} bytes)")
+    print(f"wrote {out}" + (f" ({out.stat().st_size:,} bytes)" if out.is_file() else ""))
 
 
 def predict(

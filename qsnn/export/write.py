@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qsnn.snn.network import SNN
 
-FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "onnx": ("qsnn.export.onnx", "write_onnx", ("onnx",)),
+FORMATS: dict[str, tuple[str, str, tuple[str, ...], bool]] = {
+    "onnx": ("qsnn.export.onnx", "write_onnx", ("onnx",), True),
+    "nir": ("qsnn.export.nir", "write", (), True),
+    "c": ("qsnn.export.c", "write", (), True),
+    "qonnx": ("qsnn.export.qonnx", "write", (), False),
+    "hub": ("qsnn.export.hub", "write", (), False),
 }
-"""For each format: the module and the function (folded, path, **options) that write it, and the libraries it takes."""
+"""For each format: the module and the function (network, path, **options) that write it, libraries that are looked for
+here (a module may say itself what it lacks), and whether the network must be folded."""
 
 
 def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: Any) -> Path:
@@ -29,7 +34,8 @@ def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: An
     Args:
         folded: what :func:`qsnn.fold` returned.
         path: the file to write; it is written beside and renamed.
-        format: "onnx".
+        format: "onnx"; "nir" (neuromorphic simulators), "c" (microcontrollers), "qonnx" (of a quantized network) or
+            "hub" (a folder for a model hub): see the module ``qsnn.export.FORMAT``.
         options: of the format. onnx: ``timesteps`` and ``firing`` (default what the network is made for), ``input``
             ("float": normalised images; "uint8": raw pixels), ``kernels`` ("int8"; "float" for runtimes without
             8-bit products).
@@ -53,13 +59,13 @@ def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: An
     """
     if format not in FORMATS:
         raise ValueError(f"expected format to be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
-    if not getattr(folded, "folded", False):
+    module, function, libraries, whole = FORMATS[format]
+    if whole and not getattr(folded, "folded", False):
         raise TypeError(
             f"expected a folded network, got {type(folded).__name__}; call qsnn.export(qsnn.fold(snn), path)"
         )
-    if Path(path).is_dir():
+    if Path(path).is_dir() and format != "hub":
         raise ValueError(f"expected a file to write, {path} is a folder; name a file in it")
-    module, function, libraries = FORMATS[format]
     for library in libraries:
         try:
             importlib.import_module(library)
