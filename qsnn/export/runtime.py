@@ -110,7 +110,7 @@ def image_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_pixels(path: str | Path, shape: Sequence[int]) -> NDArray[np.uint8]:
-    """An image file as training reads it: grey or RGB, scaled to cover (H, W) and cut at the centre.
+    """An image file as training reads it: grey or RGB, on white, scaled to cover (H, W) and cut at the centre.
 
     Args:
         path: the image file.
@@ -131,7 +131,11 @@ def read_pixels(path: str | Path, shape: Sequence[int]) -> NDArray[np.uint8]:
             with Image.open(path) as image:
                 if image.mode not in _EIGHT_BIT:
                     raise ValueError(f"expected an image of 8 bit a channel in {path}, got mode {image.mode}")
-                converted = image.convert("L" if channels == 1 else "RGB")
+                opaque = image
+                if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+                    rgba = image.convert("RGBA")  # transparency is laid on white
+                    opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+                converted = opaque.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"expected an image in {path}, cannot read it ({error}); repair or remove it") from None
     if converted.size != (width, height):
