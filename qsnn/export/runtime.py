@@ -131,7 +131,7 @@ def read_pixels(path: str | Path, shape: Sequence[int]) -> NDArray[np.uint8]:
             with Image.open(path) as image:
                 if image.mode not in _EIGHT_BIT:
                     raise ValueError(f"expected an image of 8 bit a channel in {path}, got mode {image.mode}")
-                opaque = image
+                opaque: Any = image
                 if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
                     rgba = image.convert("RGBA")  # transparency is laid on white
                     opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
