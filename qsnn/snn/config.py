@@ -29,7 +29,7 @@ class ConvertConfig:
     targets: str = "sums"
     """A layer in front of an addition is corrected to what the sum should be ("sums"), or for itself ("layers")."""
     calibration_images: Images = 256
-    """Training images of a calibration."""
+    """Training images of a calibration; 1,024 answer better where steps are few, and take four times as long."""
     reset: str = "soft"
     """After a spike: "soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards 0)."""
     reset_tau: Steps = 1.0
