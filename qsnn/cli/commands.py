@@ -19,7 +19,7 @@ from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
 from qsnn.folded.fold import fold as to_integers
 from qsnn.graph.recipe import recipe_of
-from qsnn.measure.accuracy import accuracy
+from qsnn.measure.accuracy import score
 from qsnn.measure.certify import certify
 from qsnn.measure.summary import summary
 from qsnn.models.create import create_model
@@ -212,7 +212,7 @@ def _written(model: nn.Module, out: Path, data: Data) -> None:
     """Write the file, from the first process, and say so."""
     if is_main():
         save(model, out)
-        print(f"wrote {out} (validation accuracy {accuracy(model, data.val):.2f} %)")
+        print(f"wrote {out} (validation {score(model, data.val)})")
 
 
 def _done(state: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
 from qsnn.graph.trace import takes_frames
@@ -196,7 +197,7 @@ def batches(
     augment: str | None = None,
     device: torch.device | str | None = None,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Any]]:
     """One pass over the data in batches (images, labels); the last one may be smaller.
 
     Args:
@@ -209,7 +210,7 @@ def batches(
         share: (rank, world): this process takes every world-th image of each batch of a Dataset; all must give
             generators of the same seed.
     Shape:
-        images: (B, C, H, W) float32; labels: (B,) int64.
+        images: (B, C, H, W) float32; labels: (B, *) int64 or float32, in the structure of the data.
     Raises:
         TypeError: data is neither of the two.
         ValueError: an option out of range, augment without a generator, no data, or a batch that is not as above.
@@ -236,7 +237,7 @@ def _batches(
     augment: str,
     device: torch.device | str | None,
     share: tuple[int, int],
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Any]]:
     batch = None
     raw = _raw_batches(data, batch_size, generator, share) if isinstance(data, Dataset) else data
     if generator is not None and share[1] > 1:  # the order is the same in every process, the augmentation is not
@@ -247,17 +248,44 @@ def _batches(
         images, labels = batch
         if not isinstance(data, ImageSet):  # whose images are right by construction; a look would stall a GPU
             check_images(images)
-            if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:
-                got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-                raise ValueError(f"expected integer labels of shape ({len(images)},), got {got}; one class an image")
-        images, labels = images.to(device), labels.to(device).long()
+            labels = checked_labels(labels, len(images))
+        images, labels = images.to(device), tree_map(lambda leaf: leaf.to(device), labels)
         if generator is not None and augment != "none":
+            if any(leaf.dim() > 2 and leaf.shape[-2:] == images.shape[-2:] for leaf in tree_leaves(labels)):
+                raise ValueError(f"augment={augment!r} moves images, not their maps; move both in your Dataset")
             # 0 is black in an ImageSet's bytes, and the mean colour in a normalised set that does not tell its black
             images = _augment(images, augment, generator, getattr(data, "black", 0.0))
         yield data.normalise(images) if isinstance(data, ImageSet) else images.float(), labels
     if batch is None:
         hint = "an iterator is used up after one pass: pass a list or a DataLoader"
         raise ValueError(f"expected at least one batch, got none from {type(data).__name__}; {hint}")
+
+
+def checked_labels(labels: Any, count: int) -> Any:
+    """Labels of a batch as losses take them: whole numbers and bools as int64, floats as float32.
+
+    Args:
+        labels: a tensor or an array, or a tuple, list or dict of them, one for each head of the network.
+        count: B.
+    Shape:
+        labels: (B, *): a class or numbers an image, or a map.
+    Raises:
+        ValueError: something else, another count, or a number that is NaN or infinite.
+    """
+
+    def checked(leaf: Any) -> Tensor:
+        leaf = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count or leaf.is_complex():
+            got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"expected labels of shape ({count},) or ({count}, ...), got {got}; pass a class, a map or numbers for "
+                f"each image, of a network of several heads in the structure of its answers"
+            )
+        if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            raise ValueError("expected finite labels, got NaN or inf; fill or drop them")
+        return leaf.float() if leaf.is_floating_point() else leaf.long()
+
+    return tree_map(checked, labels)
 
 
 def _raw_batches(

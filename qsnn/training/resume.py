@@ -18,11 +18,14 @@ from qsnn.files import write_atomic
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave: mean training loss, validation accuracy [%]."""
+    """What one epoch gave: mean training loss, and the score on the validation images."""
 
     epoch: int
     loss: float
     val_accuracy: float
+    """[%], or what ``metric`` says; NaN where nothing was scored."""
+    metric: str = "accuracy"
+    """"accuracy" [%], "mean IoU" [%], "mean squared error", or "" where nothing was scored."""
 
 
 @dataclass
