@@ -223,9 +223,7 @@ def distill_together(
         if pruned is not None:
             pruned(step, steps)
 
-    tasks = find_task(pair, data.train, options.get("task"))
-    if config.regulariser_weight and any(task.floats for task in tasks.by_head.values()):
-        raise ValueError("regulariser_weight draws every output to 1, which is for logits, not numbers; use 0")
+    tasks = _tasks(pair, data, config, options.get("task"))
     fit_options: FitOptions = {"label": "student", **options, "task": tasks}
     fit(pair, data, config.training(), loss=_Loss(config, fixed, tasks), after_step=after_step, **fit_options)
     finish_pruning_(pair.student)
@@ -233,6 +231,14 @@ def distill_together(
         parameter.requires_grad_(False)
     _say_how_made_(pair, student, teachers[0], config)
     return pair.student, pair.teacher or teachers[0]
+
+
+def _tasks(pair: _Pair, data: Data, config: DistillConfig, asked: Asked) -> Tasks:
+    """The task of each head of the student."""
+    tasks = find_task(pair, data.train, asked)
+    if config.regulariser_weight and any(task.floats for task in tasks.by_head.values()):
+        raise ValueError("regulariser_weight draws every output to 1, which is for logits, not for numbers; use 0")
+    return tasks
 
 
 def _say_how_made_(pair: _Pair, student: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:

@@ -184,7 +184,7 @@ def _refuse_labels(task: Task, answers: Tensor, labels: Tensor, where: str) -> N
     if low < 0 or high >= classes or bool((counted != counted.long()).any()):
         got = f"{low:g} to {high:g}" if low != high else f"{low:g}"
         raise ValueError(
-            f"expected whole labels from 0 to {classes - 1}{where} (task={task.name!r}, answers {_shown(answers)}), got "
+            f"expected labels from 0 to {classes - 1}{where} (task={task.name!r}, answers {_shown(answers)}), got "
             f"{got}; give the network an output a class, or pass task='regression' for numbers"
         )
 
