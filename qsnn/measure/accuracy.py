@@ -11,10 +11,11 @@ from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory
-from qsnn.graph.hooks import kept_modes
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.trace import device_of
 from qsnn.measure.heads import Asked, Tasks, find_tasks, heads
 from qsnn.measure.task import told
+from qsnn.options import expect
 from qsnn.snn.network import time_loop
 
 
@@ -36,10 +37,14 @@ def accuracy(
         options: passed to the model, e.g. ``timesteps=4``.
     Raises:
         ValueError: labels that do not belong to the answers.
+
+    >>> accuracy(nn.Flatten(), [(torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))])
+    75.0
     """
+    expect("accuracy(model, data.test)", "model", model, nn.Module)
     keep_freed_memory()
-    with kept_modes(model):
-        model.eval()
+    model = arrived(model)
+    with evaluating(model):
         if batch_size is None:
             batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, device=device_of(model))
         tasks, sums = added_up(model, source, batch_size, (0, 1), task, **options)
@@ -74,8 +79,8 @@ def find_task(model: nn.Module, source: Any, task: Asked = None) -> Tasks:
     if isinstance(task, Tasks):
         return task
     images, labels = next(batches(source, 64, device=device_of(model)))
-    with kept_modes(model):
-        return find_tasks(answer(model.eval(), images[:2]), labels, task)
+    with evaluating(model):
+        return find_tasks(answer(model, images[:2]), labels, task)
 
 
 @torch.no_grad()
