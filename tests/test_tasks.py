@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ class Answers(nn.Module):
         return {name: x[:, i : i + 1] for i, name in enumerate(self.names)} if self.names else x
 
 
-def set_of(x: Tensor, y: Any, n: int = 32) -> qsnn.Data:
+def set_of(x: Tensor, y: Any, n: int = 20) -> qsnn.Data:
     """Three parts: the last n for validation, and for the test."""
     part = [TensorDataset(x[at], y[at]) for at in (slice(-2 * n), slice(-2 * n, -n), slice(-n, None))]
     return qsnn.Data(name="made", train=part[0], val=part[1], test=part[2], mean=(0.0,), std=(1.0,), classes=())
@@ -200,20 +202,21 @@ def test_batches_take_labels_of_every_shape() -> None:
 
 # from float to an exact spiking network
 
-FLOAT = qsnn.TrainConfig(epochs=3, batch_size=32, optimizer="adamw", lr=0.01)
-QAT = qsnn.TrainConfig(epochs=1, batch_size=32, optimizer="adamw", lr=0.003)
-STUDENT = qsnn.DistillConfig(epochs=1, batch_size=32, optimizer="adamw", lr=0.003)
+FLOAT = qsnn.TrainConfig(batch_size=16, optimizer="adamw", lr=0.01)
+SHORT = replace(FLOAT, epochs=2)
+QAT = qsnn.TrainConfig(epochs=2, batch_size=16, optimizer="adamw", lr=0.003)
+STUDENT = qsnn.DistillConfig(epochs=1, batch_size=16, optimizer="adamw", lr=0.003)
 
 
-def flow(model: nn.Module, data: qsnn.Data, levels: int = 2, **options: Any) -> tuple[nn.Module, qsnn.SNN, qsnn.SNN]:
+def flow(model: nn.Module, data: qsnn.Data, levels: int = 2, epochs: int = 3) -> tuple[nn.Module, qsnn.SNN, qsnn.SNN]:
     """Train, quantize, train with the teacher, convert, certify, distill; what is measured is the folded student."""
-    qsnn.fit(model, data, FLOAT, **options)
+    qsnn.fit(model, data, replace(FLOAT, epochs=epochs))
     qann = qsnn.quantize(model, data, qsnn.QuantizeConfig(levels=levels))
-    qsnn.fit(qann, data, QAT, teacher=model, **options)
+    qsnn.fit(qann, data, QAT, teacher=model)
     snn = qsnn.convert(qann)
     certificate = qsnn.certify(snn, qann, data.test)
     assert certificate.verdict.startswith("EXACT"), str(certificate)
-    return qann, snn, qsnn.distill(snn, qann, data, STUDENT, **options)
+    return qann, snn, qsnn.distill(snn, qann, data, STUDENT)
 
 
 class UNet(nn.Module):
@@ -236,15 +239,14 @@ class UNet(nn.Module):
 
 def test_a_unet_to_an_exact_spiking_segmentation(tmp_path: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    masks = torch.zeros(160, 16, 16, dtype=torch.long)
-    for mask, (y, x) in zip(masks, torch.randint(1, 8, (160, 2), generator=generator).tolist(), strict=True):
+    masks = torch.zeros(120, 16, 16, dtype=torch.long)
+    for mask, (y, x) in zip(masks, torch.randint(1, 8, (120, 2), generator=generator).tolist(), strict=True):
         mask[y : y + 7, x : x + 7] = 1  # a bright square
-    images = masks.unsqueeze(1) + 0.5 * torch.randn(160, 1, 16, 16, generator=generator)
+    images = masks.unsqueeze(1) + 0.5 * torch.randn(120, 1, 16, 16, generator=generator)
     torch.manual_seed(0)
     data, model = set_of(images, masks), UNet()
-    qann, snn, student = flow(model, data)
+    qann, snn, student = flow(model, data, epochs=6)
     found = [qsnn.accuracy(network, data.test) for network in (model, qann, student)]
-    print(found)
     assert min(found) > 80, found
     results = [
         qsnn.benchmark(qann, data.test, name="QANN"),
@@ -266,9 +268,9 @@ def test_a_unet_to_an_exact_spiking_segmentation(tmp_path: Any) -> None:
         qsnn.benchmark(student, data.test, timesteps=2, exit_margin=0.5)
 
 
-def test_a_regression_to_a_student_that_keeps_its_values() -> None:
+def test_a_regression_to_a_student_that_keeps_its_values(tmp_path: Any) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(600, 1, 8, generator=generator)
+    x = torch.randn(400, 1, 8, generator=generator)
     y = x[:, 0, :4].sum(1) - x[:, 0, 4:].abs().sum(1) * 0.5
     torch.manual_seed(0)
     data, model = set_of(x, y), nn.Sequential(nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1))
@@ -280,7 +282,9 @@ def test_a_regression_to_a_student_that_keeps_its_values() -> None:
     assert result.accuracy[-1] == pytest.approx(qsnn.accuracy(qann, data.test), rel=1e-4)
     with pytest.raises(ValueError, match="which is for logits, not for numbers"):
         qsnn.distill(snn, qann, data, qsnn.DistillConfig(epochs=1, regulariser_weight=0.1))
-    history = qsnn.fit(model, data, qsnn.TrainConfig(epochs=1, lr=0.01))
+    config, state = replace(SHORT, epochs=1), tmp_path / "state"
+    history = qsnn.fit(copy.deepcopy(model), data, config, resume=state)
+    assert qsnn.fit(model, data, config, resume=state) == history, "read back from the file"
     assert history[0].metric == "mean squared error" and told(history[0].metric, 0.5) == "mean squared error 0.5"
 
 
@@ -339,10 +343,16 @@ def test_one_logit_from_float_to_student(digits: qsnn.Data) -> None:
     assert result.exits[0].accuracy == result.accuracy[0], "who leaves at once answers after one step"
 
 
-def test_a_loss_of_ones_own_goes_with_labels_of_no_task() -> None:
+def test_a_loss_of_ones_own_goes_with_labels_of_no_task(tmp_path: Any) -> None:
     x = torch.rand(80, 1, 4, 4)
     data, model = set_of(x, torch.zeros(80, 7, 3), 8), nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-    history = qsnn.fit(model, data, FLOAT, loss=lambda net, images, labels: net(images).square().mean())
-    assert history[-1].metric == "" and math.isnan(history[-1].val_accuracy) and history[-1].loss < history[0].loss
+    state, untrained = tmp_path / "state", copy.deepcopy(model)
+
+    def loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return net(images).square().mean()
+
+    history = qsnn.fit(model, data, SHORT, loss=loss, resume=state)
+    assert history[-1].metric == "" and history[-1].val_accuracy is None and history[-1].loss < history[0].loss
+    assert qsnn.fit(untrained, data, SHORT, loss=loss, resume=state) == history, "read back from the file"
     with pytest.raises(ValueError, match="belong to no task"):
-        qsnn.fit(model, data, FLOAT)
+        qsnn.fit(model, data, SHORT)

@@ -267,7 +267,7 @@ def _ended(model: nn.Module, data: Data, epoch: int, losses: float, steps: int, 
     (rank, world), device = rank_and_world(), device_of(model)
     mean_loss = float(total_of(torch.tensor(losses, device=device))) / world / steps
     if tasks is None:
-        return Epoch(epoch, mean_loss, math.nan, "")
+        return Epoch(epoch, mean_loss, None, "")
     _, sums = added_up(model, data.val, 500, (rank, world), tasks)
     scores = tasks.read({name: total_of(part.to(device)) for name, part in sums.items()})
     return Epoch(epoch, mean_loss, next(iter(scores.values())), tasks.first.metric)

@@ -51,7 +51,7 @@ class Bar:
     def epoch(self, epoch: Epoch) -> None:
         """Show what an epoch gave."""
         note = f"loss {epoch.loss:.3f}"
-        if epoch.metric:
+        if epoch.val_accuracy is not None:
             note += f", validation {told(epoch.metric, epoch.val_accuracy).removeprefix('accuracy ')}"
         self.progress.update(self.task, note=note)
         if not self.progress.console.is_terminal:

@@ -62,7 +62,7 @@ class Board:
             return
         self.writer.add_scalar("epoch/loss", epoch.loss, step)
         loop = time_loop(model)
-        if tasks is not None:
+        if epoch.val_accuracy is not None:
             self.writer.add_scalar(f"epoch/validation {epoch.metric}", epoch.val_accuracy, step)
         if loop is not None and tasks is not None:
             curve, rates = _measured(loop, val, tasks)
