@@ -138,6 +138,13 @@ def benchmark(
     Raises:
         ValueError: T < 1, no images, labels that do not belong to the answers, or a margin outside [0, 1] or of a
             network that has no steps, or no one class an image.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> snn = qsnn.convert(qsnn.quantize(qsnn.create_model("study", data), data))
+    >>> result = qsnn.benchmark(snn, data.test.head(20), timesteps=4)
+    >>> result.n, result.timesteps, 0 < result.spike_rate < 1
+    (20, (1, 2, 3, 4), True)
     """
     expect("benchmark(model, data.test)", "model", model, nn.Module)
     check_option("timesteps", timesteps, Timesteps)
