@@ -141,11 +141,7 @@ class DistillConfig:
 
 
 def distillation_loss(
-    step_logits: Tensor,
-    targets: Sequence[Tensor],
-    labels: Tensor,
-    config: DistillConfig,
-    task: Task = CLASSIFICATION,
+    step_logits: Tensor, targets: Sequence[Tensor], labels: Tensor, config: DistillConfig, task: Task = CLASSIFICATION
 ) -> dict[str, Tensor]:
     """Return the weighted terms that ``config`` names, by name; several teachers count alike.
 

@@ -112,8 +112,8 @@ def fit(
 
     The loss is the cross entropy, or with a teacher
     :math:`(1-\lambda)\,CE + \lambda\,\tau^2\,KL(p_\tau^{teacher}\,\|\,p_\tau)`, or ``loss(model, images, labels)``.
-    Of one logit CE and KL are those of a Bernoulli variable, of maps the mean over the pixels; of numbers both are
-    mean squared errors; over several heads they are added. Validation shows accuracy, mean IoU or mean squared error.
+    Of one logit CE and KL are those of a Bernoulli variable, of maps the mean over the pixels, of numbers mean squared
+    errors; over several heads they are added. Validation shows accuracy, mean IoU or mean squared error.
     The order of the images, augmentation and dropout follow from the seed and the step alone, so that a run that was
     killed and continued from ``resume`` ends with the same weights as one that was not.
 
@@ -121,8 +121,7 @@ def fit(
     images a step; all end with the same weights, and the first writes.
 
     Args:
-        model: any torch module that maps (B, C, H, W) to (B, K), (B,), maps (B, K, H, W) or several of these, or an
-            SNN.
+        model: any torch module that maps images to (B, K), (B,), maps (B, K, H, W) or several of these; or an SNN.
         data: where training and validation images come from; labels in the structure of the answers.
         config: epochs, learning rate and the like.
         teacher: a model that answers like this one.
@@ -323,8 +322,7 @@ def _default_loss(config: TrainConfig, teacher: nn.Module | None, tasks: Tasks |
             return value
         with torch.no_grad():
             target = heads(answer(teacher, images))
-        taught = tasks.taught(answers, target, config.kd_temperature)
-        return (1 - config.kd_weight) * value + config.kd_weight * taught
+        return (1 - config.kd_weight) * value + config.kd_weight * tasks.taught(answers, target, config.kd_temperature)
 
     return loss
 
