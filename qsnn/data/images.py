@@ -23,15 +23,15 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float().div(255).sub_(m).div_(s)
 
 
-class ImageSet(Dataset[tuple[Tensor, int]]):
+class ImageSet(Dataset[tuple[Tensor, Any]]):
     r"""Labelled images in memory, one byte a pixel; an item is :math:`((x / 255 - \mathrm{mean}) / \mathrm{std}, y)`.
 
     Args:
         images: pixels 0 to 255, uint8.
-        labels: class of each image, int64.
+        labels: class of each image or of each pixel, int64; or numbers to predict, float32.
         mean, std: mean and standard deviation of each channel, of pixels on [0, 1].
     Shape:
-        images: (N, C, H, W), N >= 1; labels: (N,); an item: (C, H, W) float32 and an int.
+        images: (N, C, H, W), N >= 1; labels: (N,), (N, H, W) or (N, \*); an item: (C, H, W) float32 and its label.
     Raises:
         ValueError: a dtype, a shape or a number of channels that differs from the above.
     """
@@ -43,7 +43,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
                 f"expected uint8 images of shape (N, C, H, W) with N >= 1, got {images.dtype} {tuple(images.shape)}; "
                 f"pass pixels 0..255, not yet normalised"
             )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        whole = labels.dtype == torch.int64 and labels.shape in (images.shape[:1], images[:, 0].shape)
+        if not whole and (labels.dtype != torch.float32 or labels.shape[:1] != images.shape[:1]):
             got = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"expected int64 labels of shape ({len(images)},), got {got}; pass one class an image")
         if not len(mean) == len(std) == images.shape[1] or min(std) <= 0:
@@ -54,9 +55,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """Number of images N."""
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image, normalised, and its label."""
-        return self.normalise(self.images[index]), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        """One image, normalised, and its class; or its map or numbers, a tensor."""
+        label = self.labels[index]
+        return self.normalise(self.images[index]), label if label.dim() or label.is_floating_point() else int(label)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels 0..255 as a model sees them: (..., C, H, W) uint8 to float32."""
@@ -305,10 +307,8 @@ def checked_labels(labels: Any, count: int) -> Any:
     """Labels of a batch as losses take them: whole numbers and bools as int64, floats as float32.
 
     Args:
-        labels: a tensor or an array, or a tuple, list or dict of them, one for each head of the network.
+        labels: a tensor or an array (B, \\*), or a tuple, list or dict of them, one for each head of the network.
         count: B.
-    Shape:
-        labels: (B, *): a class or numbers an image, or a map.
     Raises:
         ValueError: something else, another count, or a number that is NaN or infinite.
     """
