@@ -26,7 +26,8 @@ from qsnn.measure.task import told
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.quant.weights import weight_bits
-from qsnn.snn.convert import ConvertConfig, convert
+from qsnn.snn.config import ConvertConfig
+from qsnn.snn.convert import convert
 
 _CALIBRATED, _CERTIFIED, _TIMED = 64, 8, 32
 """Images that set the steps, that are certified, and that are timed."""
