@@ -260,3 +260,11 @@ def test_tensorboard_has_terms_curve_and_rates(nets: tuple, digits: qsnn.Data, t
     assert {"loss/ce", "loss/kd", "lr", "epoch/validation accuracy", "accuracy by T/1", "accuracy by T/2"} <= set(tags)
     rates = [events.Scalars(tag)[0].value for tag in tags if tag.startswith("firing rate/")]
     assert len(rates) == 5 and all(0 < rate < 1 for rate in rates)
+
+
+def test_a_student_in_eval_mode_trains_its_batch_norms(qann: nn.Module, snn: qsnn.SNN, digits: qsnn.Data) -> None:
+    config = qsnn.DistillConfig(epochs=1, train_images=128)
+    student = qsnn.distill(snn.eval(), qann, digits, config)
+    norms = [name for name, module in snn.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    moved = [not torch.equal(student.get_submodule(n).running_mean, snn.get_submodule(n).running_mean) for n in norms]
+    assert norms and all(moved)

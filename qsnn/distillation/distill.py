@@ -198,11 +198,12 @@ def distill(
         ValueError: the student is folded, holds no spiking node, an option does not fit it, or labels or teacher do
             not belong to its answers.
 
-    >>> import qsnn
+    >>> import contextlib, io, qsnn
     >>> data = qsnn.load_data("digits")
     >>> qann = qsnn.quantize(qsnn.create_model("study", data), data)
     >>> few = qsnn.DistillConfig(timesteps=2, epochs=1, train_images=64)
-    >>> student = qsnn.distill(qsnn.convert(qann), qann, data, few)
+    >>> with contextlib.redirect_stdout(io.StringIO()):  # the progress bar
+    ...     student = qsnn.distill(qsnn.convert(qann), qann, data, few)
     >>> student.timesteps, student.firing
     (2, 'online')
     """

@@ -107,11 +107,14 @@ def set_training_flags_(model: nn.Module, flags: Mapping[str, bool]) -> None:
 
 
 def frozen_norms(model: nn.Module) -> list[str]:
-    """Return the names of the batch norms that stand in eval mode in a model in training mode: frozen on purpose."""
+    """Return the names of the batch norms in eval mode whose holder is in training mode: frozen on purpose.
+
+    The flag of the model itself says nothing: a wrapper is in training mode when it is made, whatever it wraps.
+    """
     norms = nn.modules.batchnorm._NormBase
     return [
         name for name, module in model.named_modules()
-        if model.training and isinstance(module, norms) and not module.training
+        if isinstance(module, norms) and not module.training and model.get_submodule(name.rpartition(".")[0]).training
     ]  # fmt: skip
 
 

@@ -51,6 +51,8 @@ def fit_layer_(
         correction: "weights" or "bias".
         gain: g of each channel of the batch norm behind it, (C,).
         rectified: what the ReLU behind it should see: where that is not positive, any answer that is not will do.
+    Shape:
+        x: (B, C, *); missing and rectified: the layer's answer, (B, C_out, *).
     Source:
         Zhang et al., "Accelerating Very Deep Convolutional Networks", TPAMI 2016 (least squares behind a ReLU).
     """

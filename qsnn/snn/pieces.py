@@ -149,7 +149,11 @@ class Reference(fx.Interpreter):
         self.passed: dict[str, Tensor] = {}
 
     def value(self, name: str) -> Tensor:
-        """Run up to the node of this name; return its value. A value is handed out once for each time it is passed."""
+        """Run up to the node of this name; return its value (B, *), handed out once for each time it is passed.
+
+        Raises:
+            ValueError: no such node is left to run.
+        """
         while name not in self.passed and self.place < len(self.order):
             node = self.order[self.place]
             self.place += 1

@@ -140,10 +140,11 @@ def fit(
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (the KL term).
 
-    >>> import qsnn
+    >>> import contextlib, io, qsnn
     >>> data = qsnn.load_data("digits")
     >>> teacher = qsnn.create_model("study", data)
-    >>> (epoch,) = qsnn.fit(teacher, data, qsnn.TrainConfig(epochs=1, train_images=128))
+    >>> with contextlib.redirect_stdout(io.StringIO()):  # the progress bar
+    ...     (epoch,) = qsnn.fit(teacher, data, qsnn.TrainConfig(epochs=1, train_images=128))
     >>> epoch.loss > 0, 0 <= epoch.val_accuracy <= 100
     (True, True)
     """
