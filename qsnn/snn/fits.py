@@ -146,7 +146,7 @@ def _patches(layer: Any, x: Tensor) -> Tensor:
 
 
 def fit_line_(norm: Any, x: Tensor, wanted: Tensor) -> None:
-    """Give a batch norm the line by channel that fits ``wanted`` best; a channel that is constant gets its mean."""
+    """Give a batch norm the line by channel that fits ``wanted``, (B, C, *), best; a constant channel gets its mean."""
     given, wanted = by_channel(norm(x)), by_channel(wanted)
     centre, goal = given.mean(1), wanted.mean(1)
     spread = given.var(1, correction=0)
@@ -220,7 +220,7 @@ class Trial:
 
 
 def samples(places: int, count: int) -> Tensor:
-    """Indices of ``count`` of so many places, scattered but always the same; all where there are fewer."""
+    """Indices of ``count`` of so many places, (N,), scattered but always the same; all where there are fewer."""
     if places <= count:
         return torch.arange(places)
     return torch.randperm(places, generator=torch.Generator().manual_seed(0))[:count].sort().values

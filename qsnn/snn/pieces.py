@@ -90,7 +90,7 @@ class Pieces(fx.Interpreter):
         return module_of(self.network, node)
 
     def at(self, node: fx.Node, piece: int) -> Tensor:
-        """What a node gives for a piece: (b, *), or (T·b, *) for one in time."""
+        """What a node gives for a piece: (B, *), or (T·B, *) for one in time."""
         self.env: dict[fx.Node, Any] = {}
         with calling(self.call):
             self._find(node, piece)
