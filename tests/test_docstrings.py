@@ -14,7 +14,7 @@ PACKAGE = Path(qsnn.__file__).parent
 ROOMS = ("quant", "snn", "folded", "distillation")
 """Rooms whose every public definition is read; of the others those that ``qsnn`` hands out."""
 UNIT = re.compile(r"\[[^\]]+\]|\b(bits?|images|steps?|epochs|passes|levels|timesteps|layers|processes)\b", re.I)
-SHAPE = re.compile(r"Shape:|\([A-Z]['A-Z_]*(·[A-Z])?(, [^)]*)?\)|\(\*\)|\(\)")
+SHAPE = re.compile(r"Shape:|\([A-Z]['A-Z_]*(·[A-Z])?(,[^)]*)?\)|\(\*\)|\(\)")
 FORMULA = re.compile(r":math:|\.\. math::")
 OWES_SOURCE = re.compile(r"Quant$|IFNode$|^Dynamics$|divergence$|cross_entropy$|matching$|regulariser$|^estimates$")
 """Quantizers, neurons, losses and energies: what somebody has published before."""
