@@ -12,6 +12,7 @@ _HOMES = {
     "ConvertConfig": "qsnn.snn.convert",
     "Data": "qsnn.data.images",
     "DistillConfig": "qsnn.distillation.distill",
+    "Gate": "qsnn.graph.modules",
     "IFNode": "qsnn.snn.neurons",
     "QuantizeConfig": "qsnn.quant.quantize",
     "Record": "qsnn.report.records",
@@ -53,6 +54,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.distillation.distill import distill as distill
     from qsnn.distillation.distill import distill_together as distill_together
     from qsnn.folded.fold import fold as fold
+    from qsnn.graph.modules import Gate as Gate
     from qsnn.measure.accuracy import accuracy as accuracy
     from qsnn.measure.benchmark import Benchmark as Benchmark
     from qsnn.measure.benchmark import benchmark as benchmark

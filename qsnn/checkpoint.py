@@ -17,6 +17,7 @@ from qsnn.files import header, write_atomic
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
+from qsnn.models.spiking import SPIKING
 from qsnn.quant.activations import level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantized_structure
 from qsnn.snn.convert import ConvertConfig, spiking_structure
@@ -144,7 +145,10 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> nn.Modul
     """The structure a recipe describes, with weights and steps still to be loaded."""
     spec, shape = recipe["model"], recipe.get("input_shape")
     classes = recipe.get("num_classes") or len(recipe.get("data", {}).get("classes", ())) or None
-    model = build_model(spec["name"], None if shape is None else tuple(shape), classes, **spec.get("options", {}))
+    name = spec["name"]
+    if recipe.get("spiking") and f"spiking-{name}" in SPIKING:  # before there was an ANN of the name
+        name = f"spiking-{name}"
+    model = build_model(name, None if shape is None else tuple(shape), classes, **spec.get("options", {}))
     set_recipe(model, {**recipe, "kind": "teacher"})
     if recipe["kind"] == "teacher" or recipe.get("spiking"):
         if isinstance(model, TimeLoop):

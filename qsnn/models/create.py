@@ -12,6 +12,7 @@ from torch import nn
 from qsnn.data.images import Data
 from qsnn.graph.recipe import data_recipe, recipe_of, set_recipe
 from qsnn.models.ann import _resnet18, _resnet_small, _study, _vgg16, _vgg_small
+from qsnn.models.attention import convnext, qkformer
 from qsnn.models.spiking import SPIKING, build_spiking
 from qsnn.snn.network import TimeLoop
 
@@ -21,6 +22,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet-small": _resnet_small,
     "resnet18": _resnet18,
     "vgg16": _vgg16,
+    "qkformer": qkformer,
+    "convnext": convnext,
 }
 
 
@@ -29,10 +32,11 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
 
     Args:
         name: "vgg-small" (0.03 to 0.2 M parameters by image size), "study" (16-16-32-32-64 channels), "resnet-small",
-            "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images); a spiking network from
-            scratch (:func:`qsnn.models.spiking.build_spiking`): "spiking-resnet", "sew-resnet", "ms-resnet",
-            "qkformer", "spiking-convnext"; or a function of your own as ``package.module:function``; it is called with
-            ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
+            "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images), "qkformer" (attention
+            that is exact as spikes), "convnext" (``groups``, ``expand``, ``blocks``); a spiking network from scratch
+            (:func:`qsnn.models.spiking.build_spiking`): "spiking-resnet", "sew-resnet", "ms-resnet",
+            "spiking-qkformer", "spiking-convnext"; or a function of your own as ``package.module:function``; it is
+            called with ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
         data: where the image shape and the number of classes come from. Our own models need it.
         seed: of the weights; the global random state is left as it was.
         options: passed on to the function, e.g. ``pooling="max"``.
