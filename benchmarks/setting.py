@@ -68,7 +68,8 @@ def cached(name: str, config: dict[str, Any], make: Callable[[], nn.Module]) -> 
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             qsnn.save(make(), path)
-    return qsnn.load(path)
+    named = str({**config, **config.get("setting", {})}.get("model", ""))
+    return qsnn.load(path, model=named if ":" in named else None)
 
 
 def teacher_of(setting: Setting, data: qsnn.Data, **options: Any) -> nn.Module:

@@ -14,6 +14,7 @@ _HOMES = {
     "DistillConfig": "qsnn.distillation.distill",
     "Gate": "qsnn.graph.modules",
     "IFNode": "qsnn.snn.neurons",
+    "QsnnWarning": "qsnn.graph.arrived",
     "QuantizeConfig": "qsnn.quant.quantize",
     "Record": "qsnn.report.records",
     "Summary": "qsnn.measure.summary",
@@ -23,16 +24,19 @@ _HOMES = {
     "batches": "qsnn.data.images",
     "benchmark": "qsnn.measure.benchmark",
     "certify": "qsnn.measure.certify",
+    "check": "qsnn.measure.check",
     "convert": "qsnn.snn.convert",
     "create_model": "qsnn.models.create",
     "distill": "qsnn.distillation.distill",
     "distill_together": "qsnn.distillation.distill",
     "fit": "qsnn.training.fit",
     "fold": "qsnn.folded.fold",
+    "from_arrays": "qsnn.data.tables",
+    "from_nir": "qsnn.export.nir_student",
     "integer_weights": "qsnn.quant.weights",
     "load": "qsnn.checkpoint",
     "load_data": "qsnn.data.sources",
-    "load_weights": "qsnn.checkpoint",
+    "load_weights": "qsnn.models.weights",
     "quantize": "qsnn.quant.quantize",
     "read_recipe": "qsnn.checkpoint",
     "save": "qsnn.checkpoint",
@@ -44,25 +48,29 @@ __all__ = [*_HOMES]
 
 if _typing.TYPE_CHECKING:
     from qsnn.checkpoint import load as load
-    from qsnn.checkpoint import load_weights as load_weights
     from qsnn.checkpoint import read_recipe as read_recipe
     from qsnn.checkpoint import save as save
     from qsnn.data.images import Data as Data
     from qsnn.data.images import batches as batches
     from qsnn.data.sources import load_data as load_data
+    from qsnn.data.tables import from_arrays as from_arrays
     from qsnn.distillation.distill import DistillConfig as DistillConfig
     from qsnn.distillation.distill import distill as distill
     from qsnn.distillation.distill import distill_together as distill_together
+    from qsnn.export.nir_student import from_nir as from_nir
     from qsnn.folded.fold import fold as fold
+    from qsnn.graph.arrived import QsnnWarning as QsnnWarning
     from qsnn.graph.modules import Gate as Gate
     from qsnn.measure.accuracy import accuracy as accuracy
     from qsnn.measure.benchmark import Benchmark as Benchmark
     from qsnn.measure.benchmark import benchmark as benchmark
     from qsnn.measure.certify import Certificate as Certificate
     from qsnn.measure.certify import certify as certify
+    from qsnn.measure.check import check as check
     from qsnn.measure.summary import Summary as Summary
     from qsnn.measure.summary import summary as summary
     from qsnn.models.create import create_model as create_model
+    from qsnn.models.weights import load_weights as load_weights
     from qsnn.quant.quantize import QuantizeConfig as QuantizeConfig
     from qsnn.quant.quantize import quantize as quantize
     from qsnn.quant.weights import integer_weights as integer_weights

@@ -27,6 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["QSNN_RANDOM_NETS"] = str(config.getoption("--random-nets"))  # read where hypothesis is set up
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes minutes runs where it is asked for: ``pytest -m fuzz``."""
+    if "fuzz" not in str(config.getoption("markexpr")):
+        long = [item for item in items if item.get_closest_marker("fuzz")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(scope="session")
 def digits() -> qsnn.Data:
     return qsnn.load_data("digits")

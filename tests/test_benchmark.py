@@ -94,7 +94,7 @@ def test_an_ann_has_one_accuracy_and_no_spikes(qann: nn.Module, teacher: nn.Modu
 
 
 def test_bad_input(snn: qsnn.SNN, digits: qsnn.Data) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="timesteps must be a whole number from 1"):
         qsnn.benchmark(snn, digits.test, timesteps=0)
     with pytest.raises(ValueError, match="at least one batch"):
         qsnn.benchmark(snn, [])

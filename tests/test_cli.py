@@ -239,7 +239,7 @@ def test_the_whole_flow_does_no_stage_twice(
         assert re.findall(r"(\w+): done before", capsys.readouterr().out) == kept
     assert files(out) == first  # seed 0 again: the same bytes
 
-    torch.save(qsnn.load(out / "teacher.safetensors").state_dict(), tmp_path / "weights.pt")
+    torch.save(qsnn.load(out / "teacher.safetensors", model=tiny).state_dict(), tmp_path / "weights.pt")
     assert steps.of(*run, "--weights", tmp_path / "weights.pt") == 18
     assert str(tmp_path) not in (out / "records.jsonl").read_text()
 
@@ -257,12 +257,12 @@ def test_a_model_of_ones_own_with_its_weights(
     assert steps.of(
         "train", "--data", "digits", "--model", tiny, "--weights", weights, "--epochs", 0, "--out", teacher
     ) == 0  # fmt: skip
-    assert torch.equal(qsnn.load(teacher)(images), model.eval()(images))
-    assert steps.of("quantize", teacher, "--epochs", 0, "--out", qann) == 0
+    assert torch.equal(qsnn.load(teacher, model=tiny)(images), model.eval()(images))
+    assert steps.of("quantize", teacher, "--model", tiny, "--epochs", 0, "--out", qann) == 0
     assert qsnn.read_recipe(qann)["model"] == {"name": tiny, "options": {}}
     trained = tmp_path / "trained"
     qsnn_command("train", "--data", "digits", "--model", tiny, "--weights", weights, "--epochs", 1, "--out", trained)
-    assert not torch.equal(qsnn.load(trained)(images), model(images))
+    assert not torch.equal(qsnn.load(trained, model=tiny)(images), model(images))
 
 
 # ---- what is shown
@@ -429,19 +429,20 @@ def test_the_wrong_kind_of_checkpoint(chain: Path, tmp_path: Path, refused: Call
 def test_numbers_out_of_range(chain: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     out = ("--out", tmp_path / "out")
     for args, message in (
-        (("convert", chain / "qann", "--timesteps", 0), "timesteps must be a whole number of at least 1, got 0"),
+        (("convert", chain / "qann", "--timesteps", 0), "timesteps must be a whole number from 1 to 4,096, got 0"),
         (("distill", chain / "snn", "--teacher", chain / "qann", "--timesteps", 0), "timesteps must be"),
-        (("run", "--timesteps", 0), "timesteps must be a whole number of at least 1, got 0"),
-        (("run", "--max-timesteps", 0), "max_timesteps must be a whole number of at least 1, got 0"),
-        (("run", "--weight-bits", 0), "weight bits must be 1 to 8, 16 (fp16) or 32 (float), got 0"),
-        (("run", "--levels", 0), "levels must be 1 to 255, got 0"),
-        (("run", "--epochs", 1, 1, -1), "expected epochs >= 0"),
-        (("quantize", chain / "teacher", "--weight-bits", 0), "weight bits must be 1 to 8, 16 (fp16) or 32"),
-        (("quantize", chain / "teacher", "--act-bits", 0), "act_bits must be 1 to 8, got 0"),
-        (("quantize", chain / "teacher", "--levels", 0), "levels must be 1 to 255, got 0"),
-        (("quantize", chain / "teacher", "--input-bits", 0), "input_bits must be 2 to 16"),
+        (("run", "--timesteps", 0), "timesteps must be a whole number from 1 to 4,096, got 0"),
+        (("run", "--max-timesteps", 0), "max_timesteps must be a whole number from 1 to 4,096, got 0"),
+        (("run", "--weight-bits", 0), "weight_bits must be a whole number from 1 to 32, got 0"),
+        (("run", "--levels", 0), "levels must be a whole number from 1 to 255"),
+        (("run", "--epochs", 1, 1, -1), "epochs must be 3 values in a tuple, each a whole number from 0"),
+        (("quantize", chain / "teacher", "--weight-bits", 0), "weight_bits must be a whole number from 1 to 32, got 0"),
+        (("quantize", chain / "teacher", "--weight-bits", 9), "weight bits must be 1 to 8, 16 (fp16) or 32"),
+        (("quantize", chain / "teacher", "--act-bits", 0), "act_bits must be a whole number from 1 to 8, or None"),
+        (("quantize", chain / "teacher", "--levels", 0), "levels must be a whole number from 1 to 255"),
+        (("quantize", chain / "teacher", "--input-bits", 0), "input_bits must be a whole number from 2 to 16, or None"),
         (("quantize", chain / "teacher", "--act-bits", 1, "--levels", 2), "give only one of the two"),
-        (("train", "--data", "digits", "--batch-size", 0), "batch_size >= 1"),
+        (("train", "--data", "digits", "--batch-size", 0), "batch_size must be a whole number from 1 to"),
         (("train", "--data", "digits", "--optimizer", "lion"), "optimizer must be 'sgd' or 'adamw', got 'lion'"),
         (("convert", chain / "qann", "--firing", "later"), "firing must be 'online' or 'deferred', got 'later'"),
     ):
@@ -469,7 +470,7 @@ def test_names_that_are_not_known(
         error = refused(command, "--data", "imagenet", *out)
         assert "unknown data set 'imagenet'" in error and "use one of digits, mnist, fashion-mnist, cifar10" in error
         for model, message in (
-            ("resnet-152", "unknown model 'resnet-152'; known: vgg-small, study, resnet-small, resnet18, vgg16"),
+            ("resnet-152", "unknown model 'resnet-152'; known: vgg-small, study, resnet-small, resnet18, resnet20"),
             ("no_such_module:make", "cannot find 'no_such_module:make' (No module named 'no_such_module')"),
             (tiny.replace("make", "nothing"), "cannot find 'tiny_model:nothing' (module 'tiny_model' has no attribute"),
             ("broken_model:make", "cannot find 'broken_model:make' (invalid syntax"),

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from qsnn.data.folders import FolderSet
 from qsnn.data.images import AUGMENTS, Data, ImageSet, batches, check_images
-from qsnn.data.sources import FolderSet, load_data
+from qsnn.data.sources import load_data
 
 law = settings(deadline=None, derandomize=True, max_examples=25)
 real_data = pytest.mark.skipif("QSNN_DATA" not in os.environ, reason="set QSNN_DATA to a folder of the real sets")
@@ -70,7 +71,8 @@ def test_every_image_comes_once_an_epoch(n: int, batch_size: int, seed: int, shu
     labels = torch.cat([y for _, y in got])
     assert sorted(labels.tolist()) == list(range(n))
     assert shuffled or labels.tolist() == list(range(n))
-    assert len(got) == math.ceil(n / batch_size)
+    joined = shuffled and n % batch_size == 1 and 1 < batch_size < n  # batch norm needs two images
+    assert len(got) == math.ceil(n / batch_size) - joined
     assert torch.equal(torch.cat([x for x, _ in got]), data.normalise(data.images[labels]))
 
 
@@ -356,7 +358,7 @@ def test_folders_that_are_not_laid_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"not an image", None])
 def test_a_damaged_image_is_named(tmp_path: Path, content: bytes | None) -> None:
-    image_tree(tmp_path, {"train": 1, "test": 1}, size=64)
+    image_tree(tmp_path, {"train": 2, "test": 1}, size=64)
     file = tmp_path / "test" / "cat" / "0.png"
     file.write_bytes(file.read_bytes()[:60] if content is None else content)
     with pytest.raises(ValueError, match=r"expected an image in .*0\.png, cannot read it"):

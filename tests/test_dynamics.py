@@ -159,7 +159,7 @@ def test_every_equation_can_be_trained() -> None:
     ("options", "match"),
     [
         ({"reset": "soft-ish"}, "soft, hard, decay"),
-        ({"tau": (0.0,)}, "above 0 steps"),
+        ({"tau": (0.0,)}, "above 0 and at most"),
         ({"state_bits": "int4"}, "int8, int16, fp16"),
         ({"signed": True, "reset": "hard"}, "soft reset"),
         ({"reset": "hard", "firing": "deferred"}, "online"),

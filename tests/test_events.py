@@ -163,3 +163,74 @@ def test_the_real_recordings() -> None:
     counts = torch.bincount(data.test.labels, minlength=10)  # type: ignore[attr-defined]
     assert (counts > 0).all()
     assert isinstance(qsnn.create_model("study", data), nn.Module)
+
+
+# ---- damaged recordings
+
+
+def packed(count: int, seed: int) -> bytes:
+    """A recording as N-MNIST stores it: 5 bytes an event, x, y, polarity and 23 bits of time."""
+    events = recording(count, seed)
+    raw = np.zeros((count, 5), dtype=np.uint8)
+    raw[:, 0], raw[:, 1] = events["x"], events["y"]
+    raw[:, 2] = (events["p"].astype(int) << 7) | (events["t"] >> 16)
+    raw[:, 3], raw[:, 4] = (events["t"] >> 8) & 255, events["t"] & 255
+    return raw.tobytes()
+
+
+def nmnist(root: Path, damage: dict[str, bytes], classes: int = 10) -> Path:
+    for part in ("Train", "Test"):
+        for digit in range(classes):
+            folder = root / "NMNIST" / part / str(digit)
+            folder.mkdir(parents=True)
+            for i in range(3):
+                name = f"{part}/{digit}/{i:05d}.bin"
+                (root / "NMNIST" / name).write_bytes(damage.get(name, packed(1000, 10 * digit + i)))
+    return root
+
+
+DAMAGES = {
+    "cut": packed(1000, 0)[:2503],
+    "empty": b"",
+    "overwritten": np.random.RandomState(0).bytes(5000),
+    "outside": b"\xc8\x01\x00\x00\x01" * 50,
+}
+
+
+@needs_tonic
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_recording_is_named_and_left_out(damage: str, tmp_path: Path) -> None:
+    root = nmnist(tmp_path / "event data é", {"Train/3/00001.bin": DAMAGES[damage]})
+    for _ in range(2):  # the second time from the kept frames
+        with pytest.warns(qsnn.QsnnWarning, match=r"1 damaged recordings in .* out: .*Train.3.00001\.bin \(.*copy"):
+            data = qsnn.load_data("nmnist", root=root, timesteps=3)
+        labels = torch.cat([data.train.labels, data.val.labels])  # type: ignore[attr-defined]
+        assert labels.bincount().tolist() == [3, 3, 3, 2, 3, 3, 3, 3, 3, 3] and len(data.test) == 30  # type: ignore[arg-type]
+        for part in (data.train, data.val, data.test):
+            assert (part.images.flatten(1).sum(1) == 1000).all()  # type: ignore[attr-defined]
+
+
+@needs_tonic
+def test_a_class_of_damaged_recordings_is_refused(tmp_path: Path) -> None:
+    root = nmnist(tmp_path, {f"Test/7/{i:05d}.bin": b"" for i in range(3)})
+    with pytest.raises(ValueError, match=r"every class of nmnist .*of class 7 are all damaged: .*00000\.bin \(it"):
+        qsnn.load_data("nmnist", root=root, timesteps=3)
+
+
+@needs_tonic
+def test_damaged_gestures(tmp_path: Path) -> None:
+    draw = np.random.RandomState(0)
+    for part in ("Train", "Test"):
+        for user in ("user01", "user02"):
+            folder = tmp_path / "DVSGesture" / f"ibmGesture{part}" / f"{user}_led"
+            folder.mkdir(parents=True)
+            for label in range(11):
+                x, y = draw.randint(0, 128, (2, 50))
+                rows = np.stack([x, y, draw.randint(0, 2, 50), np.sort(draw.randint(0, 900, 50))], 1)
+                np.save(folder / f"{label}.npy", rows)
+    cut = tmp_path / "DVSGesture" / "ibmGestureTrain" / "user01_led" / "4.npy"
+    cut.write_bytes(cut.read_bytes()[:500])
+    np.save(cut.with_name("5.npy"), np.array([{"run": "me"}], dtype=object), allow_pickle=True)
+    with pytest.warns(qsnn.QsnnWarning, match=r"2 damaged recordings.*user01_led.[45]\.npy.*user01_led.[45]\.npy"):
+        data = qsnn.load_data("dvsgesture", root=tmp_path, timesteps=2)
+    assert len(data.train) + len(data.val) == 20  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ import qsnn
 
 PACKAGE = Path(qsnn.__file__).parent
 ROOMS = (
-    "files", "graph", "data", "quant", "snn", "folded", "models", "checkpoint", "measure", "training", "distillation",
-    "export", "report", "cli",
+    "files", "options", "graph", "data", "quant", "snn", "folded", "models", "contents", "checkpoint", "measure",
+    "training", "distillation", "export", "report", "cli",
 )  # fmt: skip
 """Along the flow; a room may import only from rooms above it."""
 

@@ -142,8 +142,8 @@ def test_control_flow_cannot_be_followed(digits: qsnn.Data) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"weight_bits": 0}, "1 to 8, 16"),
-        ({"first_last_bits": 0}, "1 to 8, 16"),
+        ({"weight_bits": 9}, "1 to 8, 16"),
+        ({"first_last_bits": 0}, "first_last_bits must be a whole number from 1"),
         ({"act_bits": 0}, "act_bits"),
         ({"levels": 0}, "levels"),
         ({"act_bits": 2, "levels": 7}, "do not fit"),
@@ -163,5 +163,5 @@ def test_a_threshold_scale_multiplies_what_calibration_found(teacher: nn.Module,
     first, last = next(iter(plain)), list(plain)[-1]
     assert half[first].step.item() == pytest.approx(0.5 * plain[first].step.item())
     assert half[last].step.item() < plain[last].step.item()  # calibrated on what the layers before now give
-    with pytest.raises(ValueError, match="threshold_scale must be above 0"):
+    with pytest.raises(ValueError, match="threshold_scale must be a number above 0"):
         qsnn.QuantizeConfig(threshold_scale=0.0)

@@ -1,15 +1,20 @@
 """Records: what goes in comes out, a crash loses one line at most, and intervals mean what they say."""
 
+import fcntl
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsnn.files import write_atomic
+from qsnn.files import held, read_bytes, target_of, write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.report import records
 from qsnn.report.records import Record, append, environment, read
@@ -67,14 +72,37 @@ def test_a_file_cut_anywhere_in_its_last_line_keeps_the_lines_before(tmp_path):
     assert [one.seed for one in read(path)] == [1, 2, 3]
 
 
-def test_after_a_cut_line_the_next_record_starts_on_its_own(tmp_path):
+def test_a_line_cut_anywhere_is_mended_by_the_next_record(tmp_path):
     path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"name": "cu')
-    append(path, record(seed=3))
-    lines = path.read_text().splitlines()
-    assert len(lines) == 2 and json.loads(lines[1])["seed"] == 3
-    with pytest.raises(ValueError, match=r"r\.jsonl:1: expected a JSON record, came b'\{\"name\": \"cu'.*delete it"):
-        read(path)
+    append(path, record(seed=1))
+    first = path.read_bytes()
+    append(path, record(seed=2))
+    whole = path.read_bytes()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole[:cut])
+        append(path, record(seed=3))
+        kept = [1] * (cut >= len(first) - 1) + [2] * (cut >= len(whole) - 1)
+        assert [one.seed for one in read(path)] == [*kept, 3]
+
+
+def test_a_run_that_goes_on_doubles_no_record(tmp_path):
+    path = tmp_path / "r.jsonl"
+    for _ in range(2):
+        for name in ("run/teacher", "run/student"):
+            records.append_once(path, record(name=name, time=records.now()))
+    assert [one.name for one in read(path)] == ["run/teacher", "run/student"]
+    assert records.append_once(path, record(seed=1)) and not records.append_once(path, record(seed=1))
+    assert records.append_once(path, record(config={"levels": 3}))
+
+
+@pytest.mark.parametrize("content", [b"hello", b"hello\n", b"{}\n", b"[1, 2]", b"\0\0", b'{"a": 1}\n{"name": "'])
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    for write in (records.check_records, lambda path: append(path, record())):
+        with pytest.raises(ValueError, match=r"notes\.txt holds no records, but b"):
+            write(path)
+    assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", "3", '{"name": "x"}', '{"name": '])
@@ -96,6 +124,19 @@ def test_append_refuses_what_json_cannot_hold_and_writes_nothing(tmp_path, value
     with pytest.raises(ValueError, match="record 'run/student': expected finite numbers"):
         append(path, record(metrics={"accuracy": value}))
     assert path.read_bytes() == before
+
+
+def test_a_full_disk_names_the_path(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*r\.jsonl'"):
+        append(tmp_path / "r.jsonl", record())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'"):
+        write_atomic(tmp_path / "file", "data")
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_full_disk_is_reported(tmp_path, monkeypatch):
@@ -125,6 +166,67 @@ def test_write_atomic_keeps_the_old_file_when_the_write_fails(tmp_path, monkeypa
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_write_atomic_follows_links_and_leaves_them(tmp_path, monkeypatch):
+    target, link = tmp_path / "real" / "file", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for data in (b"new", b"again"):  # to a new name, then to a file
+        write_atomic(link, data)
+        assert link.is_symlink() and target.read_bytes() == data
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_atomic("~/at_home", b"x")
+    assert (tmp_path / "at_home").read_bytes() == b"x"
+
+
+def test_only_regular_files_are_written_and_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_null").symlink_to("/dev/null")
+    for place, kind in ((tmp_path, "folder"), (tmp_path / "pipe", "pipe"), ("/dev/null", "device")):
+        with pytest.raises(ValueError, match=f"expected a file to write, .* is a {kind}"):
+            write_atomic(place, b"x")
+        with pytest.raises(ValueError, match=f"is a {kind}; expected a file"):
+            read_bytes(place)
+    with pytest.raises(ValueError, match="to_null is a device"):
+        write_atomic(tmp_path / "to_null", b"x")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_what_is_read_is_never_written(tmp_path):
+    path, link = tmp_path / "a", tmp_path / "link"
+    path.touch()
+    link.symlink_to(path)
+    for out, source in ((path, path), (link, path), (path, link), (tmp_path / "b" / ".." / "a", path)):
+        with pytest.raises(ValueError, match="would be written over while it is read"):
+            target_of(out, source)
+    assert target_of(tmp_path / "new", path, None) == tmp_path / "new"
+    with pytest.raises(ValueError, match=r"cannot be written: (Not a directory|File exists)"):
+        target_of(path / "below")
+
+
+def test_what_dead_writers_left_goes_and_what_live_ones_write_stays(tmp_path):
+    dead, alive, other = (tmp_path / f".{name}.part" for name in ("file.0123abcd", "file.4567abcd", "else.0123abcd"))
+    for path in (dead, alive, other):
+        path.write_bytes(b"half")
+    with open(alive, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        write_atomic(tmp_path / "file", b"new")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, other, tmp_path / "file"])
+
+
+def test_one_place_has_one_writer(tmp_path):
+    path = tmp_path / "out"
+    for _ in range(2):
+        with held(path):
+            assert (tmp_path / ".out.lock").exists()
+            with pytest.raises(ValueError, match=rf"out is being written by process {os.getpid()}; wait"), held(path):
+                pass
+        assert not list(tmp_path.iterdir())
+    code = f"import os; from qsnn.files import held\nwith held({str(path)!r}): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    with held(path):  # the dead hold nothing
+        pass
 
 
 @settings(deadline=None, derandomize=True)

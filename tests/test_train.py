@@ -156,10 +156,10 @@ def test_kl_is_zero_only_at_the_teacher() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"timesteps": 0}, "at least 1"),
+        ({"timesteps": 0}, "timesteps must be a whole number from 1"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"ce_weight": 0, "kd_weight": 0}, "every loss term"),
-        ({"kd_weight": -1.0}, "negative"),
+        ({"kd_weight": -1.0}, "kd_weight must be a number from 0"),
         ({"epochs": -1}, "epochs"),
     ],
 )
@@ -179,5 +179,13 @@ def test_wrong_students_are_refused(qann: nn.Module, snn: qsnn.SNN, digits: qsnn
 
 @pytest.mark.parametrize("options", [{"epochs": -1}, {"batch_size": 0}, {"optimizer": "lion"}, {"kd_temperature": 0}])
 def test_impossible_training(options: dict) -> None:
-    with pytest.raises(ValueError, match=r"epochs|optimizer|kd_temperature"):
+    with pytest.raises(ValueError, match=r"epochs|batch_size|optimizer|kd_temperature"):
         qsnn.TrainConfig(**options)
+
+
+def test_frozen_batch_norms_stay_frozen(digits: qsnn.Data) -> None:
+    model = qsnn.create_model("study", digits).train()
+    model[1].eval()
+    before = model[1].running_mean.clone(), model[4].running_mean.clone()
+    qsnn.fit(model, digits, qsnn.TrainConfig(epochs=1, train_images=128))
+    assert torch.equal(model[1].running_mean, before[0]) and not torch.equal(model[4].running_mean, before[1])

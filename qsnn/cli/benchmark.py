@@ -10,16 +10,17 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from qsnn.checkpoint import load
-from qsnn.cli.commands import data_of
+from qsnn.checkpoint import check_data
+from qsnn.cli.inputs import data_of, loaded, refuse_idle
 from qsnn.data.images import Data
-from qsnn.files import write_atomic
+from qsnn.files import as_path, output, target_of, write_atomic
 from qsnn.graph.recipe import recipe_of
 from qsnn.measure.benchmark import Benchmark
 from qsnn.measure.benchmark import benchmark as run_benchmark
+from qsnn.options import Share, Timesteps, check_option
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
-from qsnn.report.records import Record, append, environment, now
+from qsnn.report.records import Record, append, check_records, environment, now
 from qsnn.report.terminal import energy_table, table
 from qsnn.training.processes import start
 
@@ -33,6 +34,8 @@ def benchmark(
     records: Path | None = None,
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
     exit_margin: float | None = None,
+    model: tuple[str, ...] = (),
+    data: str | None = None,
     data_root: Path | None = None,
     device: str | None = None,
 ) -> None:
@@ -47,22 +50,29 @@ def benchmark(
         records: Append a record for each checkpoint here.
         json_file: Write all numbers of all checkpoints here.
         exit_margin: Also answer early, once the class in front leads by so much (0 to 1).
+        model: Functions that build networks of your own, package.module:function, where the files name them.
+        data: Folder of images, where the files name one.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
     """
-    place, models = start(device), _named(files)
-    recipes = {name: recipe_of(model) for name, model in models.items()}
-    data = _common_data(recipes, files[0], data_root)
+    check_option("timesteps", timesteps, Timesteps)
+    check_option("exit_margin", exit_margin, Share | None)
+    html, figure, records, json_file = _outputs((html, figure, records, json_file), files)
+    if records is not None:
+        check_records(records)
+    place, models = start(device), _named(files, model)
+    recipes = {name: recipe_of(network) for name, network in models.items()}
+    images = _common_data(models, files, data_root, data)
     results = [
         run_benchmark(
-            model.to(place), data.test, timesteps=timesteps, firing=firing, name=name,
-            exit_margin=exit_margin if hasattr(model, "firing") else None,
+            network.to(place), images.test, timesteps=timesteps, firing=firing, name=name,
+            exit_margin=exit_margin if hasattr(network, "firing") else None,
         )
-        for name, model in models.items()
+        for name, network in models.items()
     ]  # fmt: skip
     Console().print(table(results))
     Console().print(energy_table(results))
-    title, world = f"{', '.join(models)} on {Path(data.name).name}", environment(place.type)
+    title, world = f"{', '.join(models)} on {Path(images.name).name}", environment(place.type)
     if html is not None:
         command = f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}"
         write_report(
@@ -73,7 +83,7 @@ def benchmark(
         draw_curve(results, figure, title=title)
     if records is not None:
         for result in results:
-            append(records, _record(result, data, recipes[result.name], world))
+            append(records, _record(result, images, recipes[result.name], world))
     if json_file is not None:
         write_atomic(json_file, json.dumps({r.name: {"n": r.n, **r.metrics()} for r in results}, indent=1))
     for path in (html, figure, records, json_file):
@@ -81,21 +91,36 @@ def benchmark(
             print(f"wrote {path}")
 
 
-def _named(files: tuple[Path, ...]) -> dict[str, nn.Module]:
+def _outputs(paths: tuple[Path | None, ...], files: tuple[Path, ...]) -> tuple[Path | None, ...]:
+    """The places to write, each its own and none of them read; said before the work, not after it."""
+    asked = [output(path, *files) for path in paths if path is not None]
+    if len({target_of(path) for path in asked}) < len(asked):
+        raise ValueError("two of --html, --figure, --records and --json name one file; give each its own")
+    return tuple(None if path is None else as_path(path) for path in paths)
+
+
+def _named(files: tuple[Path, ...], models: tuple[str, ...]) -> dict[str, nn.Module]:
     """The models of several files, by name of the file; by its path where two names are the same."""
     if not files:
         raise ValueError("expected at least one checkpoint: qsnn benchmark FILE ...")
     stems = [file.stem for file in files]
     names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-    return {name: load(file) for name, file in zip(names, files, strict=True)}
+    refuse_idle(models, files)
+    return {name: loaded(file, models) for name, file in zip(names, files, strict=True)}
 
 
-def _common_data(recipes: dict[str, dict[str, Any]], file: Path, root: Path | None) -> Data:
-    """The one data set that all these checkpoints were made for; ``file`` is the first of them."""
+def _common_data(
+    models: dict[str, nn.Module], files: tuple[Path, ...], root: Path | None, given: str | None
+) -> Data:
+    """The one data set that all these checkpoints were made for, of which each is checked."""
+    recipes = {name: recipe_of(model) for name, model in models.items()}
     sets = {str(recipe.get("data", {}).get("name")) for recipe in recipes.values()}
     if len(sets) > 1:
         raise ValueError(f"expected checkpoints of one data set, got {', '.join(sorted(sets))}; benchmark them apart")
-    return data_of(next(iter(recipes.values())), file, root)
+    data = data_of(next(iter(models.values())), files[0], root, given)
+    for recipe, file in zip(recipes.values(), files, strict=True):
+        check_data(recipe, data, file)
+    return data
 
 
 def _record(result: Benchmark, data: Data, recipe: dict[str, Any], world: dict[str, Any]) -> Record:

@@ -10,19 +10,21 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
+from qsnn.checkpoint import check_data, file_hash, load, load_weights, read_recipe, resume_file, save
+from qsnn.cli.inputs import data_of, finish, held_by_first, loaded, refuse_idle, show_ranges, write_model
 from qsnn.cli.run import RunConfig
 from qsnn.cli.run import run as run_flow
+from qsnn.data.fitting import describe
 from qsnn.data.images import Data
-from qsnn.data.sources import load_data
+from qsnn.data.sources import NAMES, load_data
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
+from qsnn.files import output, shown
 from qsnn.folded.fold import fold as to_integers
-from qsnn.graph.recipe import recipe_of
-from qsnn.measure.accuracy import accuracy
+from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.measure.certify import certify
 from qsnn.measure.summary import summary
-from qsnn.models.create import create_model
+from qsnn.models.create import create_fitting
 from qsnn.quant.quantize import QuantizeConfig
 from qsnn.quant.quantize import quantize as to_qann
 from qsnn.report.terminal import table
@@ -30,9 +32,11 @@ from qsnn.snn.convert import ConvertConfig
 from qsnn.snn.convert import convert as to_snn
 from qsnn.snn.network import SNN
 from qsnn.training.fit import TrainConfig, fit
-from qsnn.training.processes import is_main, start, wait
+from qsnn.training.processes import start
 
 _FILE = tyro.conf.Positional[Path]
+_MODELS = tuple[str, ...]
+show_ranges(RunConfig, TrainConfig, QuantizeConfig, ConvertConfig, DistillConfig)
 _QAT = TrainConfig(epochs=8, lr=0.04, kd_weight=0.0)
 
 
@@ -54,6 +58,8 @@ def train(
     model: str = "vgg-small",
     weights: Path | None = None,
     frames: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     tensorboard: Path | None = None,
@@ -66,14 +72,17 @@ def train(
         out: File to write.
         model: Name of the network, or your own as package.module:function.
         frames: Frames of a recording of an event set, one for each time step; default 2.
+        mean: Subtracted from each channel, of pixels on [0, 1]; default the data set's own.
+        std: Each channel is divided by it; default the data set's own.
         weights: Trained float weights to start from; with --epochs 0 they are only wrapped into a checkpoint.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         tensorboard: Folder for TensorBoard.
         config: Training options.
     """
-    place, found = start(device), load_data(data, root=data_root, timesteps=frames)
-    teacher = create_model(model, found, seed=config.seed)
+    place, out = start(device), output(out, weights)
+    found = load_data(data, root=data_root, timesteps=frames, mean=mean, std=std)
+    teacher, found = create_fitting(model, found, seed=config.seed)
     if weights is not None:
         load_weights(teacher, weights)
     begun = None if weights is None else file_hash(weights)
@@ -83,6 +92,8 @@ def train(
 def quantize(
     file: _FILE,
     out: Path,
+    model: _MODELS = (),
+    data: str | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     tensorboard: Path | None = None,
@@ -94,15 +105,20 @@ def quantize(
     Args:
         file: Checkpoint of the teacher.
         out: File to write.
+        model: Function that builds a network of your own, package.module:function, where the file names it.
+        data: Folder of images, where the file names one.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         tensorboard: Folder for TensorBoard.
         config: Precision.
         training: Quantization-aware training; --epochs 0 only calibrates, --kd-weight 0.5 adds the teacher.
     """
-    place, (teacher, data) = start(device), _loaded(file, data_root, ("teacher",))
-    qann = to_qann(teacher.to(place), data, config)
-    _fit(qann, data, training, out, label="QANN", teacher=teacher, tensorboard=tensorboard)
+    place, out = start(device), output(out, file)
+    refuse_idle(model, [file])
+    teacher = loaded(file, model, ("teacher",))
+    images = data_of(teacher, file, data_root, data)
+    qann = to_qann(teacher.to(place), images, config)
+    _fit(qann, images, training, out, label="QANN", teacher=teacher, tensorboard=tensorboard)
 
 
 def convert(
@@ -110,6 +126,8 @@ def convert(
     out: Path,
     certify: bool = False,
     calibrate: bool = False,
+    model: _MODELS = (),
+    data: str | None = None,
     data_root: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008
 ) -> None:
@@ -120,28 +138,33 @@ def convert(
         out: File to write.
         calibrate: Correct the layers of a QANN on the spikes that arrive; a float network always is.
         certify: Prove on the test images that deferred firing at T = L equals the QANN in every layer.
+        model: Function that builds a network of your own, package.module:function, where the file names it.
+        data: Folder of images, where the file names one.
         data_root: Folder of the data sets; default $QSNN_DATA.
         config: Time steps and firing.
     """
-    qann = load(file)
-    _expect(qann, file, ("qann", "teacher"))
+    out = output(out, file)
+    refuse_idle(model, [file])
+    qann = loaded(file, model, ("qann", "teacher"))
     plain = qann.qsnn_recipe["kind"] == "teacher"  # type: ignore[index]
     if certify and (plain or calibrate):
         raise ValueError(
             "--certify compares with a quantized network as it is; leave --calibrate away, or quantize first"
         )
-    data = data_of(cast(dict[str, Any], qann.qsnn_recipe), file, data_root) if plain or calibrate else None
-    snn = to_snn(qann, data, config)
+    images = data_of(qann, file, data_root, data) if plain or calibrate or certify else None
+    snn = to_snn(qann, images if plain or calibrate else None, config)
     save(snn, out)
     print(f"wrote {out}")
     if certify:
-        _certify(snn, qann, file, data_root)
+        _certify(snn, qann, cast(Data, images))
 
 
 def distill(
     file: _FILE,
     teacher: tuple[Path, ...],
     out: Path,
+    model: _MODELS = (),
+    data: str | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     tensorboard: Path | None = None,
@@ -153,104 +176,80 @@ def distill(
         file: Checkpoint of the spiking network.
         teacher: Checkpoint of the quantized or float network it learns from; or of several.
         out: File to write; with --mutual the teacher goes beside it, as NAME-teacher.
+        model: Functions that build networks of your own, package.module:function, where the files name them.
+        data: Folder of images, where the files name one.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         tensorboard: Folder for TensorBoard.
         config: Loss terms and training options.
     """
-    place, (snn, data) = start(device), _loaded(file, data_root, ("snn", "student"))
-    experts = [load(path).to(place) for path in teacher]
+    place, out = start(device), output(out, file, *teacher)
+    refuse_idle(model, [file, *teacher])
+    snn = loaded(file, model, ("snn", "student"))
+    images = data_of(snn, file, data_root, data)
+    experts = [loaded(path, model, ("teacher", "qann")).to(place) for path in teacher]
     for expert, path in zip(experts, teacher, strict=True):
-        _expect(expert, path, ("teacher", "qann"))
+        check_data(recipe_of(expert), images, path)
     recipes = [expert.qsnn_recipe for expert in experts]
     state = resume_file(out, snn.qsnn_recipe, recipes, asdict(config))
-    student, taught = distill_together(snn.to(place), experts, data, config, resume=state, tensorboard=tensorboard)
-    _written(student, out, data)
-    if config.mutual:
-        _written(taught, out.with_name(f"{out.stem}-teacher{out.suffix}"), data)
-    if config.sparsity:
-        print(f"weights that are zero: {100 * zero_weights(student):.1f} %")
-    _done(state)
+    with held_by_first(out):
+        student, taught = distill_together(
+            snn.to(place), experts, images, config, resume=state, tensorboard=tensorboard
+        )  # fmt: skip
+        write_model(student, out, images)
+        if config.mutual:
+            write_model(taught, out.with_name(f"{out.stem}-teacher{out.suffix}"), images)
+        if config.sparsity:
+            print(f"weights that are zero: {100 * zero_weights(student):.1f} %")
+        finish(state)
 
 
-def fold(file: _FILE, out: Path) -> None:
+def fold(file: _FILE, out: Path, model: _MODELS = ()) -> None:
     """Turn a spiking network into its integer form.
 
     Args:
         file: Checkpoint of the SNN or student.
         out: File to write.
+        model: Function that builds a network of your own, package.module:function, where the file names it.
     """
-    snn = load(file)
-    _expect(snn, file, ("snn", "student"))
+    out = output(out, file)
+    refuse_idle(model, [file])
+    snn = loaded(file, model, ("snn", "student"))
     if not isinstance(snn, SNN):
         raise ValueError(f"{file} holds a spiking network from scratch, which has no integer form; benchmark it as is")
     save(to_integers(cast(SNN, snn)), out)
     print(f"wrote {out}")
 
 
-def info(file: _FILE) -> None:
-    """Print what a checkpoint holds: how it was made, from what, and what it weighs.
+def info(file: _FILE, model: _MODELS = (), parent: Path | None = None) -> None:
+    """Print what a checkpoint holds, how it was made and what it weighs; or what a folder of images holds.
 
     Args:
-        file: A checkpoint of qsnn.
+        file: A checkpoint of qsnn, a folder of images, or the name of a data set.
+        model: Function that builds a network of your own, package.module:function, where the file names it.
+        parent: The file that this one was made from; another one is refused.
     """
+    if file.is_dir() or str(file) in NAMES or file.suffix == ".npz":
+        print(describe(load_data(file if file.is_dir() or file.suffix == ".npz" else str(file))))
+        return
     recipe = read_recipe(file)
     for key, value in recipe.items():
-        print(f"{key}: {value}")
-    print(summary(load(file)))
+        print(shown(f"{key}: {value}"))
+    print(summary(load(file, model=model or None, parent=parent)))
 
 
 def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, begun: Any = None, **options: Any) -> None:
     state = resume_file(out, model.qsnn_recipe, asdict(config), begun)
-    fit(model, data, config, resume=state, **options)
-    model.qsnn_recipe = {**model.qsnn_recipe, "train": asdict(config)}  # type: ignore[arg-type,assignment,dict-item]
-    _written(model, out, data)
-    _done(state)
+    with held_by_first(out):
+        fit(model, data, config, resume=state, **options)
+        recipe = {**model.qsnn_recipe, "train": asdict(config)}  # type: ignore[dict-item]
+        set_recipe(model, recipe)
+        write_model(model, out, data)
+        finish(state)
 
 
-def _written(model: nn.Module, out: Path, data: Data) -> None:
-    """Write the file, from the first process, and say so."""
-    if is_main():
-        save(model, out)
-        print(f"wrote {out} (validation accuracy {accuracy(model, data.val):.2f} %)")
-
-
-def _done(state: Path) -> None:
-    """The training is over and its result written: its state goes."""
-    if is_main():
-        state.unlink(missing_ok=True)
-    wait()
-
-
-def _expect(model: nn.Module, file: Path, kinds: tuple[str, ...]) -> None:
-    recipe = recipe_of(model)
-    kind = recipe["kind"]
-    if recipe.get("spiking") and "student" in kinds:
-        return  # a spiking network from scratch
-    if kind not in kinds:
-        raise ValueError(f"{file} holds a {kind!r}; expected {' or '.join(map(repr, kinds))}")
-
-
-def _loaded(file: Path, root: Path | None, kinds: tuple[str, ...]) -> tuple[nn.Module, Data]:
-    model = load(file)
-    _expect(model, file, kinds)
-    return model, data_of(cast(dict[str, Any], model.qsnn_recipe), file, root)
-
-
-def data_of(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
-    """Load the data set that a checkpoint was made for.
-
-    Raises:
-        ValueError: the checkpoint names none.
-    """
-    name = recipe.get("data", {}).get("name")
-    if name is None:
-        raise ValueError(f"{file} does not say which data set it was made for; use the Python interface")
-    return load_data(name, root=root, timesteps=recipe["data"].get("frames"))
-
-
-def _certify(snn: SNN, qann: nn.Module, file: Path, root: Path | None) -> None:
-    certificate = certify(snn, qann, data_of(cast(dict[str, Any], qann.qsnn_recipe), file, root).test)
+def _certify(snn: SNN, qann: nn.Module, data: Data) -> None:
+    certificate = certify(snn, qann, data.test)
     print(certificate)
     if not certificate.exact:
         raise ValueError("the spiking network is not equal to the quantized one")

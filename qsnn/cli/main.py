@@ -22,6 +22,7 @@ from typing import Any
 import tyro
 
 from qsnn import __version__
+from qsnn.files import shown
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": (
@@ -40,7 +41,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "qsnn.cli.benchmark",
         "Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.",
     ),
-    "info": ("qsnn.cli.commands", "Print what a checkpoint holds: how it was made, from what, and what it weighs."),
+    "info": (
+        "qsnn.cli.commands",
+        "Print what a checkpoint holds, how it was made and what it weighs; or what a folder of images holds.",
+    ),
+    "check": (
+        "qsnn.cli.check",
+        "Show what becomes of every layer of a network, its accuracy as loaded, and how long training will take.",
+    ),
 }
 """By command: the module with the function of that name, and the first line of its docstring (a test compares)."""
 
@@ -99,7 +107,7 @@ def _end(status: int, line: str) -> None:
 
 
 def _flat(error: object) -> str:
-    return " ".join(str(error).split())
+    return shown(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager

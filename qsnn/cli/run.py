@@ -10,19 +10,23 @@ from typing import Any, cast
 
 from torch import nn
 
-from qsnn.checkpoint import file_hash, load_weights
+from qsnn.checkpoint import check_data, file_hash, load_weights
+from qsnn.cli.inputs import held_by_first
 from qsnn.data.events import EVENTS
 from qsnn.data.images import Data
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill
+from qsnn.files import as_path, target_of
 from qsnn.folded.fold import fold
+from qsnn.graph.recipe import recipe_of
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
-from qsnn.models.create import create_model
+from qsnn.models.create import create_fitting
+from qsnn.options import Epochs, Levels, Part, Seed, Timesteps, WeightBits, check_options
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
-from qsnn.report.records import Record, append, environment, now
+from qsnn.report.records import Record, append_once, check_records, environment, now
 from qsnn.snn.convert import ConvertConfig, convert
 from qsnn.snn.network import SNN
 from qsnn.training.fit import TrainConfig, fit
@@ -47,19 +51,23 @@ class RunConfig:
     """Name of the float network, or your own as package.module:function."""
     weights: Path | None = None
     """Trained float weights; the teacher is then not trained."""
-    weight_bits: int = 4
+    mean: tuple[float, ...] | None = None
+    """Subtracted from each channel, of pixels on [0, 1], as the weights want it; by default the data set's own."""
+    std: tuple[float, ...] | None = None
+    """Each channel is divided by it; by default the data set's own."""
+    weight_bits: WeightBits = 4
     """Bits of the weights."""
-    levels: int = 2
+    levels: Levels = 2
     """Nonzero activation levels L."""
-    timesteps: int = 2
+    timesteps: Timesteps = 2
     """Time steps T of the student."""
-    max_timesteps: int = 8
+    max_timesteps: Timesteps = 8
     """Largest T of the benchmark."""
-    label_smoothing: float = 0.1
+    label_smoothing: Part = 0.1
     """Label smoothing of the student's cross entropy."""
-    epochs: tuple[int, int, int] | None = None
+    epochs: tuple[Epochs, Epochs, Epochs] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, order and augmentation."""
     data_root: Path | None = None
     """Folder of the data sets; default $QSNN_DATA, else a cache folder."""
@@ -74,8 +82,7 @@ class RunConfig:
         Raises:
             ValueError: which option, and what it may be.
         """
-        if self.max_timesteps < 1:
-            raise ValueError(f"max_timesteps must be a whole number of at least 1, got {self.max_timesteps}")
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -99,16 +106,28 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
         say: takes one line for each stage.
     """
     frames = config.timesteps if config.data in EVENTS else None  # of a recording, one a step
-    data = load_data(config.data, root=config.data_root, timesteps=frames)
+    data = load_data(config.data, root=config.data_root, timesteps=frames, mean=config.mean, std=config.std)
+    _, data = create_fitting(config.model, data, seed=config.seed)
     flow = _Flow(config, data, say)
-    return flow.run()
+    with held_by_first(flow.out / "run"):
+        result = flow.run()
+        gone = [str(path) for path in result.files if not path.exists()]
+        if gone:
+            raise FileNotFoundError(f"{', '.join(gone)} vanished while the flow ran; start it again")
+    return result
 
 
 class _Flow:
     def __init__(self, config: RunConfig, data: Data, say: Say) -> None:
         self.config, self.data, self.say, self.device = config, data, say, start(config.device)
-        self.out = Path(config.out)
-        self.stages = Stages(self.out, device=self.device, fresh=config.fresh, say=say)
+        self.out = as_path(config.out)
+        target_of(self.out / "records.jsonl", config.weights)
+        check_records(self.out / "records.jsonl")
+        own = config.model if ":" in config.model else None
+        self.stages = Stages(
+            self.out, device=self.device, fresh=config.fresh, say=say, model=own,
+            check=lambda model, path: check_data(recipe_of(model), data, path),
+        )  # fmt: skip
         epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
         self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed)
@@ -125,7 +144,7 @@ class _Flow:
         weights = None if self.config.weights is None else file_hash(self.config.weights)
         teacher = self.stages.run(
             "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,
-            train=asdict(self.teacher_config),
+            train=asdict(self.teacher_config), normalisation=[list(self.data.mean), list(self.data.std)],
         )  # fmt: skip
         qann = self.stages.run(
             "qann", lambda state: self._qann(teacher, state), parent=teacher,
@@ -148,7 +167,7 @@ class _Flow:
         return RunResult(results, str(certificate), certificate.exact, files)
 
     def _teacher(self, state: Path) -> nn.Module:
-        teacher = create_model(self.config.model, self.data, seed=self.config.seed)
+        teacher, _ = create_fitting(self.config.model, self.data, seed=self.config.seed)
         if self.config.weights is not None:
             load_weights(teacher, self.config.weights)
             return teacher.eval()
@@ -190,7 +209,7 @@ class _Flow:
         world = environment(self.device.type)
         for result in results:
             metrics = _plain({**result.metrics(), "certificate": certificate.verdict})
-            append(records, Record(
+            append_once(records, Record(
                 name=f"run/{result.name}", data=Path(self.data.name).name, seed=self.config.seed, n=result.n,
                 metrics=metrics,
                 config=config, environment=world, time=now(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from qsnn.data.images import Data, ImageSet, hold_out
-from qsnn.files import write_atomic
+from qsnn.files import header, write_atomic
+from qsnn.graph.arrived import QsnnWarning
+
+_DAMAGED = "damaged"
+"""Metadata of the kept frames: what was left out when they were made."""
 
 # name: tonic's class, sensor (width, height, polarities), pixels each way that become one, classes, what lies where
 EVENTS: dict[str, tuple[str, tuple[int, int, int], int, tuple[str, ...], str]] = {
@@ -82,14 +88,34 @@ def to_frames(events: np.ndarray, *, timesteps: int, sensor: tuple[int, int, int
     return frames.clip(0, 255).astype(np.uint8)
 
 
+def check_events(events: np.ndarray, sensor: tuple[int, int, int]) -> None:
+    """Refuse a recording that no sensor of this size can have made.
+
+    Args:
+        events: structured, fields x, y [pixel], t [µs], p {0, 1}.
+        sensor: (width, height, polarities).
+    Raises:
+        ValueError: no events, or some outside the sensor or before the start of time.
+    """
+    if not len(events):
+        raise ValueError("it holds no events")
+    for field, most in zip(("x", "y", "p"), sensor, strict=True):
+        low, high = int(events[field].min()), int(events[field].max())
+        if low < 0 or high >= most:
+            raise ValueError(f"expected {field} from 0 to {most - 1}, got {low} to {high}")
+    if int(events["t"].min()) < 0:
+        raise ValueError(f"expected times of at least 0 µs, got {int(events['t'].min())}")
+
+
 def load_events(name: str, root: Path, timesteps: int, val_fraction: float | None, seed: int) -> Data:
     """Load an event set as T frames a recording; called by :func:`qsnn.load_data`.
 
     The frames are kept in ``root/frames``, or where that cannot be written in ~/.cache/qsnn/frames, under a name that
-    follows from the files they were made of. A part of the recordings on the disk is used as it is.
+    follows from the files they were made of. A part of the recordings on the disk is used as it is; damaged ones are
+    left out, and named in a warning each time.
 
     Raises:
-        ValueError: timesteps < 1.
+        ValueError: timesteps < 1, or every recording of a class is damaged.
         ImportError: tonic is not installed.
         FileNotFoundError: no recordings there, and none can be downloaded.
     """
@@ -141,22 +167,54 @@ def _cached(
     places = [folder / "frames" / f"{name}-{timesteps}-{key}.safetensors" for folder in (root, _cache())]
     for path in places:
         try:
-            found = load_tensors(path.read_bytes())
-            return found["frames"], found["labels"]
+            raw = path.read_bytes()
+            found = load_tensors(raw)
+            frames_and_labels = found["frames"], found["labels"]
         except (OSError, SafetensorError, KeyError):
             continue
-    recordings = [source[i] for i in range(len(source))]
-    frames = np.stack([to_frames(e, timesteps=timesteps, sensor=sensor, shrink=shrink) for e, _ in recordings])
-    tensors = {
-        "frames": torch.from_numpy(frames), "labels": torch.tensor([int(label) for _, label in recordings])
-    }  # fmt: skip
+        _say_damaged(root, json.loads(((header(raw) or {}).get("__metadata__") or {}).get(_DAMAGED, "{}")))
+        return frames_and_labels
+    frames, labels, damaged = [], [], {}
+    for i, (file, _) in enumerate(files):
+        try:
+            events, label = source[i]
+            check_events(events, sensor)
+        except Exception as error:  # NumPy and tonic name no common class for a file that is cut or overwritten
+            damaged[file] = " ".join(str(error).split())[:100]
+            continue
+        frames.append(to_frames(events, timesteps=timesteps, sensor=sensor, shrink=shrink))
+        labels.append(int(label))
+    _refuse_what_is_lost(name, root, damaged, labels, [int(label) for label in source.targets])
+    tensors = {"frames": torch.from_numpy(np.stack(frames)), "labels": torch.tensor(labels)}
     for path in places:
         try:
-            write_atomic(path, save_tensors(tensors))
+            write_atomic(path, save_tensors(tensors, {_DAMAGED: json.dumps(damaged)}))
             break
         except OSError:
             continue
+    _say_damaged(root, damaged)
     return tensors["frames"], tensors["labels"]
+
+
+def _refuse_what_is_lost(name: str, root: Path, damaged: dict[str, str], kept: list[int], all_: list[int]) -> None:
+    """A class of which every recording is damaged cannot be left out in silence."""
+    lost = sorted(set(all_) - set(kept))
+    if lost:
+        raise ValueError(
+            f"expected recordings of every class of {name} in {root}, those of class {', '.join(map(str, lost))} are "
+            f"all damaged: {_named(damaged)}; copy them again"
+        )
+
+
+def _say_damaged(root: Path, damaged: dict[str, str]) -> None:
+    if damaged:
+        text = f"{len(damaged)} damaged recordings in {root} are left out: {_named(damaged)}; copy them again"
+        warnings.warn(text, QsnnWarning, stacklevel=5)
+
+
+def _named(damaged: dict[str, str]) -> str:
+    first = [f"{file} ({why})" for file, why in list(damaged.items())[:3]]
+    return ", ".join(first) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
 
 
 def _cache() -> Path:

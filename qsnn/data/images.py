@@ -101,7 +101,7 @@ class Data:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) of one image, or of one frame."""
+        """(C, H, W) of one image or of one frame, (C, L) of a signal, (F,) of a vector."""
         return tuple(self.train[0][0].shape[-3:])
 
     @property
@@ -118,8 +118,10 @@ class Data:
     def __repr__(self) -> str:
         """Name, number of images, shape and classes, in one line."""
         sizes = ", ".join(f"{len(getattr(self, part)):,} {part}" for part in ("train", "val", "test"))
-        what = "images of" if self.frames is None else f"recordings of {self.frames} frames of"
-        return f"Data({self.name}: {sizes} {what} {'x'.join(map(str, self.shape))}, {self.num_classes} classes)"
+        what = {1: "vectors of", 2: "signals of"}.get(len(self.shape), "images of")
+        what = what if self.frames is None else f"recordings of {self.frames} frames of"
+        answers = f"{self.num_classes} classes" if self.classes else "numbers to predict"
+        return f"Data({self.name}: {sizes} {what} {'x'.join(map(str, self.shape))}, {answers})"
 
 
 def hold_out(n: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,22 +131,54 @@ def hold_out(n: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[: n - count], order[n - count :]
 
 
-def check_images(images: Tensor, shape: Sequence[int] | None = None) -> None:
+def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices in two parts, the second with the same ``fraction`` of every class (stratified), chosen by the seed.
+
+    A class of three or more gives at least one item to each part, and every class keeps one in the first; where no
+    class has so many, the second part gets one item of the largest class.
+
+    Args:
+        labels: class of each item.
+        fraction: of each class that goes into the second part, (0, 1).
+        seed: chooses the items, and their order.
+    Raises:
+        ValueError: there is no item beyond one of each class.
+    """
+    random = np.random.RandomState(seed)  # RandomState is frozen: a split survives numpy's next version
+    order = random.permutation(len(labels))
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(labels) <= len(classes):
+        raise ValueError(f"expected more items than classes to split, got {len(labels)} of {len(classes)} classes")
+    take = np.minimum(np.maximum((counts * fraction + 0.5).astype(int), counts >= 3), counts - 1)
+    if not take.any():
+        take[counts.argmax()] = 1
+    out = np.zeros(len(labels), dtype=bool)
+    for label, count in zip(classes, take, strict=True):
+        out[order[labels[order] == label][:count]] = True
+    return order[~out[order]], order[out[order]]
+
+
+def check_images(images: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> None:
     """Refuse a batch that a model would answer with nonsense, or with an error that hides the cause.
 
     Args:
         images: normalised images.
         shape: what one image must be; by default any (C, H, W).
+        dtype: of the network that sees them; by default any float.
     Shape:
-        images: (B, C, H, W), B >= 1, or (B, C, L) for a signal; shape: that of one of them.
+        images: (B, C, H, W), B >= 1, (B, C, L) for signals, (B, F) for vectors; shape: that of one of them.
     Raises:
         ValueError: not a float tensor, another shape, or pixels that are NaN or infinite.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"expected a float tensor of normalised images, got {kind}; call ImageSet.normalise(images)")
+    if images.is_meta or images.layout is not torch.strided:
+        raise ValueError(f"expected a dense tensor of images, got {images.layout} on {images.device}; make it dense")
+    if dtype is not None and images.dtype is not dtype:
+        raise ValueError(f"expected images of {dtype}, as the network is, got {images.dtype}; call images.to({dtype})")
     want, got = ("B", *(shape or ("C", "H", "W"))), tuple(images.shape)
-    if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (3, 4, 5)):
+    if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (2, 3, 4, 5)):
         hint = "add the batch: images.unsqueeze(0)" if len(got) == 3 else "resize them, or build the model for them"
         raise ValueError(f"expected images of shape ({', '.join(map(str, want))}), got {got}; {hint}")
     if torch.isfinite(images.sum()):  # one NaN or inf spoils the sum; a sum that merely overflows passes below
@@ -177,13 +211,13 @@ def _augment(images: Tensor, augment: str, generator: torch.Generator, black: Te
 
 
 def batch_sizes(n: int, batch_size: int, world: int = 1) -> list[int]:
-    """Sizes of the batches of n items. Where processes share each, a last one too small for that joins the one before.
+    """Sizes of the batches that n items are trained in; a last one too small for batch norm joins the one before.
 
-    >>> batch_sizes(10, 4), batch_sizes(10, 4, world=2)
-    ([4, 4, 2], [4, 6])
+    >>> batch_sizes(10, 4), batch_sizes(9, 4), batch_sizes(10, 4, world=2)
+    ([4, 4, 2], [4, 5], [4, 6])
     """
     sizes = [min(batch_size, n - start) for start in range(0, n, batch_size)]
-    if world > 1 and len(sizes) > 1 and sizes[-1] < 2 * world:  # batch norm needs two images a process
+    if batch_size > 1 and len(sizes) > 1 and sizes[-1] < 2 * world:  # batch norm needs two images a process
         sizes[-2:] = [sizes[-2] + sizes[-1]]
     return sizes
 
@@ -199,6 +233,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass over the data in batches (images, labels); the last one may be smaller.
 
+    In training, where a generator is given, a last batch of a single image joins the one before: batch norm needs two.
+
     Args:
         data: a Dataset of (image, label); or an iterable of batches (a DataLoader, a list), which keeps its own order
             and batch size.
@@ -213,6 +249,10 @@ def batches(
     Raises:
         TypeError: data is neither of the two.
         ValueError: an option out of range, augment without a generator, no data, or a batch that is not as above.
+
+    >>> data = ImageSet(torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.arange(5), (0.5,), (0.25,))
+    >>> [(tuple(images.shape), labels.tolist()) for images, labels in batches(data, 3)]
+    [((3, 1, 8, 8), [0, 1, 2]), ((2, 1, 8, 8), [3, 4])]
     """
     if isinstance(data, (Data, Tensor)) or not isinstance(data, Sized if isinstance(data, Dataset) else Iterable):
         hint = "pass a part: data.train" if isinstance(data, Data) else "pass [(images, labels)] or a loader"
@@ -244,13 +284,14 @@ def _batches(
     for batch in raw:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise ValueError(f"expected a batch (images, labels), got {type(batch).__name__}; pass a pair of tensors")
-        images, labels = batch
+        images, labels = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in batch)
         if not isinstance(data, ImageSet):  # whose images are right by construction; a look would stall a GPU
             check_images(images)
             if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:
                 got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
                 raise ValueError(f"expected integer labels of shape ({len(images)},), got {got}; one class an image")
-        images, labels = images.to(device), labels.to(device).long()
+        images, labels = images.to(device), labels.to(device)
+        labels = labels if labels.is_floating_point() else labels.long()  # an ImageSet's may be targets
         if generator is not None and augment != "none":
             # 0 is black in an ImageSet's bytes, and the mean colour in a normalised set that does not tell its black
             images = _augment(images, augment, generator, getattr(data, "black", 0.0))
@@ -267,7 +308,8 @@ def _raw_batches(
     order = torch.arange(n)
     if generator is not None:
         order = torch.randperm(n, generator=generator, device=generator.device).cpu()
-    for batch in order.split(batch_sizes(n, batch_size, world)) if n else ():
+    training = generator is not None or world > 1
+    for batch in order.split(batch_sizes(n, batch_size, world) if training else batch_size) if n else ():
         at = batch[rank::world]
         if isinstance(data, ImageSet):  # bytes: they are moved and augmented before they grow into floats
             yield data.images[at.to(data.images.device)], data.labels[at.to(data.labels.device)]
@@ -278,4 +320,3 @@ def _raw_batches(
 def summed(images: Tensor, model: nn.Module | None) -> Tensor:
     """What a network without time sees of frames (B, T, C, H, W): their mean over time; images stay as they are."""
     return images.mean(1) if images.dim() == 5 and (model is None or takes_frames(model, images)) else images
-

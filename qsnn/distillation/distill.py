@@ -25,6 +25,19 @@ from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
 from qsnn.distillation.rates import matches, rate_distance, teacher_layers
 from qsnn.graph.hooks import recorded
 from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
+from qsnn.options import (
+    BatchSize,
+    Epochs,
+    Factor,
+    Images,
+    LearningRate,
+    Part,
+    Seed,
+    Timesteps,
+    Weight,
+    check_options,
+    expect,
+)
 from qsnn.snn.equations import firing_function
 from qsnn.snn.network import SNN, TimeLoop, train_neurons_
 from qsnn.snn.neurons import IFNode
@@ -37,39 +50,39 @@ _TRAINED = ("", "layer", "channel")
 class DistillConfig:
     """How a student learns from its teacher. The weights of the loss terms have no unit; 0 leaves a term out."""
 
-    timesteps: int = 2
+    timesteps: Timesteps = 2
     """Simulation steps T of the student."""
-    epochs: int = 10
+    epochs: Epochs = 10
     """Passes over the training images."""
-    lr: float = 0.02
+    lr: LearningRate = 0.02
     """Peak learning rate [1] (SGD; about 0.002 for AdamW)."""
     optimizer: str = "sgd"
     """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images a step."""
-    weight_decay: float = 5e-4
+    weight_decay: Weight = 5e-4
     """L2 penalty [1]; never on biases, batch norm and thresholds."""
-    label_smoothing: float = 0.1
+    label_smoothing: Part = 0.1
     """Mass moved from the label to the other classes in the student's cross entropy [1], in [0, 1)."""
-    ce_weight: float = 0.5
+    ce_weight: Weight = 0.5
     """Weight of the cross entropy of the answer after T steps."""
-    kd_weight: float = 0.5
+    kd_weight: Weight = 0.5
     """Weight of the KL divergence from the teacher to the answer after T steps."""
-    answer_weight: float = 0.0
+    answer_weight: Weight = 0.0
     """Weight of the KL divergence from the teacher to the answers after 1 to T steps: one student for every T."""
-    step_ce_weight: float = 0.0
+    step_ce_weight: Weight = 0.0
     """Weight of the cross entropy of every single step (TET)."""
-    step_weight: float = 0.0
+    step_weight: Weight = 0.0
     """Weight of the KL divergence from the teacher to the logits of every single step."""
-    ensemble_weight: float = 0.0
+    ensemble_weight: Weight = 0.0
     """Weight of the KL divergence from the student's mean over time to its single steps."""
-    regulariser_weight: float = 0.0
+    regulariser_weight: Weight = 0.0
     """Weight of the squared distance of every step's logits from 1 (TET)."""
-    rate_weight: float = 0.0
+    rate_weight: Weight = 0.0
     """Weight of the distance of the student's firing rates from the teacher's activations [1]."""
     rate_layers: tuple[str, ...] = ()
     """Layers whose rates are matched, "name" or "student name:teacher name"; by default all neurons."""
-    kd_temperature: float = 1.0
+    kd_temperature: Factor = 1.0
     """Temperature τ of the KL terms [1]."""
     train_threshold: str = ""
     """Train the thresholds: one a "layer" or one a "channel"; "" leaves them as they are."""
@@ -81,17 +94,17 @@ class DistillConfig:
     """Derivative of a spike: "box", "rate" (see :class:`qsnn.IFNode`), or one of SpikingJelly by name ("ATan")."""
     mutual: bool = False
     """Train the teacher too, which learns from the student; see :func:`distill_together`."""
-    sparsity: float = 0.0
+    sparsity: Part = 0.0
     """Part of the weights that is pruned, by magnitude in every layer, growing during the training [1], in [0, 1)."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
-    train_images: int | None = None
+    train_images: Images | None = None
     """Use only the first so many training images."""
     precision: str = "fp32"
     """"fp32", or "bf16" (autocast; for GPUs)."""
     compile: bool = False
     """Compile the step with torch.compile."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of the images, augmentation and dropout."""
 
     def __post_init__(self) -> None:
@@ -100,18 +113,18 @@ class DistillConfig:
         Raises:
             ValueError: which option, and what it may be.
         """
-        if not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise ValueError(f"timesteps must be a whole number of at least 1, got {self.timesteps!r}")
+        check_options(self)
         weights = {name: value for name, value in asdict(self).items() if name.endswith("_weight")}
-        if min(weights.values()) < 0:
-            raise ValueError("the weights of the loss terms must not be negative")
         if not any(weights.values()):
             raise ValueError(f"every loss term has weight 0; give at least one of {', '.join(weights)}")
         for name in ("train_threshold", "train_initial", "train_tau"):
             if getattr(self, name) not in _TRAINED:
                 raise ValueError(f"{name} must be '', 'layer' or 'channel', got {getattr(self, name)!r}")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"expected 0 <= sparsity < 1, got {self.sparsity}")
+        if self.rate_layers and not self.rate_weight:
+            raise ValueError(
+                f"rate_layers={self.rate_layers} names layers to match, with rate_weight={self.rate_weight}; give a "
+                f"rate_weight above 0, or leave rate_layers away"
+            )
         firing_function(self.surrogate)
         self.training()
 
@@ -198,7 +211,10 @@ def distill_together(
     Source:
         Zhang et al., "Deep Mutual Learning", CVPR 2018.
     """
-    config = config or DistillConfig()
+    call = "distill(student, teacher, data)"
+    expect(call, "teacher", teacher, (nn.Module, list, tuple))
+    expect(call, "data", data, "train val")
+    config = DistillConfig() if config is None else config
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     _check(student, teachers, config)
     pair = _Pair(copy.deepcopy(student), copy.deepcopy(teachers[0]) if config.mutual else None, config)

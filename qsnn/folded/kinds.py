@@ -53,16 +53,16 @@ def weighs(folder: Builder, node: fx.Node, layer: Any, value: Value) -> Value:
         return x.view(*[1] * (len(shape) - 1), -1) if linear else x.view(-1, *[1] * (len(shape) - 1))
 
     bias = None if layer.bias is None else over_outputs(layer.bias.detach())
-    real = integers.dtype == torch.float32
+    unquantized = weight_bits(layer) == 32
     gained = value.spikes_by_channel and (not linear or len(shape) == 1 or value.terms[0].per_tensor)
-    if real or (gained and not value.spikes_only):
+    if unquantized or (gained and not value.spikes_only):
         weight, source = integers.double() * scale.double(), value.terms[0].node
         if gained:
             weight = weight * input_gains(layer, value.terms[0])
         else:
             source = folder.current(value, f"{name}_input")
         kept = FloatLayer(weight, layer, weight_bits(layer), spikes=gained, by_channel=by_channel)
-        if real and by_channel:  # bias and batch norm go into the layer as well
+        if unquantized and by_channel:  # bias and batch norm go into the layer as well
             start = torch.zeros(1).double() if bias is None else bias.reshape(-1)
             kept.absorb_(torch.ones(1).double(), start, folder.dtype)
             bias = None

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.trace import device_of
+from qsnn.options import expect
 from qsnn.snn.network import time_loop
 
 
@@ -23,14 +25,17 @@ def accuracy(model: nn.Module, source: Any, batch_size: int | None = None, **opt
         source: a Dataset or an iterable of (images, labels).
         batch_size: images a call; by default up to 500, as many as fit into 1 GiB.
         options: passed to the model, e.g. ``timesteps=4``.
+
+    >>> accuracy(nn.Flatten(), [(torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))])
+    75.0
     """
+    expect("accuracy(model, data.test)", "model", model, nn.Module)
     keep_freed_memory()
-    training = model.training
-    model.eval()
-    if batch_size is None:
-        batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, device=device_of(model))
-    right, seen = count_right(model, source, batch_size, (0, 1), **options)
-    model.train(training)
+    model = arrived(model)
+    with evaluating(model):
+        if batch_size is None:
+            batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, device=device_of(model))
+        right, seen = count_right(model, source, batch_size, (0, 1), **options)
     return 100.0 * right / max(1, seen)
 
 

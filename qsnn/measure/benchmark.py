@@ -21,6 +21,7 @@ from qsnn.measure.counting import Counter
 from qsnn.measure.energy import Estimate, LayerCost, estimates
 from qsnn.measure.summary import LayerSummary, Summary, summary
 from qsnn.measure.tally import MARGINS, Exit, Tally
+from qsnn.options import Timesteps, check_option, expect
 from qsnn.snn.network import SNN, TimeLoop
 
 _STATE_BITS = {"int8": 8, "int16": 16, "fp16": 16}
@@ -123,6 +124,8 @@ def benchmark(
     Raises:
         ValueError: T < 1, no images, or a margin outside [0, 1] or of a network that has no steps.
     """
+    expect("benchmark(model, data.test)", "model", model, nn.Module)
+    check_option("timesteps", timesteps, Timesteps)
     started = time.perf_counter()
     keep_freed_memory()
     run = _Run(model, timesteps, firing)

@@ -18,6 +18,7 @@ from qsnn.folded.fold import fold
 from qsnn.graph.hooks import kept_modes, recorded, watching
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import device_of, takes_frames
+from qsnn.options import expect
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
 from qsnn.snn.network import SNN
@@ -153,6 +154,7 @@ def certify(
     """
     if not isinstance(snn, SNN):
         raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")
+    expect("certify(snn, qann, data.test)", "qann", qann, nn.Module)
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
         raise ValueError(f"expected images >= 1, or None for all, got {images!r}: of nothing nothing can be certified")
     folded = snn if snn.folded else fold(snn)

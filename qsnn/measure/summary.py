@@ -18,6 +18,7 @@ from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gating
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import device_of, module_of
+from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.weights import weight_bits
 from qsnn.snn.network import TimeLoop
@@ -130,6 +131,7 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     >>> found.weight_bytes == found.float_bytes, found.macs_by_precision
     (True, {'W32A32': 452224})
     """
+    expect("summary(model)", "model", model, nn.Module)
     shape = shape or input_shape_of(model)
     if shape is None:
         raise ValueError("summary needs the image shape: summary(model, (C, H, W))")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 _AVERAGE, _MAX = "avg", "max"
@@ -76,6 +80,71 @@ class ResNetSmall(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
+class _CifarBlock(nn.Module):
+    """Two 3x3 convolutions; where the map shrinks, the shortcut drops every second pixel and pads channels of zeros."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+        self.stride, self.missing = stride, channels - in_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if self.missing:
+            half = self.missing // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing - half))
+        return self.relu2(y + x)
+
+
+class CifarResNet(nn.Module):
+    """The residual network for CIFAR, 6n + 2 layers of 16, 32 and 64 channels, shortcuts without parameters.
+
+    Parameters are named as in the public checkpoints: conv1, bn1, layer1.0.conv1, ..., layer3.2.bn2, linear.
+
+    Args:
+        in_channels: C of the images.
+        num_classes: K.
+        depth: 20, 32, 44, 56, ...: 6n + 2.
+    Shape:
+        images: (B, C, H, W); logits: (B, K).
+    Raises:
+        ValueError: another depth.
+    Source:
+        He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (shortcut A).
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, depth: int = 20) -> None:
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 44, 56), got {depth}")
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        blocks = (depth - 2) // 6
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, stride: int, blocks: int) -> nn.Sequential:
+        first = _CifarBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(_CifarBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to logits."""
+        x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
+        logits: torch.Tensor = self.linear(self.flatten(self.pool(x)))
+        return logits
+
+
 def _vgg_small(shape: tuple[int, ...], num_classes: int, pooling: str = _AVERAGE) -> nn.Module:
     side = shape[-1]
     stages = [[24, 24], [48, 48]] if side <= 12 else [[32], [48, 48], [96, 96]]
@@ -94,14 +163,21 @@ def _resnet18(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return ResNetSmall(shape[0], num_classes, [64, 128, 256, 512], blocks=2)
 
 
+def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
+    def build(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        return CifarResNet(shape[0], num_classes, depth)
+
+    return build
+
+
 def _vgg16(shape: tuple[int, ...], num_classes: int, pooling: str = _AVERAGE) -> nn.Module:
     stages = [[64, 64], [128, 128], [256, 256, 256], [512, 512, 512], [512, 512, 512]]
     return VggSmall(shape[0], num_classes, stages, pooling)
 
 
-
-
-
-
-
-
+def _mlp(shape: tuple[int, ...], num_classes: int, width: int = 128) -> nn.Module:
+    features = math.prod(shape)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, num_classes),
+    )  # fmt: skip

@@ -219,7 +219,7 @@ class LevelQuant(RescalingIntQuant):
         step = self.step
         low = -self.levels if self.signed else 0
         y = _LevelFunction.apply(x, step, low, self.levels)
-        if y.stride() != x.stride():
+        if y.stride() != x.stride() and 0 not in x.stride():  # an expanded tensor has no layout to keep
             # images of one channel: elementwise operations forget that they are channels-last, and what comes behind
             # would run in the slower layout
             y = torch.empty_strided(x.shape, x.stride(), dtype=y.dtype, device=y.device).copy_(y)

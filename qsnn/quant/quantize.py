@@ -13,12 +13,14 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.graph.arrived import arrived
 from qsnn.graph.compare import same_answers
 from qsnn.graph.kinds import does
 from qsnn.graph.pools import moved_max_pools
 from qsnn.graph.recipe import child_recipe, data_recipe, set_recipe
 from qsnn.graph.spell import trace
 from qsnn.graph.trace import add_module, call_nodes, replace_module, takes_frames
+from qsnn.options import ActBits, Factor, Images, InputBits, Levels, WeightBits, check_options, expect
 from qsnn.quant.activations import HalfActQuant, LevelActQuant, LevelQuant, SignActQuant, level_quant
 from qsnn.quant.calibrate import calibrate_, calibration_images
 from qsnn.quant.weights import IntegerWeightQuant, weight_quantizer
@@ -40,54 +42,48 @@ ACT_FORMS = ("levels", "sign", "fp16", "float")
 class QuantizeConfig:
     """The precision of every part of a network, and how its activations are calibrated."""
 
-    weight_bits: int = 4
+    weight_bits: WeightBits = 4
     """Bits of the weights: 1 (XNOR), 2 to 8 (integers), 16 (fp16), 32 (float)."""
-    act_bits: int | None = None
+    act_bits: ActBits | None = None
     """Bits of the activations: L = 2**act_bits - 1 levels. Give this or ``levels``."""
-    levels: int | None = None
+    levels: Levels | None = None
     """Nonzero activation levels L. Default: 2, or from ``act_bits``. The SNN equals the QANN at T = L."""
     act_form: str = "levels"
     """"levels" (integers from 0 to L), "sign" (±1), "fp16" or "float"; only the first two have a spiking form."""
     weight_form: str = "xnor"
     """1-bit weights: "xnor" (scale mean|w| per output channel) or "sign" (one constant scale)."""
-    input_bits: int | None = 8
+    input_bits: InputBits | None = 8
     """Bits of the signed input quantizer; None leaves the input as it is."""
-    first_last_bits: int | None = 8
+    first_last_bits: WeightBits | None = 8
     """Bits of the first and the last layer's weights; None treats them like the others."""
-    overrides: dict[str, int] = field(default_factory=dict)
+    overrides: dict[str, WeightBits] = field(default_factory=dict)
     """Weight bits by layer name pattern, e.g. {"head*": 8}; the last match wins."""
-    threshold_scale: float = 1.0
+    threshold_scale: Factor = 1.0
     """Factor on the activations' calibrated thresholds [1]: below 1 more of them saturate, the spikes of a converted
     network come more evenly in time, and few online steps lose less; the quantized network itself loses a little."""
-    calibration_images: int = 512
+    calibration_images: Images = 512
     """Training images that set the activation steps."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built.
 
         Raises:
-            ValueError: bits or levels out of range, or act_bits and levels that contradict each other.
+            ValueError: a type or a range that is not the field's, or two options that contradict each other.
         """
-        for bits in (self.weight_bits, *([] if self.first_last_bits is None else [self.first_last_bits])):
-            weight_quantizer(bits)
-        for bits in self.overrides.values():
-            weight_quantizer(bits)
+        check_options(self)
+        given = {"weight_bits": self.weight_bits, "first_last_bits": self.first_last_bits, **self.overrides}
+        for name, bits in given.items():
+            if bits is not None:
+                try:
+                    weight_quantizer(bits)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         if self.act_form not in ACT_FORMS:
             raise ValueError(f"act_form must be one of {', '.join(ACT_FORMS)}, got {self.act_form!r}")
         if self.weight_form not in ("xnor", "sign"):
             raise ValueError(f"weight_form must be 'xnor' or 'sign', got {self.weight_form!r}")
-        if self.act_bits is not None and not 1 <= self.act_bits <= 8:
-            raise ValueError(f"act_bits must be 1 to 8, got {self.act_bits}")
-        if self.levels is not None and not 1 <= self.levels <= 255:
-            raise ValueError(f"levels must be 1 to 255, got {self.levels}")
         if self.act_bits is not None and self.levels is not None and self.levels > 2**self.act_bits - 1:
             raise ValueError(f"{self.levels} levels do not fit into act_bits={self.act_bits}; give only one of the two")
-        if self.input_bits is not None and not 2 <= self.input_bits <= 16:
-            raise ValueError(f"input_bits must be 2 to 16, or None for a float input, got {self.input_bits}")
-        if not 0 < self.threshold_scale < float("inf"):
-            raise ValueError(f"threshold_scale must be above 0, got {self.threshold_scale}")
-        if self.calibration_images < 1:
-            raise ValueError(f"calibration_images must be at least 1, got {self.calibration_images}")
 
     @property
     def resolved_levels(self) -> int:
@@ -120,11 +116,13 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     >>> qsnn.integer_weights(qann.get_submodule("3"))[0].unique()
     tensor([-1,  1], dtype=torch.int8)
     """
-    config = config or QuantizeConfig()
+    expect("quantize(model, data)", "model", model, nn.Module)
+    config = QuantizeConfig() if config is None else config
     if not isinstance(config, QuantizeConfig):
         raise TypeError(f"expected a QuantizeConfig, got {type(config).__name__}; call quantize(model, data, config)")
     if data is None:
         raise ValueError("quantize needs data to calibrate on: quantize(model, data, config)")
+    model = arrived(model)
     frames = calibration_images(getattr(data, "train", data), config.calibration_images)
     in_time = takes_frames(model, frames)
     images = frames.mean(1) if in_time else frames
@@ -182,6 +180,9 @@ def _quantized(network: fx.GraphModule, config: QuantizeConfig) -> fx.GraphModul
             f"nothing to quantize in {type(network).__name__}: it holds {len(weighted)} convolution or linear layers "
             f"and {len(relus)} ReLUs, and needs both"
         )
+    idle = [pattern for pattern in config.overrides if not fnmatch.filter(weighted, pattern)]
+    if idle:
+        raise ValueError(f"overrides: {', '.join(map(repr, idle))} match no layer; there are {', '.join(weighted)}")
     moved_max_pools(copy.deepcopy(network))  # refuses what convert would refuse after the training
     with torch.random.fork_rng():  # a new layer draws weights, which are then overwritten
         for name in weighted:

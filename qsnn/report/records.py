@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -13,6 +15,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from qsnn.files import target_of
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -111,15 +115,31 @@ def _cpu() -> str:
 def append(path: str | Path, record: Record) -> None:
     """Add ``record`` to a file of JSON lines, in one write, so that two processes may append to the same file.
 
-    A last line that was cut by a crash is left as it is; the new record starts on its own line.
+    A last line that was cut by a crash is removed: its record was never reported as written.
 
     Args:
         path: the file; it and its folder are made where missing.
         record: what to add.
     Raises:
-        ValueError: the record holds something that JSON has no word for (nan, a tensor, a path).
-        OSError: the disk took only a part of the line.
+        ValueError: the record holds something that JSON has no word for (nan, a tensor, a path), or the file holds
+            something else than records.
+        OSError: the disk took only a part of the line; names the path.
     """
+    _append(path, record, once=False)
+
+
+def append_once(path: str | Path, record: Record) -> bool:
+    """Like :func:`append`, unless the file has this result already: of the same code and configuration, at any time.
+
+    So a run that was stopped while it wrote its records, and goes on, doubles none.
+
+    Returns:
+        whether the record was written.
+    """
+    return _append(path, record, once=True)
+
+
+def _append(path: str | Path, record: Record, *, once: bool) -> bool:
     try:
         text = json.dumps(asdict(record), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -128,18 +148,79 @@ def append(path: str | Path, record: Record) -> None:
             f"convert with float(), str() or .tolist(), and write None for a number that does not exist"
         ) from error
     line = text.encode() + b"\n"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    target = target_of(path)
+    file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may be mending, too
         size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":
-            line = b"\n" + line
+        whole = _whole(path, file, size)
+        if whole < size:
+            os.ftruncate(file, whole)
+        if once and _same(path, record):
+            return False
         written = os.write(file, line)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         os.close(file)
     if written != len(line):
         raise OSError(f"{path}: expected to write {len(line)} bytes, came {written}; free some space, append again")
+    return True
+
+
+def check_records(path: str | Path) -> None:
+    """Refuse a file that is there and holds something else than records; commands call it before they measure.
+
+    Raises:
+        ValueError: it is no file of records.
+    """
+    target = target_of(path)
+    if target.exists():
+        file = os.open(target, os.O_RDONLY)
+        try:
+            _whole(path, file, os.fstat(file).st_size)
+        finally:
+            os.close(file)
+
+
+def _whole(path: str | Path, file: int, size: int) -> int:
+    """Bytes of the whole lines of a file of records; a last record that lacks only its newline is given one.
+
+    Raises:
+        ValueError: its first line is no record, nor the beginning of one.
+    """
+    begin = os.pread(file, 16 * 2**20, 0)
+    first, newline, _ = begin.partition(b"\n")
+    start = b'{"name": "'
+    if size and not (_is_record(first) if newline else first.startswith(start[: len(first)]) or _is_record(first)):
+        raise ValueError(f"{path} holds no records, but {first[:40]!r}; name another file, or a new one")
+    if not size or os.pread(file, 1, size - 1) == b"\n":
+        return size
+    back, last = size, b""
+    while back and b"\n" not in last:
+        back = max(0, back - 65536)
+        last = os.pread(file, size - back, back)
+    last = last.rpartition(b"\n")[2]
+    if not _is_record(last):
+        return size - len(last)
+    os.write(file, b"\n")
+    return size + 1
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and {"name", "data", "metrics"} <= set(fields)
+
+
+def _same(path: str | Path, record: Record) -> bool:
+    def key(one: Record) -> str:
+        code = one.environment.get("commit"), one.environment.get("device"), one.environment.get("dirty")
+        return json.dumps([one.name, one.data, one.seed, one.n, one.config, code], sort_keys=True)
+
+    return key(record) in map(key, read(path))
 
 
 def read(path: str | Path) -> list[Record]:

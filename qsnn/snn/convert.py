@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gate
 from qsnn.graph.pools import moved_max_pools, reroute
@@ -24,6 +25,7 @@ from qsnn.graph.trace import (
     takes_frames,
     unknown_layers,
 )
+from qsnn.options import Factor, Images, Percent, Slope, Steps, Timesteps, check_options, expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
@@ -38,27 +40,27 @@ from qsnn.snn.neurons import GateNode, IFNode, PlusMinus, Repeat, amplified
 class ConvertConfig:
     """How the spiking network runs where a call does not say otherwise, and what its neurons are."""
 
-    timesteps: int = 2
+    timesteps: Timesteps = 2
     """Simulation steps T; also what a calibration is made for."""
     firing: str = "online"
     """"online": a neuron fires while its input arrives; "deferred": it integrates all T inputs, then fires."""
     threshold: str = "mse"
     """Thresholds of plain ReLUs: "mse" (least error after T steps), "max" or "percentile" of each channel."""
-    percentile: float = 99.9
+    percentile: Percent = 99.9
     """Of "percentile" [%]."""
     correction: str = "weights"
     """With data, on the spikes that arrive: "weights" (least squares; only float ones), "bias", "none"."""
-    calibration_images: int = 256
+    calibration_images: Images = 256
     """Training images of a calibration; all of them run at once."""
     reset: str = "soft"
     """After a spike: "soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards 0)."""
-    reset_tau: float = 1.0
+    reset_tau: Steps = 1.0
     """Time constant of reset "decay" [steps]."""
-    tau: tuple[float, ...] = ()
+    tau: tuple[Steps, ...] = ()
     """Time constant of the leak [steps]: none, one for all neurons, or one for each spiking layer in order."""
-    tau_growth: float = 1.0
+    tau_growth: Factor = 1.0
     """Factor on the time constant from each spiking layer to the next [1]."""
-    tau_slope: float = 0.0
+    tau_slope: Slope = 0.0
     """Added to the time constant from each spiking layer to the next [steps]; before the factor."""
     signed: bool = False
     """Spikes of -1 take back spikes that came too early (ST-BIF)."""
@@ -73,18 +75,17 @@ class ConvertConfig:
         Raises:
             ValueError: which option, and what it may be.
         """
-        if not isinstance(self.timesteps, int) or self.timesteps < 1:
-            raise ValueError(f"timesteps must be a whole number of at least 1, got {self.timesteps!r}")
+        check_options(self)
         if self.firing not in FIRINGS:
             raise ValueError(f"firing must be 'online' or 'deferred', got {self.firing!r}")
         if self.threshold not in THRESHOLDS:
             raise ValueError(f"threshold must be one of {', '.join(THRESHOLDS)}, got {self.threshold!r}")
         if self.correction not in CORRECTIONS:
             raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
-        if not 0 < self.percentile <= 100 or self.calibration_images < 1 or not self.tau_growth > 0:
+        if not self.tau and (self.tau_growth != 1.0 or self.tau_slope != 0.0):
             raise ValueError(
-                f"expected 0 < percentile <= 100, calibration_images >= 1 and tau_growth > 0, got {self.percentile}, "
-                f"{self.calibration_images}, {self.tau_growth}"
+                f"tau_growth={self.tau_growth} and tau_slope={self.tau_slope} change a time constant, got tau=(); "
+                f"give tau too, or leave both away"
             )
         if self.firing == "deferred" and not self.dynamics(0).plain:
             raise ValueError(
@@ -134,13 +135,15 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
     """
     if isinstance(data, ConvertConfig) and config is None:
         data, config = None, data
-    config = config or ConvertConfig()
+    expect("convert(qann), or convert(model, data)", "model", model, nn.Module)
+    config = ConvertConfig() if config is None else config
     if not isinstance(config, ConvertConfig) or isinstance(data, nn.Module | dict):
         got = type(data if isinstance(config, ConvertConfig) else config).__name__
         raise TypeError(
             f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
             f"convert(model, data, ConvertConfig(...)) to calibrate"
         )
+    model = arrived(model)
     images = None
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)
@@ -170,6 +173,7 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
         recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": config.correction != "none"}
         set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
     snn.train(model.training)
+    set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
     return snn
 
 

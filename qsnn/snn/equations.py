@@ -11,6 +11,8 @@ import torch
 from spikingjelly.activation_based import surrogate as surrogates
 from torch import Tensor
 
+from qsnn.options import Steps, check_options
+
 RESETS = ("soft", "hard", "decay")
 STATE_BITS = ("int8", "int16", "fp16")
 
@@ -41,9 +43,9 @@ class Dynamics:
 
     reset: str = "soft"
     """"soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards rest, 0)."""
-    reset_tau: float = 1.0
+    reset_tau: Steps = 1.0
     """τ_r of reset "decay" [steps]."""
-    tau: float | None = None
+    tau: Steps | None = None
     """Time constant τ of the leak [steps]; None: no leak."""
     signed: bool = False
     """Spikes of -1 take back spikes of 1 that came too early."""
@@ -56,10 +58,9 @@ class Dynamics:
         Raises:
             ValueError: which option, and what it may be.
         """
+        check_options(self)
         if self.reset not in RESETS:
             raise ValueError(f"reset must be one of {', '.join(RESETS)}, got {self.reset!r}")
-        if not self.reset_tau > 0 or (self.tau is not None and not self.tau > 0):
-            raise ValueError(f"time constants must be above 0 steps, got tau={self.tau}, reset_tau={self.reset_tau}")
         if self.state_bits is not None and self.state_bits not in STATE_BITS:
             raise ValueError(f"state_bits must be one of {', '.join(STATE_BITS)} or None, got {self.state_bits!r}")
         if self.signed and self.reset != "soft":

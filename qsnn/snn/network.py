@@ -15,6 +15,7 @@ from qsnn.data.images import check_images
 from qsnn.graph.call import Call, calling
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import takes_frames, value_shapes
+from qsnn.options import Timesteps, check_option
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.neurons import IFNode, PlusMinus
 
@@ -105,8 +106,7 @@ class SNN(nn.Module):
         self.timesteps, self.firing = self._checked(timesteps, firing)
 
     def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:
-        if not isinstance(timesteps, int) or timesteps < 1:
-            raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
+        check_option("timesteps", timesteps, Timesteps)
         if firing not in FIRINGS:
             raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
         if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):
@@ -131,13 +131,14 @@ class SNN(nn.Module):
         Raises:
             ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
         """
-        frames = takes_frames(self.network, images)
+        frames = isinstance(images, Tensor) and takes_frames(self.network, images)
         if timesteps is None:
             timesteps = images.shape[1] if frames else self.timesteps
         steps, firing = self._checked(timesteps, self.firing if firing is None else firing)
         shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
         images = in_order(images, steps) if frames else images
-        check_images(images, None if shape is None else tuple(shape))
+        dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
+        check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))
         with calling(Call(steps, firing, frames)):
             return tree_map(lambda z: z.unflatten(0, (steps, -1)), self.network(images))
 

@@ -15,14 +15,29 @@ from torch.utils.data import Subset
 
 from qsnn.data.images import Data, batch_sizes, batches
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.graph.arrived import frozen_norms, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import answer, count_right
+from qsnn.options import (
+    BatchSize,
+    Epochs,
+    Factor,
+    Images,
+    LearningRate,
+    Part,
+    Seed,
+    Share,
+    Weight,
+    check_options,
+    expect,
+)
 from qsnn.training.processes import average_buffers_, is_main, rank_and_world, shared, total_of, wait
 from qsnn.training.progress import Bar, StateFile
-from qsnn.training.resume import Epoch, Progress, read_state, save_state
+from qsnn.training.resume import Epoch, Progress, read_state, refuse_not_finite, save_state
 from qsnn.training.tensorboard import Board
 
+AUGMENTS = ("none", "flip", "shift", "flip+shift", None)
 CHECKPOINT_SECONDS = 300.0
 """A run with a ``resume`` file writes its state after each epoch, and within a long one every so many seconds [s]."""
 DIVERGED = 100.0
@@ -36,33 +51,33 @@ Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | dict[str, Tensor]"]
 class TrainConfig:
     """How a network is trained: SGD with Nesterov momentum or AdamW, linear warm-up, cosine decay to zero."""
 
-    epochs: int = 20
+    epochs: Epochs = 20
     """Passes over the training images."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images a step."""
-    lr: float = 0.1
+    lr: LearningRate = 0.1
     """Peak learning rate [1] (SGD; about 0.002 for AdamW)."""
     optimizer: str = "sgd"
     """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
-    weight_decay: float = 5e-4
+    weight_decay: Weight = 5e-4
     """L2 penalty [1]; never on biases, batch norm, quantizer steps and thresholds."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Part of all steps in which the learning rate rises [1]."""
-    label_smoothing: float = 0.0
+    label_smoothing: Part = 0.0
     """Mass moved from the label to the other classes in the cross entropy [1], in [0, 1)."""
-    kd_weight: float = 0.5
+    kd_weight: Share = 0.5
     """Where a teacher is given: weight of the KL term; the cross entropy has 1 - kd_weight [0, 1]."""
-    kd_temperature: float = 1.0
+    kd_temperature: Factor = 1.0
     """Temperature τ of the KL term [1]."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
-    train_images: int | None = None
+    train_images: Images | None = None
     """Use only the first so many training images."""
     precision: str = "fp32"
     """"fp32", or "bf16": layers compute in bfloat16 where that is safe (autocast); for GPUs."""
     compile: bool = False
     """Compile the step with torch.compile; takes a minute first, and needs a C++ compiler."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of the images, augmentation and dropout."""
 
     def __post_init__(self) -> None:
@@ -71,17 +86,13 @@ class TrainConfig:
         Raises:
             ValueError: which option, and what it may be.
         """
-        if self.epochs < 0 or self.batch_size < 1:
-            raise ValueError(f"expected epochs >= 0 and batch_size >= 1, got {self.epochs} and {self.batch_size}")
+        check_options(self)
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
-        if not 0 <= self.label_smoothing < 1 or not 0 <= self.kd_weight <= 1 or not self.kd_temperature > 0:
-            raise ValueError(
-                f"expected 0 <= label_smoothing < 1, 0 <= kd_weight <= 1, kd_temperature > 0, got "
-                f"{self.label_smoothing}, {self.kd_weight}, {self.kd_temperature}"
-            )
+        if self.augment not in AUGMENTS:
+            raise ValueError(f"augment must be one of {', '.join(map(repr, AUGMENTS))}, got {self.augment!r}")
 
 
 def fit(
@@ -124,13 +135,18 @@ def fit(
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (the KL term).
     """
-    config = config or TrainConfig()
+    expect("fit(model, data)", "model", model, nn.Module)
+    expect("fit(model, data)", "data", data, "train val")
+    expect("fit(model, data, teacher=model)", "teacher", teacher, (nn.Module, type(None)))
+    config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
+    to_float32_(model)
+    frozen = frozen_norms(model)
     loader = _Loader(data, config, device_of(model))
     state = read_state(resume, asdict(config))
     if state is not None:
-        model.load_state_dict(state.model)  # before the optimizer: Brevitas makes new parameters when it loads
+        state.load_(model)  # before the optimizer: Brevitas makes new parameters when it loads
     optimizer, scheduler = _optimizer(model, config, len(loader))
     done = Progress() if state is None else state.restore_(optimizer, scheduler)
     if len(done.history) == config.epochs:
@@ -149,7 +165,8 @@ def fit(
     )
     with bar, torch.random.fork_rng(), board:
         for epoch in range(len(done.history), config.epochs):
-            lay_out_(model.train(), torch.channels_last)  # convolutions and batch norm run faster in it on a CPU
+            # convolutions and batch norm run faster in channels-last on a CPU
+            lay_out_(_awake_(model, frozen), torch.channels_last)
             with shared(step) as shared_step:
                 run = torch.compile(shared_step) if config.compile else shared_step
                 for images, labels, weight in loader.epoch(epoch, done.batch):
@@ -167,6 +184,7 @@ def fit(
                     bar.step()
                     kept.save_if_due()
             lay_out_(model.eval(), torch.contiguous_format)
+            refuse_not_finite(model, _last_good(resume, len(done.history)))
             average_buffers_(model)
             done.history.append(_ended(model, data, epoch + 1, done.total, len(loader)))
             done.batch, done.total = 0, 0.0
@@ -212,6 +230,14 @@ class _Loader:
             yield laid_out(images, torch.channels_last), labels, len(images) * self.world / self.sizes[batch]
 
 
+def _awake_(model: nn.Module, frozen: list[str]) -> nn.Module:
+    """Training mode, but for batch norms that their owner had frozen."""
+    model.train()
+    for name in frozen:
+        model.get_submodule(name).eval()
+    return model
+
+
 def _leave_file(model: nn.Module) -> None:
     """Drop the hash of the file the model was loaded from: from now on its weights are others."""
     recipe = recipe_of(model)
@@ -248,13 +274,16 @@ def _refuse_divergence(
     limit = DIVERGED * max(done.history[0].loss, 0.1) if done.history else math.inf
     if math.isfinite(loss) and loss <= limit:
         return
-    good = "there is no state yet to go back to"
-    if resume is not None and Path(resume).exists():
-        good = f"the last good state is {resume}, written after epoch {len(done.history)}"
     raise FloatingPointError(
         f"the loss is {loss:.6g} in step {done.batch + 1} of epoch {len(done.history) + 1} of {label!r}; try a lower "
-        f"lr than {config.lr}, or a longer warmup than {config.warmup}; {good}"
+        f"lr than {config.lr}, or a longer warmup than {config.warmup}{_last_good(resume, len(done.history))}"
     )
+
+
+def _last_good(resume: str | Path | None, epochs: int) -> str:
+    if resume is not None and Path(resume).exists():
+        return f"; the last good state is {resume}, written after epoch {epochs}"
+    return "; there is no state yet to go back to"
 
 
 def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:

@@ -26,7 +26,12 @@ def start(device: str | None = None) -> torch.device:
         chosen = torch.device(name)
     except RuntimeError:
         raise ValueError(f"expected a device like 'cpu', 'cuda' or 'cuda:1', got {name!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected a device like 'cpu', 'cuda' or 'cuda:1', got {name!r}")
     if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        if (chosen.index or 0) >= count > 0:
+            raise ValueError(f"expected a device that is there, got {name!r}, but this machine has {count} GPUs")
         if not torch.cuda.is_available():
             raise ValueError(f"expected a device that is there, got {name!r}, but this machine has no CUDA GPU")
         if chosen.index is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qsnn.checkpoint import load, read_recipe, resume_file, save
+from qsnn.checkpoint import Named, load, read_recipe, resume_file, save
 from qsnn.graph.recipe import recipe_of, set_recipe
 
 
@@ -36,6 +36,8 @@ class Stages:
         device: where the networks are handed back.
         fresh: make every stage again, whatever is there.
         say: takes one line for each stage.
+        model: what builds the float network, where it is not qsnn's own (see :func:`qsnn.load`).
+        check: takes each network that is loaded, and its file, and raises where it does not fit the data.
     """
 
     def __init__(
@@ -45,8 +47,11 @@ class Stages:
         device: torch.device | str = "cpu",
         fresh: bool = False,
         say: Callable[[str], None] = print,
+        model: Named | None = None,
+        check: Callable[[nn.Module, Path], None] | None = None,
     ) -> None:
         self.folder, self.device, self.fresh, self.say = Path(folder), device, fresh, say
+        self.model, self.check = model, check
         self.seconds: dict[str, float] = {}
         """Time of each stage that was made, not loaded [s]; the caller may add what else took time."""
 
@@ -73,7 +78,7 @@ class Stages:
             state.unlink(missing_ok=True)
         if path.exists() and read_recipe(path).get("stage") == json.loads(json.dumps(stage)):
             self.say(f"{name}: done before, loaded {path}")
-            return load(path).to(self.device)
+            return self._loaded(path)
         started = time.perf_counter()
         model = make(state)
         set_recipe(model, {**recipe_of(model), "stage": stage})
@@ -81,4 +86,10 @@ class Stages:
         state.unlink(missing_ok=True)
         self.seconds[name] = time.perf_counter() - started
         self.say(f"{name}: {self.seconds[name]:.1f} s, wrote {path}")
-        return load(path).to(self.device)
+        return self._loaded(path)
+
+    def _loaded(self, path: Path) -> nn.Module:
+        model = load(path, model=self.model)
+        if self.check is not None:
+            self.check(model, path)
+        return model.to(self.device)

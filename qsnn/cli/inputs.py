@@ -1,0 +1,100 @@
+"""What the commands share: files and data that are read, places that are written, options as --help shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from torch import nn
+
+from qsnn.checkpoint import check_data, load, read_recipe, save
+from qsnn.data.images import Data
+from qsnn.data.sources import NAMES, load_recorded
+from qsnn.files import held, shown
+from qsnn.graph.recipe import recipe_of
+from qsnn.measure.accuracy import accuracy
+from qsnn.options import hints_of, shown_range
+from qsnn.training.processes import is_main, wait
+
+
+def loaded(file: Path, models: Sequence[str], kinds: tuple[str, ...] | None = None) -> nn.Module:
+    """The network of a file, which may name one of ``models`` as what builds it.
+
+    Raises:
+        ValueError: the file holds another kind than ``kinds``.
+    """
+    recipe = read_recipe(file)
+    kind = recipe["kind"]
+    # a spiking network from scratch is a student
+    if kinds and kind not in kinds and not (recipe.get("spiking") and "student" in kinds):
+        raise ValueError(f"{file} holds a {kind!r}; expected {' or '.join(map(repr, kinds))}")
+    return load(file, model=models if ":" in recipe["model"]["name"] else None)
+
+
+def refuse_idle(models: Sequence[str], files: Sequence[Path]) -> None:
+    """Refuse a ``--model`` that none of the files names.
+
+    Raises:
+        ValueError: which.
+    """
+    named = {read_recipe(file)["model"]["name"] for file in files} if models else set()
+    for model in models:
+        if model not in named:
+            names = ", ".join(shown(name) for name in sorted(named))
+            raise ValueError(f"--model {model} is named by none of the files, which name {names}; leave it away")
+
+
+def data_of(model: nn.Module, file: Path, root: Path | None, given: str | None = None) -> Data:
+    """The data set that a file was made for, and nothing but that: what differs is refused.
+
+    Args:
+        model: of the file.
+        file: what messages begin with.
+        root: of the data sets.
+        given: the folder of images, where the file names one: no folder is read that only a file names.
+    Raises:
+        ValueError: the file names no data set, or a folder that is not given; classes, normalisation or image shape
+            are not those that it was trained on.
+    """
+    recipe: dict[str, Any] = recipe_of(model)
+    name = recipe.get("data", {}).get("name")
+    if name is None and given is None:
+        raise ValueError(f"{file} does not say which data set it was made for; name it with --data")
+    if given is None and name not in NAMES:
+        raise ValueError(f"{file} was made for the images in {shown(str(name))!r}; if you trust it, add --data FOLDER")
+    if given is not None and name in NAMES and given != name:
+        raise ValueError(f"{file} was made for the data set {name!r}, got --data {given}; leave it away")
+    data = load_recorded(recipe.get("data", {}), recipe.get("input_shape"), root=root, folder=given)
+    check_data(recipe, data, file)
+    return data
+
+
+def show_ranges(*configs: type) -> None:
+    """Let --help show the range of each number in the place of its type: "1..255" for INT."""
+    for config in configs:
+        for name, hint in hints_of(config).items():
+            text = shown_range(hint)
+            if text:
+                config.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=text)]
+
+
+def held_by_first(out: Path) -> AbstractContextManager[None]:
+    """Hold the output while the block runs, in the first process, so that no other run writes it."""
+    return held(out) if is_main() else nullcontext()
+
+
+def write_model(model: nn.Module, out: Path, data: Data) -> None:
+    """Write the file, from the first process, and say so."""
+    if is_main():
+        save(model, out)
+        print(f"wrote {out} (validation accuracy {accuracy(model, data.val):.2f} %)")
+
+
+def finish(state: Path) -> None:
+    """The training is over and its result written: its state goes."""
+    if is_main():
+        state.unlink(missing_ok=True)
+    wait()

@@ -1,0 +1,178 @@
+"""The user's model as the verbs take it: unwrapped, plain parameters, float32; and its own training flags kept."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+
+from qsnn.graph.recipe import recipe_of, set_recipe
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Modules that only run the one inside, as their ``module``; torch.compile's keeps it as ``_orig_mod``."""
+_OURS = ("qsnn.snn", "qsnn.folded")
+"""Networks of these rooms choose their own precision: integers in float64 are exact."""
+
+
+class QsnnWarning(UserWarning):
+    """Something was taken otherwise than it came; the text says what, and how to have it otherwise."""
+
+
+def arrived(model: nn.Module) -> nn.Module:
+    """Return the model as the verbs take it; the argument is not changed.
+
+    ``nn.DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` are taken off, wherever they stand. Pruned
+    and parametrized weights (``torch.nn.utils.prune``, weight norm, spectral norm) become plain ones of the same
+    value. Other precisions become float32, which is said. Training flags, statistics and the recipe stay.
+
+    Args:
+        model: a float network, or one of qsnn's own.
+    Returns:
+        The model itself where there is nothing to do, else a copy.
+    Raises:
+        TypeError: not a module, or one that torch.jit has compiled.
+        ValueError: parameters without values (lazy ones, the meta device).
+    """
+    if not isinstance(model, nn.Module):
+        hint = "build the network, then load_state_dict" if isinstance(model, Mapping) else "pass the network itself"
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; {hint}")
+    modules = list(model.modules())
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{name or 'the model'} was compiled by torch.jit, which leaves no layers to see; pass the nn.Module "
+                f"it was made from: build it and call load_state_dict(scripted.state_dict())"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise ValueError(f"{name} holds no values yet; run the network once on an image, or load its weights")
+    dtypes = _other_dtypes(model)
+    if not (dtypes or any(_inside(module) is not None or _reparametrized(module) for module in modules)):
+        return model
+    new = _copy(model)
+    for module in new.modules():
+        _plain_(module)
+    to_float32_(new)
+    if recipe_of(model):  # a torch.fx graph drops it when it is copied
+        set_recipe(new, recipe_of(model))
+    return new
+
+
+def to_float32_(model: nn.Module) -> None:
+    """Turn a float network of another precision into float32, in place, and say so; for training in place."""
+    dtypes = _other_dtypes(model)
+    if dtypes:
+        warnings.warn(f"a model of {', '.join(dtypes)} runs in float32", QsnnWarning, stacklevel=4)
+        model.float()
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Run a block with the models in eval mode; afterwards each module has its own training flag again.
+
+    ``model.train(was_training)`` would wake batch norms that their owner had frozen.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            stack.callback(set_training_flags_, model, training_flags(model))
+            model.eval()
+        yield
+
+
+def training_flags(model: nn.Module) -> dict[str, bool]:
+    """Return each module's own training flag, by name; the model itself is ""."""
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def set_training_flags_(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Set each module's own training flag, in place; a module that has no entry takes that of the module around it.
+
+    Args:
+        model: the same network, or a copy in which layers were replaced or added.
+        flags: from :func:`training_flags`.
+    """
+    for name, module in model.named_modules():
+        while name not in flags and name:
+            name = name.rpartition(".")[0]
+        module.training = flags.get(name, module.training)
+
+
+def frozen_norms(model: nn.Module) -> list[str]:
+    """Return the names of the batch norms that stand in eval mode in a model in training mode: frozen on purpose."""
+    norms = nn.modules.batchnorm._NormBase
+    return [
+        name for name, module in model.named_modules()
+        if model.training and isinstance(module, norms) and not module.training
+    ]  # fmt: skip
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a wrapper runs, None for any other module."""
+    if isinstance(module, WRAPPERS):
+        return module.module
+    inner = module.__dict__.get("_modules", {}).get("_orig_mod")
+    return inner if type(module).__name__ == "OptimizedModule" else None
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy without wrappers. What autograd computed (a pruned weight) cannot be copied as such: its value is."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    for module in reversed(list(model.modules())):  # from the inside out; deepcopy asks the memo first
+        inner = _inside(module)
+        if inner is not None:
+            memo[id(module)] = copy.deepcopy(inner, memo)
+    new: nn.Module = copy.deepcopy(model, memo)
+    for module in new.modules():
+        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            del module.__dict__["forward"]  # it is the compiled form of the method of the module that was copied
+    return new
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return [*module._forward_pre_hooks.values()]
+
+
+def _reparametrized(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) or any(
+        isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod) for hook in _hooks(module)
+    )
+
+
+def _plain_(module: nn.Module) -> None:
+    """Put the value of each computed parameter in its place, in place."""
+    for hook in reversed(_hooks(module)):  # the last one that was put on is the outermost
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+    if parametrize.is_parametrized(module):
+        flag, own = module.training, type(module)
+        # torch gives a parametrized module a class of its own, which a copy shares, and takes properties off that class
+        body = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(own.__name__, own.__bases__, body)
+        module.eval()  # a spectral norm moves its vectors whenever it is asked in training mode
+        for name in list(module.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        module.train(flag)
+
+
+def _other_dtypes(model: nn.Module) -> list[str]:
+    if any(type(module).__module__.startswith(_OURS) for module in model.modules()):
+        return []
+    found = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in found)

@@ -1,0 +1,278 @@
+"""check(): the whole front door in seconds, before any training: what becomes of every layer, and what it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from qsnn.data.fitting import describe, fitted
+from qsnn.data.images import Data, batches
+from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.graph.arrived import arrived, evaluating
+from qsnn.graph.hooks import recorded
+from qsnn.graph.kinds import DOES, kind_of, refused
+from qsnn.graph.trace import call_nodes, device_of
+from qsnn.measure.accuracy import answer, interval
+from qsnn.measure.certify import certify
+from qsnn.quant.activations import is_sign, level_quant
+from qsnn.quant.quantize import QuantizeConfig, quantize
+from qsnn.quant.weights import weight_bits
+from qsnn.snn.convert import ConvertConfig, convert
+
+_CALIBRATED, _CERTIFIED, _TIMED = 64, 8, 32
+"""Images that set the steps, that are certified, and that are timed."""
+_LISTED = 60
+"""So many layers are shown; of more the first and the last half."""
+
+
+@dataclass(frozen=True)
+class LayerFate:
+    """One layer: what it is, what it gives for one image, and what becomes of it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    becomes: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What :func:`check` found; ``str()`` is a page."""
+
+    model: str
+    data: str
+    accuracy: float | None
+    """Of the float network as loaded [%]; None where the answers are no classes."""
+    images: int
+    """Test images that the accuracy was measured on."""
+    layers: tuple[LayerFate, ...]
+    refused: tuple[str, ...]
+    """What cannot be quantized or converted, and what to write instead; empty where all can."""
+    certificate: str | None
+    """The certificate of a few images, before any training."""
+    qat_seconds: float | None
+    """One epoch of quantization-aware training on this machine [s]."""
+    distill_seconds: float | None
+    """One epoch of distillation at T time steps on this machine [s]."""
+    timesteps: int
+    """T."""
+
+    @property
+    def ready(self) -> bool:
+        """True when nothing is refused, and the spiking network equals the quantized one."""
+        return not self.refused and self.certificate is not None and self.certificate.startswith("EXACT")
+
+    def __str__(self) -> str:
+        lines = [self.data, "", self.model]
+        if self.accuracy is not None:
+            low, high = interval(self.accuracy / 100, self.images)
+            lines.append(
+                f"accuracy of the float network as loaded: {self.accuracy:.2f} % of {self.images:,} test images "
+                f"({100 * low:.1f} to {100 * high:.1f})"
+            )
+        if self.layers:
+            width = max(5, *(len(layer.name) for layer in self.layers))
+            kinds = max(4, *(len(layer.kind) for layer in self.layers))
+            lines += ["", f"{'layer':<{width}}  {'kind':<{kinds}}  {'output':<12}  becomes"]
+            shown = self.layers
+            if len(shown) > _LISTED:
+                shown = (*shown[: _LISTED // 2], LayerFate("...", "", (), ""), *shown[-_LISTED // 2 :])
+            lines += [
+                f"{layer.name:<{width}}  {layer.kind:<{kinds}}  {'x'.join(map(str, layer.shape)):<12}  {layer.becomes}"
+                for layer in shown
+            ]
+        lines.append("")
+        lines += [f"refused: {reason}" for reason in self.refused]
+        if self.certificate is not None:
+            lines.append(f"certificate before training (deferred, {_CERTIFIED} images): {self.certificate}")
+        if self.qat_seconds is not None and self.distill_seconds is not None:
+            lines.append(
+                f"on this machine an epoch of quantization-aware training takes about {_told(self.qat_seconds)}, an "
+                f"epoch of distillation at T = {self.timesteps} about {_told(self.distill_seconds)}"
+            )
+        return "\n".join(lines)
+
+
+def check(
+    model: nn.Module,
+    data: Data,
+    config: QuantizeConfig | None = None,
+    *,
+    timesteps: int = 2,
+    seconds: float = 10.0,
+) -> Check:
+    """Run the whole front door without training: accuracy as loaded, quantize, convert, certify, and time a step.
+
+    Args:
+        model: a trained float network; it is not changed.
+        data: the data set it was trained for, normalised as it was trained.
+        config: precision.
+        timesteps: T of the student whose training is timed.
+        seconds: the accuracy is measured on as many of the first test images as fit into so long [s].
+    Raises:
+        TypeError: not a module, not a data set.
+        ValueError: the network and the data do not fit together.
+
+    >>> from qsnn.data.sources import load_data
+    >>> digits = load_data("digits")
+    >>> found = check(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), digits)
+    >>> found.ready, found.certificate, [layer.kind for layer in found.layers]
+    (True, 'EXACT', ['input', 'flatten', 'linear', 'ReLU', 'linear'])
+    """
+    if not isinstance(data, Data):
+        raise TypeError(f"expected a Data, got {type(data).__name__}; call check(model, load_data(...))")
+    model = arrived(model)
+    data = fitted(data, model)
+    keep_freed_memory()
+    right, seen, rate = _right(model, data, seconds)
+    config = replace(config or QuantizeConfig(), calibration_images=_CALIBRATED)
+    layers: tuple[LayerFate, ...] = ()
+    refusals: list[str] = []
+    verdict = qat = distill = None
+    with torch.random.fork_rng(), evaluating(model):
+        try:
+            few = _first(data.train, _CALIBRATED)
+            qann = quantize(model, replace(data, train=few), config).eval()
+            layers = fates(qann, next(batches(few, 2, device=device_of(model)))[0])
+            snn = convert(qann, ConvertConfig(timesteps=timesteps))
+            verdict = certify(snn, qann, _first(data.test, _CERTIFIED)).verdict
+            if data.classes:
+                qat, distill = _epochs(model, qann, snn, data, timesteps, rate)
+        except ValueError as error:  # each names all that it refuses, and what to write instead
+            refusals.append(" ".join(str(error).split()))
+            layers = layers or _as_they_come(model, refusals[0])
+    parameters = sum(p.numel() for p in model.parameters())
+    return Check(
+        model=f"{type(model).__name__}: {parameters:,} parameters",
+        data=describe(data),
+        accuracy=None if right is None else 100.0 * right / seen,
+        images=seen,
+        layers=layers,
+        refused=tuple(refusals),
+        certificate=verdict,
+        qat_seconds=qat,
+        distill_seconds=distill,
+        timesteps=timesteps,
+    )
+
+
+@torch.no_grad()
+def fates(qann: Any, images: Tensor) -> tuple[LayerFate, ...]:
+    """Return what each layer of a quantized network is and what it becomes, in the order of the graph.
+
+    Args:
+        qann: from :func:`qsnn.quantize`.
+        images: a batch that it is run on.
+    """
+    modules = {str(node.target): module for node, module in call_nodes(qann)}
+    with evaluating(qann), recorded(modules) as outputs:
+        answer(qann, images)
+    found = []
+    for name, module in modules.items():
+        kind, becomes = what_becomes_of(module)
+        value = outputs.get(name)
+        shape = tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
+        found.append(LayerFate(name, kind, shape, becomes))
+    return tuple(found)
+
+
+def _as_they_come(model: nn.Module, refusal: str) -> tuple[LayerFate, ...]:
+    """The layers of a network that cannot be quantized: which of them the refusal names."""
+    found = []
+    for name, module in model.named_modules():
+        if name and not list(module.children()):
+            kind, becomes = what_becomes_of(module)
+            found.append(LayerFate(name, kind, (), "refused" if f" {name} (" in refusal else becomes))
+    return tuple(found)
+
+
+def what_becomes_of(module: nn.Module) -> tuple[str, str]:
+    """Return the kind of a layer, and what becomes of it; the one place for these words."""
+    quant = level_quant(module)
+    if quant is not None and quant.signed:
+        return "input", f"signed integers of {quant.levels.bit_length() + 1} bits"
+    if quant is not None:
+        return "ReLU", f"levels 0 to {quant.levels}; an IF neuron"
+    if is_sign(module):
+        return "sign", "a neuron of one step"
+    kind = kind_of(module)
+    if kind is not None and hasattr(module, "weight_quant"):
+        bits = weight_bits(module)
+        return kind.name, f"{'integers' if bits <= 8 else 'weights'} of {bits} bit{'s' * (bits > 1)}"
+    if kind is None or refused(module) is not None:
+        return type(module).__name__, "refused"
+    return kind.name, DOES[kind.does].rpartition(": ")[2]
+
+
+@torch.no_grad()
+def _right(model: nn.Module, data: Data, seconds: float) -> tuple[int | None, int, float]:
+    """Right answers among the first test images, how many those are, and the seconds that each took."""
+    right = seen = 0
+    classes = bool(data.classes)
+    device = device_of(model)
+    size = 50 if device.type == "cpu" else 250  # what a core's cache holds is a fifth faster
+    begun = time.perf_counter()
+    with evaluating(model):
+        for images, labels in batches(data.test, size, device=device):
+            logits = answer(model, laid_out(images, torch.channels_last))
+            classes = classes and isinstance(logits, Tensor) and logits.dim() == 2 and labels.dim() == 1
+            if classes:
+                chosen = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
+                right += int((chosen == labels).sum())
+            seen += len(images)
+            if time.perf_counter() - begun > seconds or not classes:
+                break
+    return right if classes else None, seen, (time.perf_counter() - begun) / seen
+
+
+def _epochs(
+    teacher: nn.Module, qann: nn.Module, snn: nn.Module, data: Data, timesteps: int, rate: float
+) -> tuple[float, float]:
+    """Seconds of an epoch of QAT and of distillation, validation included, from one step of a few images each."""
+    images, labels = next(batches(_first(data.train, _TIMED), _TIMED, device=device_of(qann)))
+
+    def qat(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(answer(qann, x), y)
+
+    def student(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = answer(teacher, x).softmax(1)
+        logits = snn(x, timesteps=timesteps)
+        return F.cross_entropy(logits.flatten(0, 1), target.repeat(timesteps, 1))
+
+    steps = [_step_seconds(network, loss, images, labels) for network, loss in ((qann, qat), (snn, student))]
+    train, val = len(data.train), len(data.val)  # type: ignore[arg-type]
+    return steps[0] * train + rate * val, steps[1] * train + timesteps * rate * val
+
+
+def _step_seconds(network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+    """What one image of a training step takes [s], the better of two."""
+    lay_out_(network.train(), torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6)
+    x, times = laid_out(x, torch.channels_last), []
+    for count in (4, len(x), len(x)):  # the first one is slow
+        begun = time.perf_counter()
+        loss(x[:count], y[:count]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begun) / len(x[:count]))
+    return min(times[1:])
+
+
+def _first(part: Any, n: int) -> Any:
+    return part.head(n) if hasattr(part, "head") else Subset(part, range(min(n, len(part))))
+
+
+def _told(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
