@@ -242,11 +242,8 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
     """The structure a recipe describes, with weights and steps still to be loaded."""
     spec, shape = recipe["model"], recipe.get("input_shape")
     classes = recipe.get("num_classes") or len(recipe.get("data", {}).get("classes", ())) or None
-    name = spec["name"]
-    if recipe.get("spiking") and f"spiking-{name}" in SPIKING:  # before there was an ANN of the name
-        name = f"spiking-{name}"
     model = build_model(
-        name, None if shape is None else tuple(shape), classes,
+        spec["name"], None if shape is None else tuple(shape), classes,
         function=None if isinstance(function, str) else function, **spec.get("options", {}),
     )  # fmt: skip
     set_recipe(model, {**recipe, "kind": "teacher"})
@@ -272,6 +269,13 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
     return fold(snn) if recipe["kind"] == "folded" else snn
 
 
+def _renamed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the names of today: "qkformer" was a spiking network before it was an ANN."""
+    model = recipe.get("model")
+    name = f"spiking-{model.get('name')}" if isinstance(model, dict) and recipe.get("spiking") is True else ""
+    return {**recipe, "model": {**model, "name": name}} if isinstance(model, dict) and name in SPIKING else recipe
+
+
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The recipe and the tensors of a file, each checked for what it is, but not for whether they fit each other."""
     raw = read_bytes(path)
@@ -290,7 +294,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is truncated or damaged ({shown(str(error))}); make it again") from error
     except ValueError as error:
         raise ValueError(f"{path} {shown(str(error))}") from error
-    recipe = opened(path, raw, text)
+    recipe = _renamed(opened(path, raw, text))
     try:
         check_recipe(recipe)
         check_values(tensors)
