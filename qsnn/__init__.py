@@ -1,6 +1,8 @@
 """Trained ANN in, spiking network of two time steps with low-precision weights out, and proof of what it lost."""
 
 import importlib as _importlib
+import sys as _sys
+import types as _types
 import typing as _typing
 
 __version__ = "0.1.0"
@@ -29,6 +31,7 @@ _HOMES = {
     "create_model": "qsnn.models.create",
     "distill": "qsnn.distillation.distill",
     "distill_together": "qsnn.distillation.distill",
+    "export": "qsnn.export.write",
     "fit": "qsnn.training.fit",
     "fold": "qsnn.folded.fold",
     "from_arrays": "qsnn.data.tables",
@@ -58,6 +61,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.distillation.distill import distill as distill
     from qsnn.distillation.distill import distill_together as distill_together
     from qsnn.export.nir_student import from_nir as from_nir
+    from qsnn.export.write import export as export
     from qsnn.folded.fold import fold as fold
     from qsnn.graph.arrived import QsnnWarning as QsnnWarning
     from qsnn.graph.modules import Gate as Gate
@@ -100,3 +104,23 @@ def __getattr__(name: str) -> _typing.Any:
 def __dir__() -> list[str]:
     """The public names, loaded or not."""
     return sorted({*globals(), *_HOMES})
+
+
+class _Package(_types.ModuleType):
+    """``qsnn.export`` is a verb and a room: importing from the room must not put the room in the verb's place."""
+
+    @property
+    def export(self) -> _typing.Any:
+        """The verb; what is imported of the room can be reached through it, as ``import qsnn.export.x as y`` does."""
+        verb = _importlib.import_module(_HOMES["export"]).export
+        room = "qsnn.export."
+        inside = {name.removeprefix(room): found for name, found in _sys.modules.items() if name.startswith(room)}
+        vars(verb).update(inside)
+        return verb
+
+    @export.setter
+    def export(self, room: _typing.Any) -> None:
+        """The import system hands the room over here; the verb stays."""
+
+
+_sys.modules[__name__].__class__ = _Package

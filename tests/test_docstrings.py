@@ -126,7 +126,7 @@ def test_these_laws_can_fail():
 
 VERBS = (
     "quantize", "convert", "distill", "fold", "certify", "benchmark", "fit", "save", "load", "load_data", "summary",
-    "accuracy", "create_model", "batches",
+    "accuracy", "create_model", "batches", "export",
 )  # fmt: skip
 
 

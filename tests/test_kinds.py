@@ -201,6 +201,24 @@ def test_every_form_is_exact_or_keeps_its_answer(form: str) -> None:
     qsnn.summary(qann)
 
 
+SHAPES = {
+    "volumes": ((2, 6, 6, 6), [nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.AvgPool3d(2), nn.Conv3d(
+        4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3)]),
+    "signals": ((2, 12), [nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.AvgPool1d(2), nn.ConvTranspose1d(
+        4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(28, 3)]),
+    "vectors": ((7,), [nn.Linear(7, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_volumes_signals_and_vectors(name: str) -> None:
+    shape, layers = SHAPES[name]
+    data = [(torch.randn(6, *shape, generator=torch.Generator().manual_seed(0)), torch.zeros(6, dtype=torch.int64))]
+    qann = qsnn.quantize(nn.Sequential(*layers).eval(), data, qsnn.QuantizeConfig(levels=3)).eval()
+    certificate = qsnn.certify(qsnn.convert(qann), qann, data)
+    assert certificate.exact, str(certificate)
+
+
 def test_sixteen_bits_and_many_levels_stay_near_the_float_network() -> None:
     for form in ("aliased in place", "sum pool", "alpha", "shape read", "a map behind the ReLU"):
         net = Net(FORMS[form])

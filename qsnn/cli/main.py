@@ -49,6 +49,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "qsnn.cli.check",
         "Show what becomes of every layer of a network, its accuracy as loaded, and how long training will take.",
     ),
+    "export": ("qsnn.cli.deploy", "Write a folded network to a file that runs without qsnn."),
+    "predict": ("qsnn.cli.deploy", "Name the class of image files, one line each."),
 }
 """By command: the module with the function of that name, and the first line of its docstring (a test compares)."""
 

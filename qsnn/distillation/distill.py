@@ -190,6 +190,14 @@ def distill(
     Raises:
         TypeError: the student is no network, or ``config`` no DistillConfig.
         ValueError: the student is folded, holds no spiking node, or an option does not fit it.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> qann = qsnn.quantize(qsnn.create_model("study", data), data)
+    >>> few = qsnn.DistillConfig(timesteps=2, epochs=1, train_images=64)
+    >>> student = qsnn.distill(qsnn.convert(qann), qann, data, few)
+    >>> student.timesteps, student.firing
+    (2, 'online')
     """
     return distill_together(student, teacher, data, config, **options)[0]
 

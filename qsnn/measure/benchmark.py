@@ -123,6 +123,13 @@ def benchmark(
         batch_size: images a call; by default up to 250, as many as fit into 1 GiB.
     Raises:
         ValueError: T < 1, no images, or a margin outside [0, 1] or of a network that has no steps.
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> snn = qsnn.convert(qsnn.quantize(qsnn.create_model("study", data), data))
+    >>> result = qsnn.benchmark(snn, data.test.head(20), timesteps=4)
+    >>> result.n, result.timesteps, 0 < result.spike_rate < 1
+    (20, (1, 2, 3, 4), True)
     """
     expect("benchmark(model, data.test)", "model", model, nn.Module)
     check_option("timesteps", timesteps, Timesteps)

@@ -131,11 +131,13 @@ class SNN(nn.Module):
         Raises:
             ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
         """
+        shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
         frames = isinstance(images, Tensor) and takes_frames(self.network, images)
+        if frames and shape is not None:  # a folded network of volumes holds no layer that would tell
+            frames = images.dim() == len(shape) + 2
         if timesteps is None:
             timesteps = images.shape[1] if frames else self.timesteps
         steps, firing = self._checked(timesteps, self.firing if firing is None else firing)
-        shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
         images = in_order(images, steps) if frames else images
         dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
         check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))

@@ -134,6 +134,13 @@ def fit(
         ValueError: ``resume`` belongs to another run.
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (the KL term).
+
+    >>> import qsnn
+    >>> data = qsnn.load_data("digits")
+    >>> teacher = qsnn.create_model("study", data)
+    >>> (epoch,) = qsnn.fit(teacher, data, qsnn.TrainConfig(epochs=1, train_images=128))
+    >>> epoch.loss > 0, 0 <= epoch.val_accuracy <= 100
+    (True, True)
     """
     expect("fit(model, data)", "model", model, nn.Module)
     expect("fit(model, data)", "data", data, "train val")

@@ -1,0 +1,268 @@
+"""Layers with weights, input and pooling as ONNX nodes: for each the fastest form that is exact by its bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qsnn.export.onnx_values import FLOAT32, FLOAT64, INT32, CannotWriteError, Values, Wire
+from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
+from qsnn.folded.terms import sides as as_tuple
+
+PAIR = 2**15 - 1
+"""What a sum of two neighbouring products may be where a CPU adds them in 16 bits (AVX2 without VNNI, u8 x s8)."""
+
+
+def array(x: Any) -> NDArray[Any]:
+    """A tensor as numpy has it."""
+    return x.detach().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def integer_input(values: Values, name: str, module: IntegerInput, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """clip(round_half_up(x / s), -L, L): by table for raw pixels, else in float64."""
+    levels, graph = module.levels, values.graph
+    small = values.counts == "u8" and levels <= 127
+    zero = 128 if small else 0
+    if wire.kind == "pixels":
+        assert values.tables is not None
+        table = array(module(torch.from_numpy(values.tables))) + zero
+        found = values.looked_up(wire, table, "u8" if small else "f32")
+        return replace(found, bound=levels, zero=zero)
+    frames = not wire.static
+    if frames and wire.kind != "frames" and values.deferred and values.timesteps > 1:
+        raise CannotWriteError(f"{name}: frames that are changed before they are quantized; use firing='online'")
+    small, zero = (False, 0) if frames else (small, zero)  # a sum over frames does not fit into 8 bits
+    step = array(module.step).astype(np.float64)
+    # a quotient of two float32 is a half or at least 2**-26 away from one: then q + 1/2 + zero cannot round to a tie
+    plain = wire.dtype == "f32" and bool((step == step.astype(np.float32)).all()) and levels < 2**15
+    names: list[str] = []
+    for source in wire.names:
+        x = source if wire.dtype == "f64" else graph.cast(source, "f64")
+        q = graph.add("Div", x, graph.const(step, "f64"))
+        if plain:
+            q = graph.add("Floor", graph.add("Add", q, graph.const(zero + 0.5, "f64")))
+        else:
+            below = graph.add("Floor", q)
+            up = graph.add("GreaterOrEqual", graph.add("Sub", q, below), graph.const(0.5, "f64"))
+            q = graph.add("Add", graph.add("Add", below, graph.cast(up, "f64")), graph.const(float(zero), "f64"))
+        q = graph.add("Clip", q, graph.const(float(zero - levels), "f64"), graph.const(float(zero + levels), "f64"))
+        q = graph.cast(q, "u8" if small else "f32")
+        names.append(graph.add("Add", names[-1], q) if names else q)
+    if frames and values.deferred:
+        names = names[-1:]
+    return Wire(tuple(names), "u8" if small else "f32", wire.shape, levels, zero=zero, static=not frames)
+
+
+def integer_layer(values: Values, name: str, module: IntegerLayer, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """Keep the layer open: its neuron may take it whole; whoever else needs the sums has them written."""
+    return Wire(
+        (), "", shape, module.bound, static=wire.static, kind="sum", layer=module, source=wire, place=name
+    )  # fmt: skip
+
+
+def write_sum(values: Values, wire: Wire) -> Wire:
+    """The sums of an integer layer: int32 from 8-bit matrices, or float32, or float64, as the bounds allow."""
+    assert wire.layer is not None and wire.source is not None
+    module, graph, name = wire.layer, values.graph, wire.place
+    source = values.ready(wire.source)
+    most = module.bound * (1 if wire.static else values.timesteps)
+    weight, shape = array(module.weight), wire.shape
+    small = weight.dtype == np.int8
+    transposed = "output_padding" in module.options
+    eight = small and not transposed and source.dtype == "u8" and values.counts == "u8" and most < INT32
+    scope, graph.scope = graph.scope, name
+    try:
+        if eight and (weight.ndim == 2 or most >= FLOAT32):
+            stored, zeros, how = eight_bit_weight(values, weight, source)
+            if weight.ndim == 2:
+                stored = stored.T
+            inputs = [graph.const(stored, "u8" if zeros else "i8"), graph.const(source.zero, "u8")]
+            inputs += [graph.const(zeros, "u8")] if zeros else []
+            op = "MatMulInteger" if weight.ndim == 2 else "ConvInteger"
+            options = {} if weight.ndim == 2 else _options(module, weight, source.shape, shape)
+            names = [graph.add(op, x, *inputs, **options) for x in source.names]
+            values.note(name, f"{op}, {how}")
+            return replace(wire, names=tuple(names), dtype="i32", kind="value", layer=None, source=None)
+        if small and most < FLOAT32:
+            kernel = graph.stored(weight.T if weight.ndim == 2 else weight, "i8", "f32")
+            xs, dtype = values.cast(source, "f32").names, "f32"
+            options = {} if weight.ndim == 2 else _options(module, weight, source.shape, shape)
+            op = "MatMul" if weight.ndim == 2 else "ConvTranspose" if transposed else "Conv"
+            names = [graph.add(op, x, kernel, **options) for x in xs]
+            values.note(name, "float32 sums below 2**24")
+        elif most < FLOAT64:
+            xs, dtype = values.cast(source, "f64").names, "f64"
+            kernel = _double_kernel(values, module, weight)
+            if not small:  # IEEE half weights count in units of 2**-24
+                kernel = graph.add("Mul", kernel, graph.const(2.0**24, "f64"))
+            names = [double_layer(values, x, kernel, module, weight.shape, source.shape, shape) for x in xs]
+            values.note(name, "float64 sums below 2**53")
+        else:
+            raise CannotWriteError(f"{name}: its sums reach {most:.3g}, which float64 does not hold exactly")
+    finally:
+        graph.scope = scope
+    return replace(wire, names=tuple(names), dtype=dtype, kind="value", layer=None, source=None)
+
+
+def eight_bit_weight(
+    values: Values, weight: NDArray[Any], source: Wire, factor: int = 1
+) -> tuple[NDArray[Any], int, str]:
+    """Weights for 8-bit products, their zero point, and why none of them saturates.
+
+    With AVX2 and no VNNI the products of u8 and s8 are added in pairs in 16 bits. Where the two largest weights of a
+    channel times the largest input (the "pair" of the form) stay below that, s8 is exact; else the weights become u8
+    around 128, whose products are added in 32 bits.
+    """
+    scaled = weight.astype(np.int32) * factor
+    largest = source.zero + int(source.bound) * (1 if source.static else values.timesteps)
+    rows = np.sort(np.abs(scaled).reshape(len(scaled), -1), 1)[:, -2:]
+    pair = int(rows.sum(1).max()) * largest
+    if pair <= PAIR:
+        return scaled.astype(np.int8), 0, f"u8 x s8, pairs <= {pair}"
+    return (scaled + 128).astype(np.uint8), 128, f"u8 x u8, pairs <= {pair}"
+
+
+def float_layer(values: Values, name: str, module: FloatLayer, shape: tuple[int, ...], wire: Wire) -> Wire:
+    """A layer of float weights, or that sees currents, in the float it has in qsnn."""
+    graph, weight = values.graph, array(module.weight)
+    source = values.ready(wire)
+    dtype = "f64" if weight.dtype == np.float64 else "f32"
+    xs = values.increments(source, dtype)
+    bias = None if module.bias is None else array(module.bias)
+    names = []
+    spans = (1,) if source.static else values.spans
+    if dtype == "f64":
+        kernel = _double_kernel(values, module, weight)
+    else:
+        kernel = graph.const(weight.T if weight.ndim == 2 else weight, dtype)
+    for x, span in zip(xs, spans, strict=True):
+        if dtype == "f64":
+            y = double_layer(values, x, kernel, module, weight.shape, source.shape, shape)
+        elif weight.ndim == 2:
+            y = graph.add("MatMul", x, kernel)
+        else:
+            op = "ConvTranspose" if "output_padding" in module.options else "Conv"
+            y = graph.add(op, x, kernel, **_options(module, weight, source.shape, shape))
+        if bias is not None:
+            per = bias if weight.ndim == 2 else values.per_channel(bias, weight.ndim)
+            y = graph.add("Add", y, graph.const(span * per, dtype))
+        names.append(y)
+    values.note(name, f"real: {'float64' if dtype == 'f64' else 'float32'} currents")
+    return Wire(tuple(names), dtype, shape, real=True, static=source.static)
+
+
+def _double_kernel(values: Values, module: Any, weight: NDArray[Any]) -> str:
+    """The weights as one matrix a group, (G, outputs, taps x inputs) in float64, or (inputs, outputs) of a linear."""
+    kind = {"int8": "i8", "float16": "f16"}.get(str(weight.dtype), "f64")
+    if weight.ndim == 2:
+        rows: NDArray[Any] = weight.T
+    else:
+        weight = _turned(module, weight)
+        groups = module.options["groups"]
+        rows = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).swapaxes(2, 3)
+        rows = rows.reshape(groups, len(weight) // groups, -1)
+    return values.graph.const(rows, "f64") if kind == "f64" else values.graph.stored(rows, kind, "f64")
+
+
+def double_layer(
+    values: Values, x: str, kernel: str, module: Any, weight: tuple[int, ...], before: tuple[int, ...],
+    after: tuple[int, ...],
+) -> str:  # fmt: skip
+    """A layer in float64, for which runtimes have matrices but no convolution: one slice for each tap of the kernel."""
+    graph = values.graph
+    if len(weight) == 2:
+        return graph.add("MatMul", x, kernel)
+    if "output_padding" in module.options:
+        x, module, weight, before = _stuffed(values, x, module, weight, before)
+    pads, dims = padding(module, weight, before, after), len(weight) - 2
+    if any(pads):
+        full = [0, 0, *pads[:dims], 0, 0, *pads[dims:]]
+        x = graph.add("Pad", x, graph.const(full, "i64"), graph.const(0.0, "f64"))
+    stride, dilation = as_tuple(module.options["stride"], dims), as_tuple(module.options["dilation"], dims)
+    groups, axes = module.options["groups"], graph.const(list(range(2, 2 + dims)), "i64")
+    points, taps = math.prod(after[1:]), []
+    for tap in np.ndindex(*weight[2:]):
+        start = [t * d for t, d in zip(tap, dilation, strict=True)]
+        end = [a + (side - 1) * s + 1 for a, side, s in zip(start, after[1:], stride, strict=True)]
+        part = graph.add("Slice", x, graph.const(start, "i64"), graph.const(end, "i64"), axes,
+                         graph.const(list(stride), "i64"))  # fmt: skip
+        taps.append(graph.add("Reshape", part, graph.const([-1, groups, weight[1], points], "i64")))
+    stacked = graph.add("Concat", *taps, axis=2) if len(taps) > 1 else taps[0]
+    return graph.add("Reshape", graph.add("MatMul", kernel, stacked), graph.const([-1, *after], "i64"))
+
+
+def _turned(module: Any, weight: NDArray[Any]) -> NDArray[Any]:
+    """The weights of the convolution that a transposed one is, on an input with zeros between its values."""
+    if "output_padding" not in module.options:
+        return weight
+    groups = module.options["groups"]
+    split = weight.reshape(groups, len(weight) // groups, *weight.shape[1:]).swapaxes(1, 2)
+    joined = split.reshape(-1, *split.shape[2:])
+    return np.ascontiguousarray(joined[(slice(None), slice(None), *[slice(None, None, -1)] * (weight.ndim - 2))])
+
+
+def _stuffed(
+    values: Values, x: str, module: Any, weight: tuple[int, ...], before: tuple[int, ...]
+) -> tuple[str, Any, tuple[int, ...], tuple[int, ...]]:
+    """A transposed convolution as a plain one: stride - 1 zeros between the values, and the border it sees."""
+    graph, options, dims = values.graph, module.options, len(weight) - 2
+    stride, dilation, given, more = (
+        as_tuple(options[k], dims) for k in ("stride", "dilation", "padding", "output_padding")
+    )
+    if max(stride) > 1:
+        split = [before[0]] + [side for pair in zip(before[1:], [1] * dims, strict=True) for side in pair]
+        ends = [0, 0] + [side for pair in zip([0] * dims, [s - 1 for s in stride], strict=True) for side in pair]
+        x = graph.add("Reshape", x, graph.const([-1, *split], "i64"))
+        x = graph.add("Pad", x, graph.const([0] * len(ends) + ends, "i64"), graph.const(0.0, "f64"))
+    wide = [side * s for side, s in zip(before[1:], stride, strict=True)]
+    x = graph.add("Reshape", x, graph.const([-1, before[0], *wide], "i64"))
+    edge = [d * (k - 1) - p for d, k, p in zip(dilation, weight[2:], given, strict=True)]
+    last = [e + m - (s - 1) for e, m, s in zip(edge, more, stride, strict=True)]
+    x = graph.add("Pad", x, graph.const([0, 0, *edge, 0, 0, *last], "i64"), graph.const(0.0, "f64"))
+    groups = options["groups"]
+    plain = SimpleNamespace(options={"stride": 1, "padding": 0, "dilation": options["dilation"], "groups": groups})
+    sides = tuple(side + e + f for side, e, f in zip(wide, edge, last, strict=True))
+    return x, plain, (weight[1] * groups, weight[0] // groups, *weight[2:]), (before[0], *sides)
+
+
+def padding(module: Any, weight: tuple[int, ...], before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
+    """Zeros before and behind each side, as ONNX lists them."""
+    dims, given = len(weight) - 2, module.options["padding"]
+    dilation = as_tuple(module.options["dilation"], dims)
+    if given == "valid":
+        return [0] * (2 * dims)
+    if given == "same":  # torch puts the odd one behind
+        total = [d * (k - 1) for d, k in zip(dilation, weight[2:], strict=True)]
+        return [t // 2 for t in total] + [t - t // 2 for t in total]
+    return [*as_tuple(given, dims)] * 2
+
+
+def _options(module: Any, weight: NDArray[Any], before: tuple[int, ...], after: tuple[int, ...]) -> dict[str, Any]:
+    dims = weight.ndim - 2
+    extra = module.options.get("output_padding")
+    return {
+        **({} if extra is None else {"output_padding": list(as_tuple(extra, dims))}),
+        "kernel_shape": list(weight.shape[2:]), "pads": padding(module, weight.shape, before, after),
+        "strides": list(as_tuple(module.options["stride"], dims)), "group": module.options["groups"],
+        "dilations": list(as_tuple(module.options["dilation"], dims)),
+    }  # fmt: skip
+
+
+def quantized_conv(
+    values: Values, x: str, wire: Wire, stored: NDArray[Any], zeros: int, m: NDArray[np.float32], beta: NDArray[Any]
+) -> str:
+    """clip(round(m·(d·A + β)), 0, 255) of an integer layer, in one node."""
+    assert wire.layer is not None and wire.source is not None
+    graph, kind = values.graph, "u8" if zeros else "i8"
+    one = graph.const(np.float32(1), "f32")
+    return graph.add(
+        "QLinearConv", x, one, graph.const(wire.source.zero, "u8"),
+        graph.const(stored, kind), graph.const(m, "f32"), graph.const(zeros, kind), one, graph.const(0, "u8"),
+        graph.const(beta, "i32"), **_options(wire.layer, stored, wire.source.shape, wire.shape),
+    )  # fmt: skip
