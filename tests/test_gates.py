@@ -109,9 +109,7 @@ NETS = [
 
 
 @pytest.mark.parametrize(("name", "options", "bits", "levels"), NETS)
-def test_qkformer_and_convnext_are_exact(
-    name: str, options: dict, bits: int, levels: int, digits: qsnn.Data
-) -> None:
+def test_qkformer_and_convnext_are_exact(name: str, options: dict, bits: int, levels: int, digits: qsnn.Data) -> None:
     net = attending(digits, name, **options)
     qann = qsnn.quantize(net, digits, qsnn.QuantizeConfig(weight_bits=bits, levels=levels)).eval()
     certificate = qsnn.certify(qsnn.convert(qann), qann, digits.test, images=200)
@@ -213,9 +211,7 @@ def test_quantizing_keeps_how_often_a_gate_is_open(digits: qsnn.Data) -> None:
 # ---- the flow
 
 
-def test_a_student_with_gates_has_a_twin_and_is_loaded_again(
-    digits: qsnn.Data, images: Tensor, tmp_path: Path
-) -> None:
+def test_a_student_with_gates_has_a_twin_and_is_loaded_again(digits: qsnn.Data, images: Tensor, tmp_path: Path) -> None:
     net = attending(digits)
     qann = qsnn.quantize(net, digits)
     config = qsnn.DistillConfig(timesteps=2, epochs=1, train_images=128, batch_size=32, rate_weight=0.1)
@@ -227,6 +223,22 @@ def test_a_student_with_gates_has_a_twin_and_is_loaded_again(
     for model in (student, qsnn.fold(student), twin):
         qsnn.save(model, tmp_path / "a.safetensors")
         assert torch.equal(qsnn.load(tmp_path / "a.safetensors")(images), model(images))
+
+
+@pytest.mark.parametrize("firing", ["online", "deferred"])
+@pytest.mark.parametrize("kernels", ["int8", "float"])
+def test_the_onnx_file_has_every_logit(firing: str, kernels: str, digits: qsnn.Data, images: Tensor) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    from qsnn.export.onnx import OnnxConfig, onnx_model
+
+    folded = qsnn.fold(qsnn.convert(qsnn.quantize(attending(digits), digits).eval()))
+    model = onnx_model(folded, OnnxConfig(timesteps=3, firing=firing, kernels=kernels))
+    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"images": images.numpy()})
+    with torch.no_grad():
+        wanted = folded(images, timesteps=3, firing=firing).float()
+    assert torch.equal(torch.from_numpy(found), wanted[0] if firing == "deferred" else wanted)
 
 
 def test_files_of_the_spiking_qkformer_of_before_load(digits: qsnn.Data, images: Tensor, tmp_path: Path) -> None:
