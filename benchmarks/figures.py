@@ -137,7 +137,8 @@ def of_run(chosen: dict[str, list[Record]]) -> bytes:
         steps = tuple(rows[0].metrics["timesteps"])
         values = [accuracies(rows, t) or [] for t in steps or (1,)]
         mean_of = tuple(fmean(v) for v in values)
-        results.append(SimpleNamespace(name=model, n=rows[0].n, timesteps=steps, accuracy=mean_of, exits=()))
+        shape = {"name": model, "n": rows[0].n, "timesteps": steps, "accuracy": mean_of}
+        results.append(SimpleNamespace(**shape, metric="accuracy", exits=()))
         bands[model] = [spread(v, rows[0].n) for v in values]
     first, seeds = chosen["student"][0], len(chosen["student"])
     band = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed, 95 % Wilson interval"

@@ -48,6 +48,15 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 IMAGES = 2_000
 """Test images, the first of each data set: SpikingJelly's single steps take long."""
 TRAINING: dict[str, tuple[int, int | None]] = {"digits": (20, None), "fashion-mnist": (4, 20_000)}
+STRANGER = ("cifar10", "resnet20", "resnet20-cifar10/resnet20-12fca82f.th")
+"""Data set, network and weights that somebody else trained: https://github.com/akamaster/pytorch_resnet_cifar10."""
+STRANGER_PIXELS: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+"""What they were trained on."""
+
+
+def nets_of(data_name: str) -> list[str]:
+    """The networks of a data set."""
+    return [STRANGER[1]] if data_name == STRANGER[0] else list(NETS)
 
 
 def _half(scale: float) -> nn.Module:
@@ -128,9 +137,16 @@ OTHERS: dict[str, tuple[str, float]] = {
     f"{library} {percent:g} % half": (library, percent) for library in ("snnTorch", "Norse") for percent in (99.0, 99.9)
 }
 
+METHODS = (OURS, *recipes(), *OTHERS)
+
 
 def teacher_of(data: qsnn.Data, net: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """The float network of one cell, trained once, and how."""
+    """The float network of one cell, trained once or somebody else's, and how."""
+    if net == STRANGER[1]:
+        root = Path(os.environ.get("QSNN_DATA", "~/.cache/qsnn")).expanduser()
+        stranger = qsnn.create_model(net, data)
+        qsnn.load_weights(stranger, root / STRANGER[2])
+        return stranger, {"model": net, "weights": Path(STRANGER[2]).name, "data": data.name, **STRANGER_PIXELS}
     name, options = NETS[net]
     epochs, images = TRAINING[data.name]
     training = qsnn.TrainConfig(epochs=epochs, lr=0.1, train_images=images, seed=seed)
@@ -167,10 +183,9 @@ def measure(method: str, teacher: nn.Module, data: qsnn.Data) -> dict[str, float
     """Accuracy [%] of one method at every T, and of the float network."""
     test, started = data.test.head(IMAGES), time.perf_counter()  # type: ignore[attr-defined]
     if method == OURS:
-        curve = {}
-        for t in TIMESTEPS:
-            config = qsnn.ConvertConfig(timesteps=t, calibration_images=CALIBRATION)
-            curve[t] = qsnn.accuracy(qsnn.convert(teacher, data, config), test)
+        config = qsnn.ConvertConfig(calibration_images=CALIBRATION)
+        spiking = qsnn.convert(teacher, data, config, timesteps=TIMESTEPS)
+        curve = {t: qsnn.accuracy(snn, test) for t, snn in spiking.items()}
     else:
         loader = DataLoader(data.train.head(CALIBRATION), batch_size=64)  # type: ignore[attr-defined]
         if method in OTHERS:
@@ -191,15 +206,20 @@ def best_of_spikingjelly(teacher: nn.Module, data: qsnn.Data, timesteps: int) ->
     return {f"T={t}": curve[t] for t in (1, 2, 4)}
 
 
-def run(names: list[str], seeds: list[int], path: Path, data_root: Path | None) -> list[Record]:
+def run(
+    names: list[str], seeds: list[int], path: Path, data_root: Path | None, methods: tuple[str, ...] = METHODS
+) -> list[Record]:
     """Measure what has no record yet; return the newest record of every row."""
     console, wanted = Console(), []
     for seed in seeds:
         for data_name in names:
-            data = qsnn.load_data(data_name, root=data_root)
-            for net in NETS:
+            stranger = data_name == STRANGER[0]
+            if stranger and seed != seeds[0]:
+                continue  # nothing is random about somebody else's weights
+            data = qsnn.load_data(data_name, root=data_root, **(STRANGER_PIXELS if stranger else {}))
+            for net in nets_of(data_name):
                 teacher: nn.Module | None = None
-                for method in (OURS, *recipes(), *OTHERS):
+                for method in methods:
                     if teacher is None:
                         teacher, config = teacher_of(data, net, seed)
                     config = plain({**config, "calibration_images": CALIBRATION})
@@ -219,15 +239,15 @@ def run(names: list[str], seeds: list[int], path: Path, data_root: Path | None) 
     return [known[row] for row in wanted]
 
 
-def print_table(records: list[Record]) -> None:
+def print_table(records: list[Record], methods: tuple[str, ...] = METHODS) -> None:
     """Ours, the best peer of each cell, and the difference with the standard deviations."""
     for data_name in dict.fromkeys(r.data for r in records):
         table = Table(title=f"conversion without training, {data_name}")
         for column in ("network", "method", *(f"T = {t}" for t in TIMESTEPS)):
             table.add_column(column, justify="left" if column in ("network", "method") else "right")
-        for net in NETS:
+        for net in nets_of(data_name):
             rows = [r for r in records if r.data == data_name and r.name.split("/")[1] == net]
-            for method in (OURS, *recipes(), *OTHERS):
+            for method in methods:
                 mine = [r.metrics for r in rows if r.name.split("/", 2)[2] == method]
                 table.add_row(net, method, *(plus_minus([m[f"T={t}"] for m in mine]) for t in TIMESTEPS))
         Console().print(table)
@@ -236,12 +256,15 @@ def print_table(records: list[Record]) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", choices=TRAINING, default=list(TRAINING))
+    known = [*TRAINING, STRANGER[0]]
+    parser.add_argument("--data", nargs="+", choices=known, default=known)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--records", type=Path, default=HERE / "records" / "peers.jsonl")
     parser.add_argument("--data-root", type=Path, default=None)
     args = parser.parse_args()
-    print_table(run(args.data, args.seeds, args.records, args.data_root))
+    methods = tuple(args.methods)
+    print_table(run(args.data, args.seeds, args.records, args.data_root, methods), methods)
 
 
 if __name__ == "__main__":

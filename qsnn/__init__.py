@@ -11,7 +11,7 @@ _HOMES = {
     "SNN": "qsnn.snn.network",
     "Benchmark": "qsnn.measure.benchmark",
     "Certificate": "qsnn.measure.certify",
-    "ConvertConfig": "qsnn.snn.convert",
+    "ConvertConfig": "qsnn.snn.config",
     "Data": "qsnn.data.images",
     "DistillConfig": "qsnn.distillation.distill",
     "Gate": "qsnn.graph.modules",
@@ -79,7 +79,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.quant.quantize import quantize as quantize
     from qsnn.quant.weights import integer_weights as integer_weights
     from qsnn.report.records import Record as Record
-    from qsnn.snn.convert import ConvertConfig as ConvertConfig
+    from qsnn.snn.config import ConvertConfig as ConvertConfig
     from qsnn.snn.convert import as_qann as as_qann
     from qsnn.snn.convert import convert as convert
     from qsnn.snn.network import SNN as SNN

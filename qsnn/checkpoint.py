@@ -25,7 +25,8 @@ from qsnn.models.spiking import SPIKING
 from qsnn.models.weights import load_weights as load_weights
 from qsnn.quant.activations import level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantized_structure
-from qsnn.snn.convert import ConvertConfig, spiking_structure
+from qsnn.snn.config import ConvertConfig
+from qsnn.snn.convert import spiking_structure
 from qsnn.snn.network import SNN, TimeLoop
 from qsnn.snn.neurons import IFNode
 

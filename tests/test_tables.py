@@ -157,7 +157,7 @@ def test_what_does_not_fit_together() -> None:
     holed = ROWS.copy()
     holed[17, 2] = np.nan
     refused: list[tuple[Any, str]] = [
-        ((ROWS, CLASSES[:-1]), r"a class or numbers for each in arrays, got \(200, 6\) and \(199,\)"),
+        ((ROWS, CLASSES[:-1]), r"a class, a map or numbers for each in arrays, got \(200, 6\) and \(199,\)"),
         ((ROWS[0], CLASSES), r"got \(6,\) and \(200,\)"),
         ((ROWS, np.eye(4, dtype=int)[CLASSES]), r"got \(200, 6\) and \(200, 4\)"),
         ((holed, CLASSES), r"expected finite inputs in arrays, got NaN or inf, first in row 17"),

@@ -12,7 +12,7 @@ from torch import nn
 import qsnn
 from qsnn.distillation.distill import distillation_loss
 from qsnn.distillation.losses import smoothed_cross_entropy, step_divergence
-from qsnn.training.fit import kl_divergence
+from qsnn.measure.task import kl_divergence
 
 SHORT = qsnn.TrainConfig(epochs=3, lr=0.05, train_images=256)
 

@@ -265,7 +265,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"cannot load .*w\.pt into Net: .*torch\.save\(model\.state_dict\(\)"):
             qsnn.load_weights(net(1), tmp_path / "w.pt")
     os.mkfifo(tmp_path / "pipe")
-    for path, message in ((tmp_path / "pipe", "no regular file"), (tmp_path, "Is a directory")):
+    for path, message in ((tmp_path / "pipe", "is a pipe; expected"), (tmp_path, "is a folder; expected")):
         with pytest.raises(ValueError, match=message):
             qsnn.load_weights(net(1), path)
     with pytest.raises(FileNotFoundError, match="no such file"):

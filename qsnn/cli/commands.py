@@ -28,7 +28,7 @@ from qsnn.models.create import create_fitting
 from qsnn.quant.quantize import QuantizeConfig
 from qsnn.quant.quantize import quantize as to_qann
 from qsnn.report.terminal import table
-from qsnn.snn.convert import ConvertConfig
+from qsnn.snn.config import ConvertConfig
 from qsnn.snn.convert import convert as to_snn
 from qsnn.snn.network import SNN
 from qsnn.training.fit import TrainConfig, fit

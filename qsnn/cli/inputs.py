@@ -15,7 +15,7 @@ from qsnn.data.images import Data
 from qsnn.data.sources import NAMES, load_recorded
 from qsnn.files import held, shown
 from qsnn.graph.recipe import recipe_of
-from qsnn.measure.accuracy import accuracy
+from qsnn.measure.accuracy import score
 from qsnn.options import hints_of, shown_range
 from qsnn.training.processes import is_main, wait
 
@@ -90,7 +90,7 @@ def write_model(model: nn.Module, out: Path, data: Data) -> None:
     """Write the file, from the first process, and say so."""
     if is_main():
         save(model, out)
-        print(f"wrote {out} (validation accuracy {accuracy(model, data.val):.2f} %)")
+        print(f"wrote {out} (validation {score(model, data.val)})")
 
 
 def finish(state: Path) -> None:

@@ -27,7 +27,8 @@ from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
 from qsnn.report.records import Record, append_once, check_records, environment, now
-from qsnn.snn.convert import ConvertConfig, convert
+from qsnn.snn.config import ConvertConfig
+from qsnn.snn.convert import convert
 from qsnn.snn.network import SNN
 from qsnn.training.fit import TrainConfig, fit
 from qsnn.training.processes import start

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
 from qsnn.graph.trace import takes_frames
@@ -22,15 +23,15 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float().div(255).sub_(m).div_(s)
 
 
-class ImageSet(Dataset[tuple[Tensor, int]]):
+class ImageSet(Dataset[tuple[Tensor, Any]]):
     r"""Labelled images in memory, one byte a pixel; an item is :math:`((x / 255 - \mathrm{mean}) / \mathrm{std}, y)`.
 
     Args:
         images: pixels 0 to 255, uint8.
-        labels: class of each image, int64.
+        labels: class of each image or of each pixel, int64; or numbers to predict, float32.
         mean, std: mean and standard deviation of each channel, of pixels on [0, 1].
     Shape:
-        images: (N, C, H, W), N >= 1; labels: (N,); an item: (C, H, W) float32 and an int.
+        images: (N, C, H, W), N >= 1; labels: (N,), (N, H, W) or (N, \*); an item: (C, H, W) float32 and its label.
     Raises:
         ValueError: a dtype, a shape or a number of channels that differs from the above.
     """
@@ -42,7 +43,8 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
                 f"expected uint8 images of shape (N, C, H, W) with N >= 1, got {images.dtype} {tuple(images.shape)}; "
                 f"pass pixels 0..255, not yet normalised"
             )
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        whole = labels.dtype == torch.int64 and labels.shape in (images.shape[:1], images[:, 0].shape)
+        if not whole and (labels.dtype != torch.float32 or labels.shape[:1] != images.shape[:1]):
             got = f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(f"expected int64 labels of shape ({len(images)},), got {got}; pass one class an image")
         if not len(mean) == len(std) == images.shape[1] or min(std) <= 0:
@@ -53,9 +55,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         """Number of images N."""
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image, normalised, and its label."""
-        return self.normalise(self.images[index]), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        """One image, normalised, and its class; or its map or numbers, a tensor."""
+        label = self.labels[index]
+        return self.normalise(self.images[index]), label if label.dim() or label.is_floating_point() else int(label)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Pixels 0..255 as a model sees them: (..., C, H, W) uint8 to float32."""
@@ -230,7 +233,7 @@ def batches(
     augment: str | None = None,
     device: torch.device | str | None = None,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Any]]:
     """One pass over the data in batches (images, labels); the last one may be smaller.
 
     In training, where a generator is given, a last batch of a single image joins the one before: batch norm needs two.
@@ -245,7 +248,7 @@ def batches(
         share: (rank, world): this process takes every world-th image of each batch of a Dataset; all must give
             generators of the same seed.
     Shape:
-        images: (B, C, H, W) float32; labels: (B,) int64.
+        images: (B, C, H, W) float32; labels: (B, *) int64 or float32, in the structure of the data.
     Raises:
         TypeError: data is neither of the two.
         ValueError: an option out of range, augment without a generator, no data, or a batch that is not as above.
@@ -276,7 +279,7 @@ def _batches(
     augment: str,
     device: torch.device | str | None,
     share: tuple[int, int],
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Any]]:
     batch = None
     raw = _raw_batches(data, batch_size, generator, share) if isinstance(data, Dataset) else data
     if generator is not None and share[1] > 1:  # the order is the same in every process, the augmentation is not
@@ -287,18 +290,42 @@ def _batches(
         images, labels = (torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in batch)
         if not isinstance(data, ImageSet):  # whose images are right by construction; a look would stall a GPU
             check_images(images)
-            if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != images.shape[:1]:
-                got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-                raise ValueError(f"expected integer labels of shape ({len(images)},), got {got}; one class an image")
-        images, labels = images.to(device), labels.to(device)
-        labels = labels if labels.is_floating_point() else labels.long()  # an ImageSet's may be targets
+            labels = checked_labels(labels, len(images))
+        images, labels = images.to(device), tree_map(lambda leaf: leaf.to(device), labels)
         if generator is not None and augment != "none":
+            if any(leaf.dim() > 2 and leaf.shape[-2:] == images.shape[-2:] for leaf in tree_leaves(labels)):
+                raise ValueError(f"augment={augment!r} moves images, not their maps; move both in your Dataset")
             # 0 is black in an ImageSet's bytes, and the mean colour in a normalised set that does not tell its black
             images = _augment(images, augment, generator, getattr(data, "black", 0.0))
         yield data.normalise(images) if isinstance(data, ImageSet) else images.float(), labels
     if batch is None:
         hint = "an iterator is used up after one pass: pass a list or a DataLoader"
         raise ValueError(f"expected at least one batch, got none from {type(data).__name__}; {hint}")
+
+
+def checked_labels(labels: Any, count: int) -> Any:
+    """Labels of a batch as losses take them: whole numbers and bools as int64, floats as float32.
+
+    Args:
+        labels: a tensor or an array (B, \\*), or a tuple, list or dict of them, one for each head of the network.
+        count: B.
+    Raises:
+        ValueError: something else, another count, or a number that is NaN or infinite.
+    """
+
+    def checked(leaf: Any) -> Tensor:
+        leaf = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count or leaf.is_complex():
+            got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ValueError(
+                f"expected labels of shape ({count},) or ({count}, ...), got {got}; pass a class, a map or numbers for "
+                f"each image, of a network of several heads in the structure of its answers"
+            )
+        if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            raise ValueError("expected finite labels, got NaN or inf; fill or drop them")
+        return leaf.float() if leaf.is_floating_point() else leaf.long()
+
+    return tree_map(checked, labels)
 
 
 def _raw_batches(

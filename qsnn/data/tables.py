@@ -42,8 +42,8 @@ class TableSet(ImageSet):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         """One input, normalised, and its class, or its targets."""
-        label = self.labels[index]
-        return self.normalise(self.images[index : index + 1])[0], label if label.is_floating_point() else int(label)
+        image, label = self.normalise(self.images[index : index + 1])[0], self.labels[index]
+        return image, label if label.dim() or label.is_floating_point() else int(label)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Inputs as a network sees them, float32, of the same shape."""
@@ -76,7 +76,8 @@ def from_arrays(
     Args:
         inputs: NumPy arrays, tensors, or a ``TensorDataset`` of inputs and targets. Bytes (uint8) are images with
             pixels 0 to 255; any other numbers are taken as they are.
-        targets: whole numbers are classes 0 to K - 1; floats are numbers to predict (regression).
+        targets: whole numbers are classes 0 to K - 1, of each input, or in a map of each pixel (there 255 is left out);
+            floats are numbers to predict (regression).
         val, test: (inputs, targets) held out; by default a part of the first two, the same of each class.
         val_fraction, test_fraction: how large that part is, (0, 1); of what is left for training, and of all.
         mean, std: of each feature or channel (of pixels: on [0, 1]); by default of the training part.
@@ -85,7 +86,7 @@ def from_arrays(
         seed: chooses the validation part; never the test part.
     Shape:
         inputs: (N, F), (N, C, L), (N, C, H, W), or images of bytes (N, H, W) or (N, H, W, C) too; targets: (N,),
-        (N, 1) classes, or (N, *) floats.
+        (N, 1) classes, (N, H, W) or (N, L) maps of classes, or (N, *) floats.
     Raises:
         ValueError: shapes or numbers that do not fit together, NaN, or too few items of a class.
 
@@ -108,8 +109,8 @@ def from_arrays(
         got = {part: (tuple(a.shape), str(a.dtype), str(b.dtype)) for part, (a, b) in parts.items()}
         raise ValueError(f"expected inputs of one shape and kind in every part of {name}, got {got}")
     if not y.is_floating_point():
-        count = int(max(int(b.max()) for _, b in parts.values())) + 1
-        lowest = min(int(b.min()) for _, b in parts.values())
+        seen = torch.cat([b[b != 255] if b.dim() > 1 else b for _, b in parts.values()])
+        count, lowest = int(seen.max()) + 1, int(seen.min())
         if lowest < 0 or (classes is not None and len(classes) < count):
             want = "0 and up" if classes is None else f"0 to {len(classes) - 1}"
             raise ValueError(f"expected classes {want} in {name}, got {lowest} to {count - 1}")
@@ -175,9 +176,10 @@ def _pair(given: Any, name: str) -> tuple[Tensor, Tensor]:
     if y.dim() == 2 and y.shape[1] == 1 and not y.is_floating_point():
         y = y[:, 0]
     y = y.float() if y.is_floating_point() else y.long()
-    if x.dim() not in (2, 3, 4) or not len(x) or len(x) != len(y) or (y.dim() != 1 and not y.is_floating_point()):
+    fits = y.is_floating_point() or y.dim() == 1 or (x.dim() > 2 and y.shape[1:] == x.shape[2:])
+    if x.dim() not in (2, 3, 4) or not len(x) or len(x) != len(y) or not fits:
         raise ValueError(
-            f"expected inputs (N, F), (N, C, L) or (N, C, H, W) and a class or numbers for each in {name}, got "
+            f"expected inputs (N, F), (N, C, L) or (N, C, H, W) and a class, a map or numbers for each in {name}, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
     for what, tensor in (("inputs", x), ("targets", y)):
@@ -192,7 +194,7 @@ def _pair(given: Any, name: str) -> tuple[Tensor, Tensor]:
 def _halves(y: Tensor, fraction: float, seed: int, name: str, part: str) -> tuple[Tensor, Tensor]:
     if not 0 < fraction < 1:
         raise ValueError(f"expected 0 < {part}_fraction < 1, got {fraction}; 0.1 holds out a tenth")
-    labels = np.zeros(len(y), dtype=int) if y.is_floating_point() else y.numpy()
+    labels = np.zeros(len(y), dtype=int) if y.is_floating_point() or y.dim() > 1 else y.numpy()
     try:
         keep, out = split_by_class(labels, fraction, seed)
     except ValueError as error:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsnn.data.images import Data, summed
@@ -25,6 +24,9 @@ from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
 from qsnn.distillation.rates import matches, rate_distance, teacher_layers
 from qsnn.graph.hooks import recorded
 from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
+from qsnn.measure.accuracy import find_task
+from qsnn.measure.heads import Asked, Tasks, heads, taught_by
+from qsnn.measure.task import CLASSIFICATION, Task
 from qsnn.options import (
     BatchSize,
     Epochs,
@@ -41,7 +43,7 @@ from qsnn.options import (
 from qsnn.snn.equations import firing_function
 from qsnn.snn.network import SNN, TimeLoop, train_neurons_
 from qsnn.snn.neurons import IFNode
-from qsnn.training.fit import TrainConfig, fit, kl_divergence
+from qsnn.training.fit import TrainConfig, fit
 
 _TRAINED = ("", "layer", "channel")
 
@@ -139,25 +141,27 @@ class DistillConfig:
 
 
 def distillation_loss(
-    step_logits: Tensor, targets: Sequence[Tensor], labels: Tensor, config: DistillConfig
+    step_logits: Tensor, targets: Sequence[Tensor], labels: Tensor, config: DistillConfig, task: Task = CLASSIFICATION
 ) -> dict[str, Tensor]:
     """Return the weighted terms that ``config`` names, by name; several teachers count alike.
 
     Shape:
-        step_logits: (T, B, K); targets, the logits of each teacher: (B, K); labels: (B,).
+        step_logits: (T, B, K) or (T, B, \\*); targets, the logits of each teacher: (B, K) or (B, \\*); labels: (B,) or
+        (B, \\*), as the task says.
     """
 
-    def taught(term: Callable[[Tensor, Tensor, float], Tensor], z: Tensor) -> Tensor:
-        return torch.stack([term(z, target, config.kd_temperature) for target in targets]).mean()
+    def taught(term: Callable[..., Tensor], z: Tensor, *options: Any) -> Tensor:
+        return torch.stack([term(z, target, config.kd_temperature, *options) for target in targets]).mean()
 
+    z, smoothing, temperature = step_logits, config.label_smoothing, config.kd_temperature
     terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
-        "ce": (config.ce_weight, lambda: smoothed_cross_entropy(step_logits, labels, config.label_smoothing)),
-        "kd": (config.kd_weight, lambda: taught(kl_divergence, step_logits.mean(0))),
-        "answer": (config.answer_weight, lambda: taught(answer_divergence, step_logits)),
-        "step_ce": (config.step_ce_weight, lambda: step_cross_entropy(step_logits, labels, config.label_smoothing)),
-        "step": (config.step_weight, lambda: taught(step_divergence, step_logits)),
-        "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(step_logits, config.kd_temperature)),
-        "regulariser": (config.regulariser_weight, lambda: step_regulariser(step_logits)),
+        "ce": (config.ce_weight, lambda: smoothed_cross_entropy(z, labels, smoothing, task)),
+        "kd": (config.kd_weight, lambda: taught(task.taught, z.mean(0))),
+        "answer": (config.answer_weight, lambda: taught(answer_divergence, z, task)),
+        "step_ce": (config.step_ce_weight, lambda: step_cross_entropy(z, labels, smoothing, task)),
+        "step": (config.step_weight, lambda: taught(step_divergence, z, task)),
+        "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(z, temperature, task)),
+        "regulariser": (config.regulariser_weight, lambda: step_regulariser(z)),
     }
     return {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
@@ -168,6 +172,7 @@ class FitOptions(TypedDict, total=False):
     resume: str | Path | None
     tensorboard: str | Path | None
     label: str
+    task: Asked
 
 
 def distill(
@@ -182,14 +187,16 @@ def distill(
     Args:
         student: an SNN from :func:`qsnn.convert`, whose Brevitas weights stay in training, so that it keeps their
             precision; or any network of SpikingJelly modules (see :class:`qsnn.snn.network.TimeLoop`).
-        teacher: the quantized or float network, logits (B, K); or several, e.g. both.
+        teacher: the quantized or float network, which answers like the student; or several, e.g. both.
         data: training and validation images.
         config: loss terms and training options.
         options: ``resume``, file for the state; ``tensorboard``, folder for TensorBoard; ``label``, shown beside the
-            progress bar, by default "student"; see :func:`qsnn.fit`.
+            progress bar, by default "student"; ``task``, by default found from the labels and the shape of the
+            answers; see :func:`qsnn.fit`. Cross entropy and KL divergence are those of the task.
     Raises:
         TypeError: the student is no network, or ``config`` no DistillConfig.
-        ValueError: the student is folded, holds no spiking node, or an option does not fit it.
+        ValueError: the student is folded, holds no spiking node, an option does not fit it, or labels or teacher do
+            not belong to its answers.
 
     >>> import qsnn
     >>> data = qsnn.load_data("digits")
@@ -236,13 +243,22 @@ def distill_together(
         if pruned is not None:
             pruned(step, steps)
 
-    fit_options: FitOptions = {"label": "student", **options}
-    fit(pair, data, config.training(), loss=_Loss(config, fixed), after_step=after_step, **fit_options)
+    tasks = _tasks(pair, data, config, options.get("task"))
+    fit_options: FitOptions = {"label": "student", **options, "task": tasks}
+    fit(pair, data, config.training(), loss=_Loss(config, fixed, tasks), after_step=after_step, **fit_options)
     finish_pruning_(pair.student)
     for parameter, _ in limits:
         parameter.requires_grad_(False)
     _say_how_made_(pair, student, teachers[0], config)
     return pair.student, pair.teacher or teachers[0]
+
+
+def _tasks(pair: _Pair, data: Data, config: DistillConfig, asked: Asked) -> Tasks:
+    """The task of each head of the student."""
+    tasks = find_task(pair, data.train, asked)
+    if config.regulariser_weight and any(task.floats for task in tasks.by_head.values()):
+        raise ValueError("regulariser_weight draws every output to 1, which is for logits, not for numbers; use 0")
+    return tasks
 
 
 def _say_how_made_(pair: _Pair, student: nn.Module, teacher: nn.Module, config: DistillConfig) -> None:
@@ -283,39 +299,43 @@ class _Pair(nn.Module):
         loop.timesteps, loop.firing = config.timesteps, "online"
         self.__dict__["loop"] = loop  # past nn.Module: as a submodule the student would stand twice in the state
 
-    def forward(self, images: Tensor) -> Tensor:
-        answers: Tensor = self.loop(images)
-        return answers
+    def forward(self, images: Tensor) -> Any:
+        return self.loop(images)
 
 
 class _Loss:
     """(pair, images, labels) -> the weighted terms."""
 
-    def __init__(self, config: DistillConfig, teachers: list[nn.Module]) -> None:
-        self.config, self.teachers = config, teachers
+    def __init__(self, config: DistillConfig, teachers: list[nn.Module], tasks: Tasks) -> None:
+        self.config, self.teachers, self.tasks = config, teachers, tasks
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Any) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
-        config = self.config
+        config, labels = self.config, heads(labels)
         matched = matches(model.loop, config.rate_layers) if config.rate_weight else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight
         seen, targets, taught = summed(images, self.teachers[0] if self.teachers else model.teacher), [], None
         with recorded(layers) as activations:
             if model.teacher is not None:
-                taught = model.teacher(seen)
-                targets = [taught.detach()]
+                taught = heads(model.teacher(seen))
+                targets = [{name: each.detach() for name, each in taught.items()}]
             elif asked:
                 with torch.no_grad():
-                    targets = [teacher(seen) for teacher in self.teachers]
+                    targets = [heads(teacher(seen)) for teacher in self.teachers]
         with recorded({name: match.seen for name, match in matched.items()}) as outputs:
-            z = model.loop.step_logits(images, timesteps=config.timesteps)
-        terms = distillation_loss(z, targets, labels, config)
+            z = heads(model.loop.step_logits(images, timesteps=config.timesteps))
+        terms: dict[str, Tensor] = {}
+        for head, task in self.tasks.by_head.items():
+            expected = [taught_by(target, head, z[head].shape[1:]) for target in targets]
+            for name, term in distillation_loss(z[head], expected, labels[head], config, task).items():
+                terms[name] = terms[name] + term if name in terms else term
         if matched:
-            terms["rate"] = config.rate_weight * rate_distance(matched, outputs, activations, len(z))
+            terms["rate"] = config.rate_weight * rate_distance(matched, outputs, activations, config.timesteps)
         if taught is not None:
-            terms["teacher_ce"] = config.ce_weight * F.cross_entropy(taught, labels)
-            terms["teacher_kd"] = config.kd_weight * kl_divergence(taught, z.mean(0).detach(), config.kd_temperature)
+            means = {head: each.mean(0).detach() for head, each in z.items()}
+            terms["teacher_ce"] = config.ce_weight * self.tasks.loss(taught, labels)
+            terms["teacher_kd"] = config.kd_weight * self.tasks.taught(taught, means, config.kd_temperature)
         return terms
 
 

@@ -1,15 +1,20 @@
-"""The terms of the distillation loss, each with its formula and its source. They see the logits of single steps."""
+"""The terms of the distillation loss, each with its formula and its source. They see the logits of single steps.
+
+CE and KL are those of the task: of one logit those of a Bernoulli variable, of maps (T, B, K, H, W) the mean over the
+pixels, of numbers (T, B, \\*) mean squared errors.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qsnn.training.fit import kl_divergence
+from qsnn.measure.task import CLASSIFICATION, Task
 
 
-def smoothed_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def smoothed_cross_entropy(
+    step_logits: Tensor, labels: Tensor, smoothing: float = 0.0, task: Task = CLASSIFICATION
+) -> Tensor:
     r""":math:`CE_\epsilon(\bar z, y)`, with the mean over time :math:`\bar z = \tfrac1T \sum_t z_t`.
 
     Shape:
@@ -17,10 +22,12 @@ def smoothed_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float
     Source:
         Szegedy et al., "Rethinking the Inception Architecture", CVPR 2016 (label smoothing).
     """
-    return F.cross_entropy(step_logits.mean(0), labels, label_smoothing=smoothing)
+    return task.loss(step_logits.mean(0), labels, smoothing)
 
 
-def step_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def step_cross_entropy(
+    step_logits: Tensor, labels: Tensor, smoothing: float = 0.0, task: Task = CLASSIFICATION
+) -> Tensor:
     r""":math:`\tfrac1T \sum_t CE_\epsilon(z_t, y)`: every step answers on its own (TET).
 
     Shape:
@@ -28,8 +35,7 @@ def step_cross_entropy(step_logits: Tensor, labels: Tensor, smoothing: float = 0
     Source:
         Deng et al., "Temporal Efficient Training of Spiking Neural Network via Gradient Re-weighting", ICLR 2022.
     """
-    steps = len(step_logits)
-    return F.cross_entropy(step_logits.flatten(0, 1), labels.repeat(steps), label_smoothing=smoothing)
+    return task.loss(step_logits.flatten(0, 1), _repeated(labels, len(step_logits)), smoothing)
 
 
 def step_regulariser(step_logits: Tensor, target: float = 1.0) -> Tensor:
@@ -43,7 +49,9 @@ def step_regulariser(step_logits: Tensor, target: float = 1.0) -> Tensor:
     return (step_logits - target).square().mean()
 
 
-def step_divergence(step_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+def step_divergence(
+    step_logits: Tensor, target: Tensor, temperature: float = 1.0, task: Task = CLASSIFICATION
+) -> Tensor:
     r""":math:`\tfrac1T \sum_t \tau^2 KL(p^{teacher}_\tau \,\|\, p_\tau(z_t))`: every step is taught on its own.
 
     Shape:
@@ -51,11 +59,10 @@ def step_divergence(step_logits: Tensor, target: Tensor, temperature: float = 1.
     Source:
         Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks ...", CVPR 2025.
     """
-    flat = step_logits.flatten(0, 1)
-    return kl_divergence(flat, target.repeat(len(step_logits), 1), temperature)
+    return task.taught(step_logits.flatten(0, 1), _repeated(target, len(step_logits)), temperature)
 
 
-def ensemble_divergence(step_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def ensemble_divergence(step_logits: Tensor, temperature: float = 1.0, task: Task = CLASSIFICATION) -> Tensor:
     r""":math:`\tfrac1T \sum_t \tau^2 KL(p_\tau(\bar z) \,\|\, p_\tau(z_t))`: every step follows the mean over time.
 
     The mean :math:`\bar z` is a constant to the gradient.
@@ -65,10 +72,12 @@ def ensemble_divergence(step_logits: Tensor, temperature: float = 1.0) -> Tensor
     Source:
         Yu et al., CVPR 2025 (the student's own ensemble over time as a second teacher).
     """
-    return step_divergence(step_logits, step_logits.mean(0).detach(), temperature)
+    return step_divergence(step_logits, step_logits.mean(0).detach(), temperature, task)
 
 
-def answer_divergence(step_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
+def answer_divergence(
+    step_logits: Tensor, target: Tensor, temperature: float = 1.0, task: Task = CLASSIFICATION
+) -> Tensor:
     r""":math:`\tfrac1T \sum_t \tau^2 KL(p^{teacher}_\tau \,\|\, p_\tau(m_t))`, with the answers
     :math:`m_t = \tfrac1t \sum_{i \le t} z_i`: what a user gets after t steps, for every t up to T.
 
@@ -77,8 +86,14 @@ def answer_divergence(step_logits: Tensor, target: Tensor, temperature: float = 
     Source:
         Hinton et al. 2015, at every T at once.
     """
-    counts = torch.arange(1, len(step_logits) + 1, device=step_logits.device).view(-1, 1, 1)
-    return step_divergence(step_logits.cumsum(0) / counts, target, temperature)
+    counts = torch.arange(1, len(step_logits) + 1, device=step_logits.device)
+    counts = counts.view(-1, *[1] * (step_logits.dim() - 1))
+    return step_divergence(step_logits.cumsum(0) / counts, target, temperature, task)
+
+
+def _repeated(labels: Tensor, steps: int) -> Tensor:
+    """The same for every step: (B, \\*) -> (T·B, \\*)."""
+    return labels.repeat(steps, *[1] * (labels.dim() - 1))
 
 
 def rate_matching(rates: dict[str, Tensor], activations: dict[str, Tensor], scales: dict[str, Tensor]) -> Tensor:

@@ -7,24 +7,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.trace import device_of
+from qsnn.measure.heads import Asked, Tasks, find_tasks, heads
+from qsnn.measure.task import told
 from qsnn.options import expect
 from qsnn.snn.network import time_loop
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, source: Any, batch_size: int | None = None, **options: Any) -> float:
+def accuracy(
+    model: nn.Module, source: Any, batch_size: int | None = None, *, task: Asked = None, **options: Any
+) -> Any:
     """Return the percent of right answers; an SNN answers after its last step.
+
+    Of a segmentation it is the mean IoU [%], of a regression the mean squared error; of several heads a dict of these,
+    by the name of the head ("0" and "1" of a pair).
 
     Args:
         model: ANN or SNN.
         source: a Dataset or an iterable of (images, labels).
         batch_size: images a call; by default up to 500, as many as fit into 1 GiB.
+        task: "classification", "binary", "segmentation" or "regression", or one for each head; by default found from
+            the labels and the shape of the answers.
         options: passed to the model, e.g. ``timesteps=4``.
+    Raises:
+        ValueError: labels that do not belong to the answers.
 
     >>> accuracy(nn.Flatten(), [(torch.eye(4).view(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]))])
     75.0
@@ -35,26 +47,54 @@ def accuracy(model: nn.Module, source: Any, batch_size: int | None = None, **opt
     with evaluating(model):
         if batch_size is None:
             batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, device=device_of(model))
-        right, seen = count_right(model, source, batch_size, (0, 1), **options)
-    return 100.0 * right / max(1, seen)
+        tasks, sums = added_up(model, source, batch_size, (0, 1), task, **options)
+    scores = tasks.read(sums)
+    return scores[""] if [*scores] == [""] else scores
 
 
-def answer(model: nn.Module, images: Tensor, **options: Any) -> Tensor:
-    """The logits (B, K) of any network; a spiking one answers after its last step, and alone sees frames in time."""
-    logits: Tensor = model(summed(images, model) if time_loop(model) is None else images, **options)
-    return logits[-1] if logits.dim() == 3 else logits
+def score(model: nn.Module, source: Any) -> str:
+    """The score in words, of each head: "accuracy 91.20 %"."""
+    tasks = find_task(model, source)
+    found = heads(accuracy(model, source, task=tasks))
+    return ", ".join(told(task.metric, found[name]) for name, task in tasks.by_head.items())
+
+
+def answer(model: nn.Module, images: Tensor, **options: Any) -> Any:
+    """The answer of any network, (B, K), or one for each of its heads.
+
+    A spiking network answers after its last step, and alone sees frames in time.
+    """
+    if time_loop(model) is None:
+        return model(summed(images, model), **options)
+    return tree_map(lambda answers: answers[-1], model(images, **options))
 
 
 @torch.no_grad()
-def count_right(
-    model: nn.Module, source: Any, batch_size: int, share: tuple[int, int], **options: Any
-) -> tuple[int, int]:
-    """Right answers, and all, of this process's share of the data."""
-    right = seen = 0
+def find_task(model: nn.Module, source: Any, task: Asked = None) -> Tasks:
+    """Return the task of every head, found from the first labels of the data and an answer; the model stays as it is.
+
+    Raises:
+        ValueError: labels that do not belong to the answers.
+    """
+    if isinstance(task, Tasks):
+        return task
+    images, labels = next(batches(source, 64, device=device_of(model)))
+    with evaluating(model):
+        return find_tasks(answer(model, images[:2]), labels, task)
+
+
+@torch.no_grad()
+def added_up(
+    model: nn.Module, source: Any, batch_size: int, share: tuple[int, int], task: Asked = None, **options: Any
+) -> tuple[Tasks, dict[str, Tensor]]:
+    """The tasks, and the sums that scores are read from, of this process's share of the data."""
+    sums: dict[str, Tensor] = {}
     for images, labels in batches(source, batch_size, device=device_of(model), share=share):
-        right += int((answer(model, images, **options).argmax(1) == labels).sum())
-        seen += len(labels)
-    return right, seen
+        answers = answer(model, images, **options)
+        task = tasks = find_tasks(answers, labels, task)
+        for name, part in tasks.count(heads(answers), heads(labels)).items():
+            sums[name] = sums[name] + part if name in sums else part
+    return tasks, sums
 
 
 Z95 = 1.959963984540054

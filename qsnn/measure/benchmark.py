@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 from spikingjelly.activation_based import base
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import LiveMemory, batch_within, keep_freed_memory
@@ -19,6 +20,7 @@ from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import interval
 from qsnn.measure.counting import Counter
 from qsnn.measure.energy import Estimate, LayerCost, estimates
+from qsnn.measure.heads import Asked
 from qsnn.measure.summary import LayerSummary, Summary, summary
 from qsnn.measure.tally import MARGINS, Exit, Tally
 from qsnn.options import Timesteps, check_option, expect
@@ -37,7 +39,8 @@ class Benchmark:
     timesteps: tuple[int, ...]
     """The T's measured; () for an ANN."""
     accuracy: tuple[float, ...]
-    """Right answers [%], one number for each T; one for an ANN."""
+    """Right answers [%], one number for each T; one for an ANN. Of another task what ``metric`` says, of several heads
+    that of the first."""
     firing: str | None
     """"online" or "deferred"; None for an ANN."""
     made_for: int
@@ -81,16 +84,24 @@ class Benchmark:
     """Potentials that did not fit into the bits of a membrane, counted over every step that was run; None for float."""
     seconds: float
     """Time of the whole measurement [s]."""
+    metric: str = "accuracy"
+    """"accuracy" [%], "mean IoU" [%] or "mean squared error"."""
+    heads: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Of several heads the score of each for each T, by name and metric ("1, mean squared error"); else empty."""
 
     @property
     def intervals(self) -> tuple[tuple[float, float], ...]:
-        """Both ends of the 95 % interval of each accuracy [%] (Wilson)."""
+        """Both ends of the 95 % interval of each accuracy [%] (Wilson); () where the score is no share of images."""
+        if self.metric != "accuracy":
+            return ()
         return tuple((100 * low, 100 * high) for low, high in (interval(a / 100, self.n) for a in self.accuracy))
 
     def metrics(self) -> dict[str, Any]:
-        """Return the numbers as plain types, for a record."""
-        found = {key: value for key, value in asdict(self).items() if key not in ("name", "n")}
-        return {**found, "intervals": self.intervals}
+        """Return the numbers as plain types, for a record; the score stands under the name of its metric."""
+        found = {key: value for key, value in asdict(self).items() if key not in ("name", "n", "metric", "heads")}
+        score = {self.metric.replace(" ", "_"): found.pop("accuracy")}
+        heads = {"heads": self.heads} if self.heads else {}
+        return {**score, **found, "intervals": self.intervals, **heads}
 
 
 @torch.no_grad()
@@ -104,6 +115,7 @@ def benchmark(
     reference: nn.Module | None = None,
     exit_margin: float | None = None,
     batch_size: int | None = None,
+    task: Asked = None,
 ) -> Benchmark:
     r"""Measure accuracy for every T and what it costs, in one pass over the data.
 
@@ -121,8 +133,11 @@ def benchmark(
         exit_margin: also answer early: an image stops after the first step at which the two largest probabilities of
             the running answer differ by at least so much [0, 1]; accuracy and mean T at a range of margins.
         batch_size: images a call; by default up to 250, as many as fit into 1 GiB.
+        task: "classification", "binary" (one logit, decided by its sign), "segmentation" (mean IoU) or "regression"
+            (mean squared error), or one for each head; by default found from the labels and the shape of the answers.
     Raises:
-        ValueError: T < 1, no images, or a margin outside [0, 1] or of a network that has no steps.
+        ValueError: T < 1, no images, labels that do not belong to the answers, or a margin outside [0, 1] or of a
+            network that has no steps, or no one class an image.
 
     >>> import qsnn
     >>> data = qsnn.load_data("digits")
@@ -139,12 +154,13 @@ def benchmark(
     margins = _margins(exit_margin, run)
     if batch_size is None:
         batch_size = batch_within(run.uncounted, loader, 250, device=device_of(model))
-    tally = Tally(margins, len(run.steps), run.steps.index(run.own) if run.steps else 0)
+    tally = Tally(margins, len(run.steps), run.steps.index(run.own) if run.steps else 0, task)
     for images, labels in batches(loader, batch_size, device=device_of(model)):
         tally.add(run.answers(images), images, labels, reference)
     batch, seen, counter, own = tally.first_batch, tally.seen, run.counter, run.own
-    if batch is None:
+    if batch is None or tally.tasks is None:
         raise ValueError("the data is empty: expected at least one batch of (images, labels)")
+    scores, tasks = tally.scores(), tally.tasks.by_head
     image = batch[:1]
     weigh = summary(run.network, tuple(image.shape[-3:] if image.dim() > 3 else image.shape[1:]))
     layers = _costs(weigh, run, seen)
@@ -154,7 +170,7 @@ def benchmark(
         name=name or str(recipe_of(model).get("kind", type(model).__name__)),
         n=seen,
         timesteps=tuple(run.steps),
-        accuracy=tally.percent(tally.right),
+        accuracy=next(iter(scores.values())),
         firing=run.firing,
         made_for=own,
         spike_rates=counter.rates(run.passes[own], own, seen) if counter else {},
@@ -178,9 +194,11 @@ def benchmark(
         ),
         exits=tally.exits(),
         confusion=None if tally.confusion is None else tally.confusion.tolist(),
-        agreement=None if reference is None else tally.percent(tally.agreeing),
+        agreement=None if reference is None else tally.agreement(),
         overflows=run.overflows(),
         seconds=time.perf_counter() - started,
+        metric=tally.tasks.first.metric,
+        heads={} if len(scores) == 1 else {f"{name}, {tasks[name].metric}": values for name, values in scores.items()},
     )  # fmt: skip
 
 
@@ -209,19 +227,18 @@ class _Run:
             self.counter = Counter(self.network)
         self.passes = {t: self.steps[-1] if self.firing == "online" else t for t in self.steps}
 
-    def call(self, images: Tensor, steps: int, firing: str | None = None) -> Tensor:
-        """The answers of the network in ``steps`` steps (T, B, K), or of an ANN (B, K)."""
+    def call(self, images: Tensor, steps: int, firing: str | None = None) -> Any:
+        """The answers of the network in ``steps`` steps (T, B, K), or of an ANN (B, K); or of several heads."""
         options: dict[str, Any] = {"timesteps": steps} if steps else {}
         if firing is not None and isinstance(self.network, SNN):
             options["firing"] = firing
-        answers: Tensor = self.network(images if steps else summed(images, self.network), **options)
-        return answers
+        return self.network(images if steps else summed(images, self.network), **options)
 
-    def answers(self, images: Tensor) -> Tensor:
-        """The answer after each T, (len(steps) or 1, B, K); spikes and operations are counted."""
+    def answers(self, images: Tensor) -> Any:
+        """The answer after each T, (len(steps) or 1, B, K), of each head; spikes and operations are counted."""
         return self._answers(images, self.counter)
 
-    def uncounted(self, images: Tensor) -> Tensor:
+    def uncounted(self, images: Tensor) -> Any:
         """The same in the same memory, but nothing that is counted stays."""
         before = [(neuron, neuron.overflows) for neuron in self._held()]
         found = self._answers(images, None if self.counter is None else Counter(self.network))
@@ -229,14 +246,14 @@ class _Run:
             neuron.overflows = count
         return found
 
-    def _answers(self, images: Tensor, counter: Counter | None) -> Tensor:
+    def _answers(self, images: Tensor, counter: Counter | None) -> Any:
         if counter is None:
-            return self.call(images, 0).unsqueeze(0)
+            return tree_map(lambda each: each.unsqueeze(0), self.call(images, 0))
         found = []
         for t in sorted(set(self.passes.values())):
             with counter.counting(t):
                 found.append(self.call(images, t, self.firing))
-        return torch.cat(found)
+        return tree_map(lambda *each: torch.cat(each), *found)
 
     def state_bits(self) -> int | None:
         """Bits of a membrane where they are set, the widest [bit]."""
@@ -311,7 +328,7 @@ def _time(run: _Run, images: Tensor, repeats: int) -> float:
         if images.is_cuda:
             torch.cuda.synchronize()
         begun = time.perf_counter()
-        run.call(images, run.own).cpu()
+        tree_map(Tensor.cpu, run.call(images, run.own))
         seconds.append(time.perf_counter() - begun)
     return median(seconds[1:])
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import Subset
 
 from qsnn.data.fitting import describe, fitted
@@ -21,10 +21,13 @@ from qsnn.graph.kinds import DOES, kind_of, refused
 from qsnn.graph.trace import call_nodes, device_of
 from qsnn.measure.accuracy import answer, interval
 from qsnn.measure.certify import certify
+from qsnn.measure.heads import Curve, Tasks, find_tasks, heads
+from qsnn.measure.task import told
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.quant.weights import weight_bits
-from qsnn.snn.convert import ConvertConfig, convert
+from qsnn.snn.config import ConvertConfig
+from qsnn.snn.convert import convert
 
 _CALIBRATED, _CERTIFIED, _TIMED = 64, 8, 32
 """Images that set the steps, that are certified, and that are timed."""
@@ -49,7 +52,7 @@ class Check:
     model: str
     data: str
     accuracy: float | None
-    """Of the float network as loaded [%]; None where the answers are no classes."""
+    """Of the float network as loaded [%], or what ``metric`` says; None where the labels belong to no task."""
     images: int
     """Test images that the accuracy was measured on."""
     layers: tuple[LayerFate, ...]
@@ -63,6 +66,8 @@ class Check:
     """One epoch of distillation at T time steps on this machine [s]."""
     timesteps: int
     """T."""
+    metric: str = "accuracy"
+    """"accuracy", "mean IoU" [%] or "mean squared error"; "" where the labels belong to no task."""
 
     @property
     def ready(self) -> bool:
@@ -71,7 +76,9 @@ class Check:
 
     def __str__(self) -> str:
         lines = [self.data, "", self.model]
-        if self.accuracy is not None:
+        if self.accuracy is not None and self.metric != "accuracy":
+            lines.append(f"{told(self.metric, self.accuracy)} of the float network, {self.images:,} test images")
+        elif self.accuracy is not None:
             low, high = interval(self.accuracy / 100, self.images)
             lines.append(
                 f"accuracy of the float network as loaded: {self.accuracy:.2f} % of {self.images:,} test images "
@@ -131,7 +138,7 @@ def check(
     model = arrived(model)
     data = fitted(data, model)
     keep_freed_memory()
-    right, seen, rate = _right(model, data, seconds)
+    loaded = _as_loaded(model, data, seconds)
     config = replace(config or QuantizeConfig(), calibration_images=_CALIBRATED)
     layers: tuple[LayerFate, ...] = ()
     refusals: list[str] = []
@@ -143,8 +150,8 @@ def check(
             layers = fates(qann, next(batches(few, 2, device=device_of(model)))[0])
             snn = convert(qann, ConvertConfig(timesteps=timesteps))
             verdict = certify(snn, qann, _first(data.test, _CERTIFIED)).verdict
-            if data.classes:
-                qat, distill = _epochs(model, qann, snn, data, timesteps, rate)
+            if loaded.tasks is not None:
+                qat, distill = _epochs(model, qann, snn, data, timesteps, loaded.rate, loaded.tasks)
         except ValueError as error:  # each names all that it refuses, and what to write instead
             refusals.append(" ".join(str(error).split()))
             layers = layers or _as_they_come(model, refusals[0])
@@ -152,14 +159,15 @@ def check(
     return Check(
         model=f"{type(model).__name__}: {parameters:,} parameters",
         data=describe(data),
-        accuracy=None if right is None else 100.0 * right / seen,
-        images=seen,
+        accuracy=loaded.score,
+        images=loaded.images,
         layers=layers,
         refused=tuple(refusals),
         certificate=verdict,
         qat_seconds=qat,
         distill_seconds=distill,
         timesteps=timesteps,
+        metric="" if loaded.tasks is None else loaded.tasks.first.metric,
     )
 
 
@@ -211,55 +219,69 @@ def what_becomes_of(module: nn.Module) -> tuple[str, str]:
     return kind.name, DOES[kind.does].rpartition(": ")[2]
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What the float network answers as it was loaded."""
+
+    tasks: Tasks | None
+    """None where the labels belong to no task."""
+    score: float | None
+    """Of the first head."""
+    images: int
+    rate: float
+    """Seconds an image."""
+
+
 @torch.no_grad()
-def _right(model: nn.Module, data: Data, seconds: float) -> tuple[int | None, int, float]:
-    """Right answers among the first test images, how many those are, and the seconds that each took."""
-    right = seen = 0
-    classes = bool(data.classes)
+def _as_loaded(model: nn.Module, data: Data, seconds: float) -> _Loaded:
+    """The score of as many of the first test images as fit into the time."""
+    seen, tasks, curve = 0, None, Curve(1)
     device = device_of(model)
     size = 50 if device.type == "cpu" else 250  # what a core's cache holds is a fifth faster
     begun = time.perf_counter()
     with evaluating(model):
         for images, labels in batches(data.test, size, device=device):
-            logits = answer(model, laid_out(images, torch.channels_last))
-            classes = classes and isinstance(logits, Tensor) and logits.dim() == 2 and labels.dim() == 1
-            if classes:
-                chosen = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
-                right += int((chosen == labels).sum())
+            answers = answer(model, laid_out(images, torch.channels_last))
             seen += len(images)
-            if time.perf_counter() - begun > seconds or not classes:
+            try:
+                tasks = find_tasks(answers, labels, tasks)
+            except ValueError:
                 break
-    return right if classes else None, seen, (time.perf_counter() - begun) / seen
+            curve.add(tasks, {name: each.unsqueeze(0) for name, each in heads(answers).items()}, heads(labels))
+            if time.perf_counter() - begun > seconds:
+                break
+    rate = (time.perf_counter() - begun) / seen
+    score = None if tasks is None else next(iter(curve.read(tasks).values()))[0]
+    return _Loaded(tasks, score, seen, rate)
 
 
 def _epochs(
-    teacher: nn.Module, qann: nn.Module, snn: nn.Module, data: Data, timesteps: int, rate: float
+    teacher: nn.Module, qann: nn.Module, snn: nn.Module, data: Data, timesteps: int, rate: float, tasks: Tasks
 ) -> tuple[float, float]:
     """Seconds of an epoch of QAT and of distillation, validation included, from one step of a few images each."""
     images, labels = next(batches(_first(data.train, _TIMED), _TIMED, device=device_of(qann)))
 
-    def qat(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(answer(qann, x), y)
+    def qat(x: Tensor, y: Any) -> Tensor:
+        return tasks.loss(heads(answer(qann, x)), heads(y))
 
-    def student(x: Tensor, y: Tensor) -> Tensor:
+    def student(x: Tensor, y: Any) -> Tensor:
         with torch.no_grad():
-            target = answer(teacher, x).softmax(1)
-        logits = snn(x, timesteps=timesteps)
-        return F.cross_entropy(logits.flatten(0, 1), target.repeat(timesteps, 1))
+            target = heads(answer(teacher, x))
+        return tasks.taught(heads(answer(snn, x, timesteps=timesteps)), target, 1.0)
 
     steps = [_step_seconds(network, loss, images, labels) for network, loss in ((qann, qat), (snn, student))]
     train, val = len(data.train), len(data.val)  # type: ignore[arg-type]
     return steps[0] * train + rate * val, steps[1] * train + timesteps * rate * val
 
 
-def _step_seconds(network: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+def _step_seconds(network: nn.Module, loss: Callable[[Tensor, Any], Tensor], x: Tensor, y: Any) -> float:
     """What one image of a training step takes [s], the better of two."""
     lay_out_(network.train(), torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-6)
     x, times = laid_out(x, torch.channels_last), []
     for count in (4, len(x), len(x)):  # the first one is slow
         begun = time.perf_counter()
-        loss(x[:count], y[:count]).backward()  # type: ignore[no-untyped-call]
+        loss(x[:count], tree_map(lambda labels, n=count: labels[:n], y)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if x.is_cuda:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from qsnn.files import header
+from qsnn.files import header, read_bytes
 from qsnn.graph.arrived import QsnnWarning
 
 Tensors = dict[str, Tensor]
@@ -107,16 +107,7 @@ def read_checkpoint(path: str | Path, where: str | None = None) -> dict[Any, Any
         ValueError: it cannot be read, or it holds no dictionary.
     """
     path, where = Path(path), where or f"cannot read {path}"
-    if not path.exists():
-        raise FileNotFoundError(f"no such file: {path}")
-    if path.is_dir():
-        raise ValueError(f"cannot read {path}: Is a directory")
-    if not path.is_file():
-        raise ValueError(f"cannot read {path}: it is no regular file")
-    try:
-        raw = path.read_bytes()
-    except PermissionError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    raw = read_bytes(path)
     try:
         if header(raw) is not None:
             return load_tensors(raw)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.measure.benchmark import Benchmark
-from qsnn.report.terminal import shown, shown_steps
+from qsnn.report.terminal import shown, shown_steps, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,8 +52,9 @@ def _curve(
         axes.axhline(r.accuracy[0], color=_MUTED, linestyle=dashes, linewidth=1.3, label=r.name)
     for i, r in enumerate(spiking):
         colour = COLOURS[f"c{i % 5}"][0]
-        low, high = _band(r, None if spread is None else spread[r.name])
-        axes.fill_between(r.timesteps, low, high, color=colour, alpha=0.12, lw=0)
+        if spread is not None or r.metric == "accuracy":
+            low, high = _band(r, None if spread is None else spread[r.name])
+            axes.fill_between(r.timesteps, low, high, color=colour, alpha=0.12, lw=0)
         # each line is thinner than the one before, and hollow: where two are equal (a folded student) both are seen
         axes.plot(
             r.timesteps, r.accuracy, color=colour, marker="osD^v"[i % 5], label=r.name, zorder=3 + i,
@@ -67,7 +68,17 @@ def _curve(
     axes.minorticks_off()
     axes.set_xticks(steps, [str(t) for t in steps])
     axes.set_xlim(steps[0] * 0.9, max(steps[-1], 2 * steps[0]) * 1.1)
-    everything = [a for r in results for a in r.accuracy]
+    metric = results[0].metric
+    axes.set(xlabel="time steps T", ylabel=f"{metric} [%]" if unit_of(metric) else metric, title=title)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
+    if metric == "accuracy":
+        _zoom(axes, spiking, anns, steps)
+    return figure
+
+
+def _zoom(axes: Any, spiking: Sequence[Benchmark], anns: Sequence[Benchmark], steps: Sequence[int]) -> None:
+    """Show the accuracies that differ; one that is far below is written."""
+    everything = [a for r in (*spiking, *anns) for a in r.accuracy]
     later = [a for r in spiking for t, a in zip(r.timesteps, r.accuracy, strict=True) if t > steps[0]]
     top = max(everything)
     # where accuracy at the first step is so low that the axis would squeeze the rest, it is written, not drawn
@@ -81,9 +92,6 @@ def _curve(
     ]
     box = {"facecolor": _PAPER, "edgecolor": "none", "pad": 2}
     axes.text(0.02, 0.03, "\n".join(below), transform=axes.transAxes, size=8, color=_MUTED, bbox=box, zorder=20)
-    axes.set(xlabel="time steps T", ylabel="accuracy [%]", title=title)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
-    return figure
 
 
 def _band(result: Benchmark, spread: Sequence[float] | None) -> tuple[list[float], list[float]]:

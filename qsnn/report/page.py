@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.report.curve import COLOURS, drawn
-from qsnn.report.terminal import NONE, accuracy_at, kib, shown, shown_steps, si
+from qsnn.report.terminal import NONE, accuracy_at, kib, shown, shown_steps, si, unit_of
 
 if TYPE_CHECKING:
     from qsnn.measure.benchmark import Benchmark
 
 _DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
 pipelined hardware the answer takes depth \u00d7 T steps."""
-_LEGEND = """± half the 95 % Wilson interval. Spike rate: spikes per neuron and step. Synops (spike-driven accumulates)
+_INTERVAL = "± half the 95 % Wilson interval."
+_LEGEND = """Spike rate: spikes per neuron and step. Synops (spike-driven accumulates)
 and MACs (multiply-accumulates; of a spiking model: those before its first neuron) per image."""
 _COSTS = """Membranes and peak for one image; the peak is what tensors take at one time, without the parameters.
 Latency: one image, median. Of spiking models at the T they are made for."""
@@ -37,13 +38,20 @@ def headline(results: Sequence[Benchmark], config: dict[str, Any]) -> str:
     when = {0: "", 1: " in one step", 2: " in two steps"}.get(t, f" in {t} steps")
     bits = next((value for key, value in _flat(config) if key.split(".")[-1] == "weight_bits"), None)
     words = {"QANN": f"the {f'{bits}-bit ' if bits else ''}QANN it was made from", "teacher": "the float teacher"}
-    text = f"{model.name[:1].upper()}{model.name[1:]}: {shown(accuracy_at(model, t), 'short accuracy')} %{when}"
+    text = f"{model.name[:1].upper()}{model.name[1:]}: {_score(model, accuracy_at(model, t))}{when}"
     for name, what in words.items():
         for r in results:
             if r.name == name and r != model:
-                text += f", {what} {shown(r.accuracy[0], 'short accuracy')} %"
+                text += f", {what} {_score(r, r.accuracy[0])}"
     text += "."
     return text.replace(" %", "\u00a0%")
+
+
+def _score(result: Benchmark, value: float | None) -> str:
+    """A score in the sentence: "92.1 %", "mean IoU 81.30 %", "mean squared error 0.0123"."""
+    if result.metric == "accuracy":
+        return f"{shown(value, 'short accuracy')} %"
+    return f"{result.metric} {shown(value, result.metric)} {unit_of(result.metric)}".rstrip()
 
 
 def _inline_curve(results: Sequence[Benchmark]) -> str:
@@ -51,7 +59,8 @@ def _inline_curve(results: Sequence[Benchmark]) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", drawn(results, "svg", "none", 4.5, 3.2).decode(), flags=re.DOTALL)
     for name, (light, _) in COLOURS.items():
         text = text.replace(light, f"var(--{name})")
-    return f'<figure role="img" aria-label="accuracy against time steps">{text[text.index("<svg") :]}</figure>'
+    says = f"{results[0].metric} against time steps"
+    return f'<figure role="img" aria-label="{says}">{text[text.index("<svg") :]}</figure>'
 
 
 def _html(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kind: str = "") -> str:
@@ -77,13 +86,24 @@ def _results(results: Sequence[Benchmark]) -> str:
         cells = [escape(r.name), r.firing or "ANN", kib(r.weight_bytes)]
         for t in steps if r.timesteps else [0]:
             a = accuracy_at(r, t)
-            low, high = interval((a or 0) / 100, r.n)
-            half = shown(50 * (high - low), "accuracy")
-            text = NONE if a is None else f"{shown(a, 'accuracy')} <small>±{half}</small>"
+            text = shown(a, r.metric)
+            if a is not None and r.metric == "accuracy":
+                low, high = interval(a / 100, r.n)
+                text += f" <small>±{shown(50 * (high - low), 'accuracy')}</small>"
             cells.append(text if r.timesteps else f'<td class="ann" colspan="{len(steps)}">{text}</td>')
         rows.append([*cells, shown(r.spike_rate, "rate"), si(r.synops), si(r.macs)])
-    accuracy = [f"T&nbsp;=&nbsp;{t}<br>[%]" if t else "accuracy<br>[%]" for t in steps]
+    metric = results[0].metric
+    unit = f"[{unit_of(metric) or 1}]"
+    accuracy = [f"T&nbsp;=&nbsp;{t}<br>{unit}" if t else f"{metric}<br>{unit}" for t in steps]
     return _html(rows, ["model", "firing", "weights<br>[KiB]", *accuracy, "spike<br>rate", "synops", "MACs"], "results")
+
+
+def _heads(results: Sequence[Benchmark]) -> str:
+    """Of networks of several heads the score of each, after the last step."""
+    names = {name: name.rpartition(", ")[2] for r in results for name in r.heads}
+    rows = [[escape(r.name), *(shown(r.heads[n][-1], m) if n in r.heads else NONE for n, m in names.items())]
+            for r in results if r.heads]  # fmt: skip
+    return _html(rows, ["model, last T", *(f"{escape(n)}<br>[{unit_of(m) or 1}]" for n, m in names.items())])
 
 
 def _rates(results: Sequence[Benchmark]) -> str:
@@ -225,12 +245,14 @@ def write_report(
     model = _headline_model(results)
     if any(r.firing == "deferred" for r in results):
         notes = [*notes, _DEFERRED]
+    metric = results[0].metric
     settings = [[[escape(k), escape(str(v))] for k, v in _flat(values)] for values in (config, environment)]
     confused = next((r for r in [model, *reversed(results)] if r.confusion), model)
     sections = [
-        ("Results", f'{_results(results)}<p class="muted">{_LEGEND}</p>'),
+        ("Results", f'{_results(results)}<p class="muted">{_INTERVAL if metric == "accuracy" else ""} {_LEGEND}</p>'),
+        ("Heads", _heads(results)),
         ("Notes", f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""),
-        ("Accuracy against time steps", _inline_curve(results) if shown_steps(results) != [0] else ""),
+        (f"{metric} against time steps".capitalize(), _inline_curve(results) if shown_steps(results) != [0] else ""),
         ("Same answer as the QANN", _agreement(results)),
         ("Early exit: accuracy and mean T where an image stops once a class leads", _early(results)),
         ("Spike rate by layer", _rates(results)),

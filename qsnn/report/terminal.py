@@ -14,6 +14,8 @@ NONE = "\u2013"
 """What a table shows where there is no number."""
 FORMATS = {
     "accuracy": ".2f",  # [%]
+    "mean IoU": ".2f",  # [%]
+    "mean squared error": ".3g",
     "short accuracy": ".1f",  # [%], in a sentence
     "rate": ".3f",  # spikes a neuron and step [1]
     "timesteps": ".2f",  # mean over images
@@ -47,13 +49,18 @@ def number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
+def unit_of(metric: str) -> str:
+    """What stands behind a score: a percent sign, or nothing."""
+    return "" if metric == "mean squared error" else "%"
+
+
 def kib(size: float, quantity: str = "memory") -> str:
     """A number of bytes in KiB."""
     return shown(size / 1024, quantity)
 
 
 def accuracy_at(result: Benchmark, t: int) -> float | None:
-    """Accuracy after ``t`` steps [%]; an ANN has one for every t; None where it was not measured."""
+    """Accuracy after ``t`` steps [%], or what the metric says; an ANN's for every t; None where it was not measured."""
     return dict(zip(result.timesteps or (t,), result.accuracy, strict=True)).get(t)
 
 
@@ -82,19 +89,28 @@ def si(value: float | None, gap: str = "\u00a0") -> str:
 
 
 def table(results: Sequence[Benchmark]) -> Table:
-    """Return the results as a table for the terminal, 80 columns wide; an ANN's accuracy stands dimmed at every T."""
+    """Return the results as a table for the terminal, 80 columns wide; an ANN's accuracy stands dimmed at every T.
+
+    Where the score is another than accuracy, its name stands above the columns.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     steps = shown_steps(results)
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    accuracy = (f"T={t}\n[%]" if t else "[%]" for t in steps)
+    metric = results[0].metric
+    unit = f"[{unit_of(metric) or 1}]"
+    accuracy = (f"T={t}\n{unit}" if t else unit for t in steps)
+    if metric != "accuracy":
+        out.title, out.title_justify, out.title_style = metric, "left", ""
     for i, head in enumerate(("model", "firing", "weights\n[KiB]", *accuracy, "spike\nrate", "synops")):
         out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
     for r in results:
         dim = "" if r.timesteps else "dim"
-        cells = [Text(shown(accuracy_at(r, t), "accuracy")[:5], style=dim) for t in steps]  # 100.0, else 99.99
+        cells = [Text(shown(accuracy_at(r, t), metric), style=dim) for t in steps]
+        if metric == "accuracy":
+            cells = [Text(str(cell)[:5], style=dim) for cell in cells]  # 100.0, else 99.99
         cells += [Text(shown(r.spike_rate, "rate")), Text(si(r.synops, gap=""))]
         out.add_row(Text(r.name), r.firing or "ANN", kib(r.weight_bytes), *cells)
     return out

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,85 +26,27 @@ from qsnn.graph.trace import (
     takes_frames,
     unknown_layers,
 )
-from qsnn.options import Factor, Images, Percent, Slope, Steps, Timesteps, check_options, expect
+from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
 from qsnn.snn.backward import AveragePool2d
-from qsnn.snn.calibrate import CORRECTIONS, THRESHOLDS, correct_
+from qsnn.snn.calibrate import correct_
+from qsnn.snn.config import ConvertConfig
 from qsnn.snn.equations import Dynamics
-from qsnn.snn.network import FIRINGS, SNN
+from qsnn.snn.network import SNN
 from qsnn.snn.neurons import GateNode, IFNode, PlusMinus, Repeat, amplified
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """How the spiking network runs where a call does not say otherwise, and what its neurons are."""
-
-    timesteps: Timesteps = 2
-    """Simulation steps T; also what a calibration is made for."""
-    firing: str = "online"
-    """"online": a neuron fires while its input arrives; "deferred": it integrates all T inputs, then fires."""
-    threshold: str = "mse"
-    """Thresholds of plain ReLUs: "mse" (least error after T steps), "max" or "percentile" of each channel."""
-    percentile: Percent = 99.9
-    """Of "percentile" [%]."""
-    correction: str = "weights"
-    """With data, on the spikes that arrive: "weights" (least squares; only float ones), "bias", "none"."""
-    calibration_images: Images = 256
-    """Training images of a calibration; all of them run at once."""
-    reset: str = "soft"
-    """After a spike: "soft" (θ is subtracted), "hard" (back to 0), "decay" (falls towards 0)."""
-    reset_tau: Steps = 1.0
-    """Time constant of reset "decay" [steps]."""
-    tau: tuple[Steps, ...] = ()
-    """Time constant of the leak [steps]: none, one for all neurons, or one for each spiking layer in order."""
-    tau_growth: Factor = 1.0
-    """Factor on the time constant from each spiking layer to the next [1]."""
-    tau_slope: Slope = 0.0
-    """Added to the time constant from each spiking layer to the next [steps]; before the factor."""
-    signed: bool = False
-    """Spikes of -1 take back spikes that came too early (ST-BIF)."""
-    state_bits: str | None = None
-    """What holds the membrane: "int8", "int16", "fp16"; None: float."""
-    strict: bool = False
-    """Refuse max pools of online spikes, whose error does not vanish with T."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run.
-
-        Raises:
-            ValueError: which option, and what it may be.
-        """
-        check_options(self)
-        if self.firing not in FIRINGS:
-            raise ValueError(f"firing must be 'online' or 'deferred', got {self.firing!r}")
-        if self.threshold not in THRESHOLDS:
-            raise ValueError(f"threshold must be one of {', '.join(THRESHOLDS)}, got {self.threshold!r}")
-        if self.correction not in CORRECTIONS:
-            raise ValueError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
-        if not self.tau and (self.tau_growth != 1.0 or self.tau_slope != 0.0):
-            raise ValueError(
-                f"tau_growth={self.tau_growth} and tau_slope={self.tau_slope} change a time constant, got tau=(); "
-                f"give tau too, or leave both away"
-            )
-        if self.firing == "deferred" and not self.dynamics(0).plain:
-            raise ValueError(
-                "deferred firing is defined for the soft reset without leak, signed spikes or a membrane of few bits; "
-                "use firing='online'"
-            )
-
-    def dynamics(self, place: int) -> Dynamics:
-        """The equation of the spiking layer that stands ``place`` layers behind the first."""
-        tau = None
-        if self.tau:
-            tau = (self.tau[min(place, len(self.tau) - 1)] + place * self.tau_slope) * self.tau_growth**place
-        return Dynamics(
-            reset=self.reset, reset_tau=self.reset_tau, tau=tau, signed=self.signed, state_bits=self.state_bits
-        )
-
-
-def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN:
+@overload
+def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN: ...
+@overload
+def convert(
+    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int]
+) -> dict[int, SNN]: ...
+def convert(
+    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int] | None = None
+) -> SNN | dict[int, SNN]:
     r"""Return a spiking copy of a network; quantized weights stay Brevitas weights, and stay trainable.
 
     A quantized ReLU with step s and L levels becomes an :class:`~qsnn.IFNode` with :math:`\theta = s\,L` and
@@ -121,6 +64,8 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
         data: calibration images: a :class:`~qsnn.Data` (its training images are used), a Dataset, or an iterable
             of (images, labels); plain ReLUs need it.
         config: T and the way of firing of calls that name none, the neurons, the calibration. May stand second.
+        timesteps: several T at once: a spiking network for each of them, calibrated for it, in a dict by T. They share
+            one trace and one run of the network; ``config.timesteps`` is not used.
     Raises:
         ValueError: nothing to convert, a quantizer without a step, plain ReLUs without data, or what has no faithful
             spiking form (all of it is named).
@@ -143,6 +88,10 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
             f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
             f"convert(model, data, ConvertConfig(...)) to calibrate"
         )
+    steps = (config.timesteps,) if timesteps is None else tuple(timesteps)
+    if not steps:
+        raise ValueError("expected timesteps such as (1, 2, 4), got none")
+    configs = [replace(config, timesteps=step) for step in dict.fromkeys(steps)]
     model = arrived(model)
     images = None
     if data is not None:
@@ -162,19 +111,21 @@ def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = N
             f"{type(model).__name__} holds {plain} nn.ReLU that are not quantized; call quantize(model, data) "
             f"first, or convert(model, data) to calibrate them"
         )
-    snn = _spiking(copy.deepcopy(network), moved, config)
-    set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
+    snns = [_spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
     if images is not None:
-        snn.eval()
         correct_(
-            snn, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
-            correction=config.correction,
+            snns, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
+            correction=config.correction, initial=config.initial, targets=config.targets,
         )  # fmt: skip
-        recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": config.correction != "none"}
-        set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
-    snn.train(model.training)
-    set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
-    return snn
+    for snn, one in zip(snns, configs, strict=True):
+        set_recipe(snn, child_recipe(model, "snn", convert=asdict(one)))
+        if images is not None:
+            corrected = config.correction != "none"
+            recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": corrected}
+            set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
+        snn.train(model.training)
+        set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
+    return snns[0] if timesteps is None else {snn.timesteps: snn for snn in snns}
 
 
 def _spelled(model: nn.Module, images: Tensor) -> fx.GraphModule:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -18,7 +17,8 @@ from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
 from qsnn.graph.arrived import frozen_norms, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
-from qsnn.measure.accuracy import answer, count_right
+from qsnn.measure.accuracy import added_up, answer, find_task
+from qsnn.measure.heads import Asked, Tasks, heads
 from qsnn.options import (
     BatchSize,
     Epochs,
@@ -43,7 +43,7 @@ CHECKPOINT_SECONDS = 300.0
 DIVERGED = 100.0
 """A run stops where its loss is so many times the mean loss of its first epoch [1]."""
 
-Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | dict[str, Tensor]"]
+Loss = Callable[[nn.Module, Tensor, Any], "Tensor | dict[str, Tensor]"]
 """(model, images, labels) -> the loss, or its weighted terms by name."""
 
 
@@ -64,7 +64,7 @@ class TrainConfig:
     warmup: Share = 0.1
     """Part of all steps in which the learning rate rises [1]."""
     label_smoothing: Part = 0.0
-    """Mass moved from the label to the other classes in the cross entropy [1], in [0, 1)."""
+    """Mass moved from the label to the other classes in the cross entropy [1], in [0, 1); of no use to numbers."""
     kd_weight: Share = 0.5
     """Where a teacher is given: weight of the KL term; the cross entropy has 1 - kd_weight [0, 1]."""
     kd_temperature: Factor = 1.0
@@ -102,6 +102,7 @@ def fit(
     *,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
+    task: Asked = None,
     after_step: Callable[[int, int], None] | None = None,
     resume: str | Path | None = None,
     tensorboard: str | Path | None = None,
@@ -111,6 +112,8 @@ def fit(
 
     The loss is the cross entropy, or with a teacher
     :math:`(1-\lambda)\,CE + \lambda\,\tau^2\,KL(p_\tau^{teacher}\,\|\,p_\tau)`, or ``loss(model, images, labels)``.
+    Of one logit CE and KL are those of a Bernoulli variable, of maps the mean over the pixels, of numbers mean squared
+    errors; over several heads they are added. Validation shows accuracy, mean IoU or mean squared error.
     The order of the images, augmentation and dropout follow from the seed and the step alone, so that a run that was
     killed and continued from ``resume`` ends with the same weights as one that was not.
 
@@ -118,11 +121,13 @@ def fit(
     images a step; all end with the same weights, and the first writes.
 
     Args:
-        model: any torch module that maps (B, C, H, W) to (B, K), or an SNN.
-        data: where training and validation images come from.
+        model: any torch module that maps images to (B, K), (B,), maps (B, K, H, W) or several of these; or an SNN.
+        data: where training and validation images come from; labels in the structure of the answers.
         config: epochs, learning rate and the like.
-        teacher: a model that gives logits (B, K).
+        teacher: a model that answers like this one.
         loss: takes the place of the loss above.
+        task: "classification", "binary" (one logit, decided by its sign), "segmentation" or "regression", or one for
+            each head; by default found from the labels and the shape of the answers.
         after_step: called after each update, with the number of updates so far and that of the whole run.
         resume: file for the state; where it exists and belongs to the same config, training goes on from it. It is
             left for the caller to delete.
@@ -131,7 +136,7 @@ def fit(
     Raises:
         FloatingPointError: the loss is NaN, infinite or far above where it began; says in which step, which state was
             the last good one, and what to try.
-        ValueError: ``resume`` belongs to another run.
+        ValueError: ``resume`` belongs to another run, or labels that do not belong to the answers.
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (the KL term).
 
@@ -163,7 +168,8 @@ def fit(
     if teacher is not None:
         teacher.eval()
     keep_freed_memory()
-    step = _Step(model, loss or _default_loss(config, teacher), config.precision)
+    tasks = _tasks(model, data, task, loss)
+    step = _Step(model, loss or _default_loss(config, teacher, tasks), config.precision)
     total, begun = config.epochs * len(loader), len(done.history) * len(loader) + done.batch
     bar = Bar(label, config.epochs, total, begun)
     board = Board(tensorboard if is_main() else None)
@@ -193,11 +199,11 @@ def fit(
             lay_out_(model.eval(), torch.contiguous_format)
             refuse_not_finite(model, _last_good(resume, len(done.history)))
             average_buffers_(model)
-            done.history.append(_ended(model, data, epoch + 1, done.total, len(loader)))
+            done.history.append(_ended(model, data, epoch + 1, done.total, len(loader), tasks))
             done.batch, done.total = 0, 0.0
             kept.save()
             wait()
-            board.epoch(scheduler.last_epoch, done.history[-1], model, data.val)
+            board.epoch(scheduler.last_epoch, done.history[-1], model, data.val, tasks)
             bar.epoch(done.history[-1])
     model.eval()
     return done.history
@@ -222,7 +228,7 @@ class _Loader:
         """Steps an epoch."""
         return len(self.sizes)
 
-    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def epoch(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Any, float]]:
         """Images, labels, and weight of their loss, of this process, from batch ``first`` on; every step is seeded."""
         seed = self.config.seed * 1_000_003 + epoch
         parts = batches(
@@ -252,12 +258,25 @@ def _leave_file(model: nn.Module) -> None:
     set_recipe(model, recipe)
 
 
-def _ended(model: nn.Module, data: Data, epoch: int, losses: float, steps: int) -> Epoch:
+def _tasks(model: nn.Module, data: Data, task: Asked, loss: Loss | None) -> Tasks | None:
+    """The tasks; None where a loss of the user's own goes with labels that belong to none: then nothing is scored."""
+    try:
+        return find_task(model, data.train, task)
+    except ValueError:
+        if loss is None or task is not None:
+            raise
+        return None
+
+
+def _ended(model: nn.Module, data: Data, epoch: int, losses: float, steps: int, tasks: Tasks | None) -> Epoch:
     """What an epoch gave, over all processes; ``losses`` is the sum over the steps of this one."""
     (rank, world), device = rank_and_world(), device_of(model)
-    right, seen = total_of(torch.tensor(count_right(model, data.val, 500, (rank, world)), device=device)).tolist()
     mean_loss = float(total_of(torch.tensor(losses, device=device))) / world / steps
-    return Epoch(epoch, mean_loss, 100.0 * right / max(1, seen))
+    if tasks is None:
+        return Epoch(epoch, mean_loss, None, "")
+    _, sums = added_up(model, data.val, 500, (rank, world), tasks)
+    scores = tasks.read({name: total_of(part.to(device)) for name, part in sums.items()})
+    return Epoch(epoch, mean_loss, next(iter(scores.values())), tasks.first.metric)
 
 
 class _Step(nn.Module):
@@ -267,7 +286,7 @@ class _Step(nn.Module):
         super().__init__()
         self.model, self.loss, self.precision = model, loss, precision
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, labels: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             found = self.loss(self.model, images, labels)
         terms = found if isinstance(found, dict) else {"loss": found}
@@ -293,16 +312,17 @@ def _last_good(resume: str | Path | None, epochs: int) -> str:
     return "; there is no state yet to go back to"
 
 
-def _default_loss(config: TrainConfig, teacher: nn.Module | None) -> Loss:
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        logits = answer(model, images)
-        value = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+def _default_loss(config: TrainConfig, teacher: nn.Module | None, tasks: Tasks | None) -> Loss:
+    assert tasks is not None
+
+    def loss(model: nn.Module, images: Tensor, labels: Any) -> Tensor:
+        answers = heads(answer(model, images))
+        value = tasks.loss(answers, heads(labels), config.label_smoothing)
         if teacher is None or config.kd_weight == 0:
             return value
         with torch.no_grad():
-            target = answer(teacher, images)
-        kl = kl_divergence(logits, target, config.kd_temperature)
-        return (1 - config.kd_weight) * value + config.kd_weight * kl
+            target = heads(answer(teacher, images))
+        return (1 - config.kd_weight) * value + config.kd_weight * tasks.taught(answers, target, config.kd_temperature)
 
     return loss
 
@@ -327,16 +347,3 @@ def _optimizer(model: nn.Module, config: TrainConfig, per_epoch: int) -> tuple[A
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def kl_divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
-    r""":math:`\tau^2\,KL(\mathrm{softmax}(t/\tau)\,\|\,\mathrm{softmax}(z/\tau))`, mean over the batch.
-
-    Shape:
-        logits z and target t: (B, K).
-    Source:
-        Hinton et al., "Distilling the Knowledge in a Neural Network", 2015.
-    """
-    log_p, log_q = F.log_softmax(logits / temperature, -1), F.log_softmax(target / temperature, -1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
-

@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qsnn.measure.task import told
 from qsnn.training.processes import is_main, rank_and_world
 from qsnn.training.resume import Epoch
 
@@ -49,7 +50,9 @@ class Bar:
 
     def epoch(self, epoch: Epoch) -> None:
         """Show what an epoch gave."""
-        note = f"loss {epoch.loss:.3f}, validation {epoch.val_accuracy:.2f} %"
+        note = f"loss {epoch.loss:.3f}"
+        if epoch.val_accuracy is not None:
+            note += f", validation {told(epoch.metric, epoch.val_accuracy).removeprefix('accuracy ')}"
         self.progress.update(self.task, note=note)
         if not self.progress.console.is_terminal:
             self.progress.console.print(f"{self.label}: epoch {epoch.epoch}/{self.epochs}, {note}")

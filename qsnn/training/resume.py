@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -26,11 +26,14 @@ _Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave: mean training loss, validation accuracy [%]."""
+    """What one epoch gave: mean training loss, and the score on the validation images."""
 
     epoch: int
     loss: float
-    val_accuracy: float
+    val_accuracy: float | None
+    """[%], or what ``metric`` says; None where nothing was scored."""
+    metric: str = "accuracy"
+    """"accuracy" [%], "mean IoU" [%], "mean squared error", or "" where nothing was scored."""
 
 
 class _Epoch(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,7 +41,13 @@ class _Epoch(msgspec.Struct, forbid_unknown_fields=True):
 
     epoch: Annotated[int, Meta(ge=1, le=2**53)]
     loss: _Finite
-    val_accuracy: Annotated[float, Meta(ge=0, le=100)]
+    val_accuracy: Annotated[float, Meta(ge=0, le=1e30)] | None
+    metric: Literal["accuracy", "mean IoU", "mean squared error", ""] = "accuracy"
+
+    def __post_init__(self) -> None:
+        """Refuse a percent above 100."""
+        if self.metric != "mean squared error" and (self.val_accuracy or 0.0) > 100:
+            raise ValueError(f"expected {self.metric} from 0 to 100, got {self.val_accuracy}")
 
 
 class _Progress(msgspec.Struct, forbid_unknown_fields=True):
@@ -191,7 +200,7 @@ def read_state(path: str | Path | None, config: dict[str, Any]) -> State | None:
     if meta["config"] != json.loads(json.dumps(config)):
         raise ValueError(f"{path} is the state of a run with other options; delete it to start over")
     found = known.progress
-    history = [Epoch(epoch.epoch, epoch.loss, epoch.val_accuracy) for epoch in found.history]
+    history = [Epoch(epoch.epoch, epoch.loss, epoch.val_accuracy, epoch.metric) for epoch in found.history]
     if [epoch.epoch for epoch in history] != list(range(1, len(history) + 1)):
         raise ValueError(f"{path} is no state of a training run (its epochs are no 1, 2, ...); delete it to start over")
     model = {name: value for kind, _, name, value in named if kind == "model"}

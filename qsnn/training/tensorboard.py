@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qsnn.data.images import batches
 from qsnn.graph.hooks import watching
 from qsnn.graph.trace import device_of
+from qsnn.measure.heads import Curve, Tasks, heads
 from qsnn.snn.network import SNN, TimeLoop, time_loop
 from qsnn.training.resume import Epoch
 
@@ -55,25 +56,26 @@ class Board:
             self.writer.add_scalar(f"loss/{name}", float(value), step)
         self.writer.add_scalar("lr", lr, step)
 
-    def epoch(self, step: int, epoch: Epoch, model: nn.Module, val: Any) -> None:
-        """Write loss and validation accuracy of an epoch; of an SNN also accuracy by T and firing rate by layer."""
+    def epoch(self, step: int, epoch: Epoch, model: nn.Module, val: Any, tasks: Tasks | None) -> None:
+        """Write loss and validation score of an epoch; of an SNN also the score by T and firing rate by layer."""
         if self.writer is None:
             return
         self.writer.add_scalar("epoch/loss", epoch.loss, step)
-        self.writer.add_scalar("epoch/validation accuracy", epoch.val_accuracy, step)
         loop = time_loop(model)
-        if loop is not None:
-            curve, rates = _measured(loop, val)
+        if epoch.val_accuracy is not None:
+            self.writer.add_scalar(f"epoch/validation {epoch.metric}", epoch.val_accuracy, step)
+        if loop is not None and tasks is not None:
+            curve, rates = _measured(loop, val, tasks)
             for t, value in enumerate(curve, 1):
-                self.writer.add_scalar(f"accuracy by T/{t}", value, step)
+                self.writer.add_scalar(f"{epoch.metric} by T/{t}", value, step)
             for name, rate in rates.items():
                 self.writer.add_scalar(f"firing rate/{name}", rate, step)
         self.writer.flush()
 
 
 @torch.no_grad()
-def _measured(snn: SNN | TimeLoop, source: Any) -> tuple[list[float], dict[str, float]]:
-    """Accuracy after each step [%] and spikes per neuron and step by layer [1]."""
+def _measured(snn: SNN | TimeLoop, source: Any, tasks: Tasks) -> tuple[list[float], dict[str, float]]:
+    """The score of the first head after each step, and spikes per neuron and step by layer [1]."""
     neurons = dict(snn.neurons())
     spikes, chances = dict.fromkeys(neurons, 0.0), dict.fromkeys(neurons, 0)
 
@@ -81,9 +83,9 @@ def _measured(snn: SNN | TimeLoop, source: Any) -> tuple[list[float], dict[str, 
         spikes[name] += float(output.abs().sum())
         chances[name] += output.numel()
 
-    right, seen = torch.zeros(snn.timesteps, dtype=torch.int64), 0
+    curve = Curve(snn.timesteps)
     with watching(neurons, count):
         for images, labels in batches(source, 250, device=device_of(snn)):
-            right += (snn(images).argmax(-1) == labels).sum(1).cpu()
-            seen += len(labels)
-    return (100.0 * right / seen).tolist(), {name: spikes[name] / max(1, chances[name]) for name in neurons}
+            curve.add(tasks, heads(snn(images)), heads(labels))
+    scores = next(iter(curve.read(tasks).values()))
+    return scores, {name: spikes[name] / max(1, chances[name]) for name in neurons}
