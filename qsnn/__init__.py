@@ -14,6 +14,7 @@ _HOMES = {
     "ConvertConfig": "qsnn.snn.config",
     "Data": "qsnn.data.images",
     "DistillConfig": "qsnn.distillation.distill",
+    "Gate": "qsnn.graph.modules",
     "IFNode": "qsnn.snn.neurons",
     "QsnnWarning": "qsnn.graph.arrived",
     "QuantizeConfig": "qsnn.quant.quantize",
@@ -63,6 +64,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.export.write import export as export
     from qsnn.folded.fold import fold as fold
     from qsnn.graph.arrived import QsnnWarning as QsnnWarning
+    from qsnn.graph.modules import Gate as Gate
     from qsnn.measure.accuracy import accuracy as accuracy
     from qsnn.measure.benchmark import Benchmark as Benchmark
     from qsnn.measure.benchmark import benchmark as benchmark

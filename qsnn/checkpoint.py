@@ -21,6 +21,7 @@ from qsnn.files import header, metadata, opened, read_bytes, sealed, shown, targ
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
+from qsnn.models.spiking import SPIKING
 from qsnn.models.weights import load_weights as load_weights
 from qsnn.quant.activations import level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantized_structure
@@ -269,6 +270,13 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
     return fold(snn) if recipe["kind"] == "folded" else snn
 
 
+def _renamed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with the names of today: "qkformer" was a spiking network before it was an ANN."""
+    model = recipe.get("model")
+    name = f"spiking-{model.get('name')}" if isinstance(model, dict) and recipe.get("spiking") is True else ""
+    return {**recipe, "model": {**model, "name": name}} if isinstance(model, dict) and name in SPIKING else recipe
+
+
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The recipe and the tensors of a file, each checked for what it is, but not for whether they fit each other."""
     raw = read_bytes(path)
@@ -287,7 +295,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(f"{path} is truncated or damaged ({shown(str(error))}); make it again") from error
     except ValueError as error:
         raise ValueError(f"{path} {shown(str(error))}") from error
-    recipe = opened(path, raw, text)
+    recipe = _renamed(opened(path, raw, text))
     try:
         check_recipe(recipe)
         check_values(tensors)

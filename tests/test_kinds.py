@@ -33,6 +33,7 @@ class Net(nn.Module):
         self.up, self.wide = nn.ConvTranspose2d(8, 6, 3, 2, 1, output_padding=1), nn.Conv2d(16, 8, 1)
         self.position, self.gain = nn.Parameter(torch.randn(1, 8, 8, 8) / 4), nn.Parameter(torch.rand(8, 1, 1) + 0.5)
         self.line, self.token = nn.Linear(8, 8), nn.Linear(64, 6)
+        self.gate = qsnn.Gate(level=0.4)
         self.last = nn.LazyLinear(4)
         with torch.no_grad():
             self.norm.weight.uniform_(-1, 1)
@@ -148,6 +149,27 @@ FORMS: dict[str, Forward] = {
     "functional layers": lambda n, x: F.relu(F.batch_norm(
         F.conv2d(a(n, x), n.mix.weight, padding=1), n.norm.running_mean, n.norm.running_var, n.norm.weight,
         n.norm.bias)),
+    # gates
+    "Q-K token attention": lambda n, x: F.relu(b(n, (
+        n.gate(F.relu(b(n, y := a(n, x))).unflatten(1, (2, 4)).sum(2, keepdim=True)) * y.unflatten(1, (2, 4))
+    ).flatten(1, 2)) + y),
+    "attention over (B, N, C)": lambda n, x: F.relu(n.line(
+        n.gate(F.relu(n.line(y := a(n, x).flatten(2).mT)).sum(-1, keepdim=True)).mul(y))),
+    "channel attention": lambda n, x: F.relu(b(n, (y := a(n, x)) * n.gate(y.mean((2, 3), keepdim=True)))),
+    "a gate of a current": lambda n, x: F.relu(b(n, n.gate(n.norm(b(n, y := a(n, x)))) * y)),
+    "a gate of a sum": lambda n, x: F.relu(b(n, n.gate(b(n, y := a(n, x)) + y) * y)),
+    "a gated current": lambda n, x: F.relu(n.gate(y := a(n, x)) * b(n, y)),
+    "a gated sum": lambda n, x: F.relu(n.gate(y := a(n, x)) * (n.norm(b(n, y)) + y)),
+    "a gate by itself": lambda n, x: F.relu(b(n, n.gate(b(n, a(n, x))))),
+    "a gate from the input": lambda n, x: F.relu(b(n, n.gate(x[:, :1]) * a(n, x))),
+    "a gated input": lambda n, x: F.relu(n.stem(x * n.gate(a(n, x)[:, :1]))),
+    "two gates": lambda n, x: F.relu(b(n, n.gate(y := a(n, x)) * n.gate(1 - y) * y)),
+    "a shortcut of gated spikes": lambda n, x: F.relu(b(n, (y := a(n, x)) + n.gate(y[:, :1]) * F.relu(b(n, y)))),
+    "gates moved and joined": lambda n, x: F.relu(b(n, torch.cat(
+        [n.gate(y := a(n, x)[:, :4]), n.gate(0.3 - y)], 1).mT * a(n, x))),
+    "max pool of a gate": lambda n, x: F.relu(b(n, F.max_pool2d(n.gate(y := a(n, x)), 3, 1, 1) * y)),
+    "max pool before a gate": lambda n, x: F.relu(b(n, n.gate(F.max_pool2d(b(n, y := a(n, x)), 3, 1, 1)) * y)),
+    "max pool of gated spikes": lambda n, x: F.relu(b(n, F.max_pool2d(n.gate((y := a(n, x))[:, :1]) * y, 2))),
     # layers called twice, branches, heads
     "a shared layer": lambda n, x: F.relu(b(n, F.relu(b(n, a(n, x))))),
     "a branch from the input": lambda n, x: F.relu(b(n, torch.cat([a(n, x)[:, :5], x], 1))),
@@ -237,8 +259,11 @@ def test_one_activation_is_one_module() -> None:
 
 REFUSED: dict[str, tuple[Forward, str]] = {
     "a product": (lambda n, x: F.relu(b(n, (y := a(n, x)) * y)), "mul: a product of two values"),
+    "attention": (lambda n, x: F.relu(b(n, (y := a(n, x)) @ y.mT)), r"matmul: a product .* qsnn\.Gate\(level\)\(x\)"),
+    "a mean of gates": (lambda n, x: F.relu(b(n, n.gate(y := a(n, x)).mean(1, keepdim=True) * y)), "a product of two"),
+    "a comparison": (lambda n, x: F.relu(b(n, (y := a(n, x)) * (y > 0.5))), r"gt: use qsnn\.Gate\(level\)"),
     "over the batch": (lambda n, x: F.relu(b(n, a(n, x) - a(n, x).mean(0, keepdim=True))), "dimension 0, the batch"),
-    "a softmax inside": (lambda n, x: F.relu(b(n, a(n, x).softmax(1))), "softmax: .*right before the output"),
+    "a softmax inside": (lambda n, x: F.relu(b(n, a(n, x).softmax(1))), r"softmax: .*right before the output.*\.Gate"),
     "reflection": (lambda n, x: F.relu(n.mix(F.pad(a(n, x), (1, 1, 1, 1), "reflect")[..., 1:-1, 1:-1])), "reflect"),
     "bilinear": (lambda n, x: F.avg_pool2d(F.interpolate(a(n, x), scale_factor=2, mode="bilinear"), 2), "bilinear"),
     "a leaky ReLU": (lambda n, x: F.leaky_relu(b(n, a(n, x))), "signed"),

@@ -54,6 +54,7 @@ class RandomNet(nn.Module):
             self.pools.append(pools[pool])
             width = width + out if block["join"] == "concat" else out
         self.relus = nn.ModuleList(nn.ReLU() for _ in blocks)
+        self.gates = nn.ModuleList(qsnn.Gate(block["level"]) for block in blocks)
         self.last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class RandomNet(nn.Module):
                 y = relu(torch.add(y, x, alpha=0.5 if block["extra"] == "alpha" else 1))
             elif block["join"] == "concat":
                 y = torch.cat([x, y], 1)
-            x = pool(y)
+            x = pool(gated(y, block["gate"], self.gates[place - 1]))
         return self.last(x)
 
 
@@ -84,6 +85,24 @@ def changed(x: Tensor, extra: str, added: Tensor | None) -> Tensor:
     return x if added is None else x + added
 
 
+def gated(y: Tensor, how: str, gate: nn.Module) -> Tensor:
+    """What stands behind a block's activation: gates of all kinds, from spikes and from currents."""
+    if how == "heads" and y.shape[1] % 2 == 0:
+        heads = y.unflatten(1, (2, -1))
+        return (gate(heads.sum(2, keepdim=True)) * heads).flatten(1, 2)
+    if how == "tokens":
+        return y * gate(y.mean(1, keepdim=True))
+    if how == "channels":
+        return gate(y.sum((2, 3), keepdim=True)) * y
+    if how == "twice":
+        return gate(y.mean(1, keepdim=True)) * y * gate(0.3 - y[:, :1])
+    if how == "alone":
+        return gate(y)
+    if how == "shifted":  # what is gated holds a bias, which the gate shuts too
+        return F.relu(gate(y[:, -1:].mT) * (y - 0.1))
+    return y
+
+
 def awkward(norm: nn.BatchNorm2d, seed: int) -> nn.BatchNorm2d:
     """Negative and zero γ, channels that never or always fire."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,6 +118,7 @@ def awkward(norm: nn.BatchNorm2d, seed: int) -> nn.BatchNorm2d:
     return norm
 
 
+GATES = ["none", "none", "heads", "tokens", "channels", "twice", "alone", "shifted"]
 BLOCK = st.fixed_dictionaries({
     "width": st.sampled_from([2, 4, 6]),
     "kernel": st.sampled_from([1, 3]),
@@ -113,22 +133,45 @@ BLOCK = st.fixed_dictionaries({
     "extra": st.sampled_from(
         ["none", "none", "shuffle", "zeros", "thinned", "scale", "token", "shift", "map", "alpha"]
     ),
+    "gate": st.sampled_from(GATES),
+    "level": st.sampled_from([-0.5, 0.0, 0.25, 0.5, 1.0, 3.0]),
     "seed": st.integers(0, 1000),
 })  # fmt: skip
 
 
-@settings(
+SETTINGS = settings(
     max_examples=int(os.environ["QSNN_RANDOM_NETS"]),
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+@SETTINGS
 @given(
-    blocks=st.lists(BLOCK, min_size=1, max_size=3),
+    blocks=st.lists(BLOCK.map(lambda block: {**block, "gate": "none"}), min_size=1, max_size=3),
     weight_bits=st.sampled_from([1, 2, 3, 4, 8, 16]),
     levels=st.sampled_from([1, 2, 3, 7]),
     seed=st.integers(0, 1000),
 )
 def test_every_random_network_is_exact(blocks: list[dict], weight_bits: int, levels: int, seed: int) -> None:
+    certify_random_net(blocks, weight_bits, levels, seed)
+
+
+@SETTINGS
+@given(
+    blocks=st.lists(BLOCK, min_size=1, max_size=3),
+    gate=st.sampled_from([gate for gate in GATES if gate != "none"]),
+    weight_bits=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    levels=st.sampled_from([1, 2, 3, 7]),
+    seed=st.integers(0, 1000),
+)
+def test_every_random_network_with_gates_is_exact(
+    blocks: list[dict], gate: str, weight_bits: int, levels: int, seed: int
+) -> None:
+    certify_random_net([{**blocks[0], "gate": gate}, *blocks[1:]], weight_bits, levels, seed)
+
+
+def certify_random_net(blocks: list[dict], weight_bits: int, levels: int, seed: int) -> None:
     first = {**blocks[0], "join": "none", "linear": False, "extra": "none"}
     net = RandomNet([first, *blocks[1:]], channels=2, seed=seed).eval()
     images = torch.randn(8, 2, 16, 16, generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qsnn.distillation.losses import rate_matching
 from qsnn.snn.equations import per_channel
-from qsnn.snn.neurons import IFNode
+from qsnn.snn.neurons import GateNode, IFNode
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def rate_distance(
     for name, match in matched.items():
         output, y = outputs[name], activations[name]
         steps = output if output.dim() == y.dim() + 1 else output.unflatten(0, (timesteps, -1))
-        level: Any = match.neuron.threshold if isinstance(match.neuron, IFNode) else match.neuron.v_threshold
+        level: Any = 1.0  # of a gate, which is 0 or 1 in both networks
+        if not isinstance(match.neuron, GateNode):
+            level = match.neuron.threshold if isinstance(match.neuron, IFNode) else match.neuron.v_threshold
         theta = per_channel(torch.as_tensor(level).to(steps[0]), y.dim())
         # a neuron gives spikes, 0 or 1; a max pool behind it is fed θ·spikes already
         rates[name] = steps.mean(0) * (theta if match.seen is match.neuron else 1.0)

@@ -219,16 +219,23 @@ def _spread(values: Values, wire: Wire, static: bool) -> list[str]:
     return names
 
 
+def summed_currents(values: Values, module: Current, wires: tuple[Wire, ...]) -> list[str]:
+    """Σ_j g_j·A_j + t·b in float64 over all steps up to each answer's."""
+    graph, bias = values.graph, array(module.step_bias)
+    wires = tuple(values.ready(wire) for wire in wires)
+    totals = _added(values, [values.summed(wire, "f64") for wire in wires], _gains(module, wires))
+    return [
+        graph.add("Add", total, graph.const(float(t) * bias, "f64"))
+        for t, total in zip(values.steps, totals, strict=True)
+    ]
+
+
 def current_if(values: Values, name: str, module: CurrentIF, shape: tuple[int, ...], *wires: Wire) -> Wire:
     """S >= (k + ½)·θ in float64, where currents meet or are real."""
-    wires = tuple(values.ready(wire) for wire in wires)
-    graph, dims = values.graph, len(shape) + 1
-    totals = _added(values, [values.summed(wire, "f64") for wire in wires], _gains(module, wires))
-    bias = array(module.step_bias)
+    dims, totals = len(shape) + 1, summed_currents(values, module, wires)
     offset, theta = (values.per_channel(x, dims) for x in (1.0 - array(module.initial), array(module.threshold)))
     counts = []
     for t, total in zip(values.steps, totals, strict=True):
-        total = graph.add("Add", total, graph.const(float(t) * bias, "f64"))
         counts.append(counted(values, total, [(k + offset) * theta for k in range(t)], "f64"))
     values.note(name, "real: sums of currents in float64")
     return Wire(tuple(settled(values, counts)), values.counts, shape, 1.0, ordered=True)

@@ -16,6 +16,7 @@ TYPES: dict[str, tuple[int, Any]] = {
     "u8": (TensorProto.UINT8, np.uint8), "i8": (TensorProto.INT8, np.int8), "i32": (TensorProto.INT32, np.int32),
     "i64": (TensorProto.INT64, np.int64), "f16": (TensorProto.FLOAT16, np.float16),
     "f32": (TensorProto.FLOAT, np.float32), "f64": (TensorProto.DOUBLE, np.float64),
+    "bool": (TensorProto.BOOL, np.bool_),
 }  # fmt: skip
 
 

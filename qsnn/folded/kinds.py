@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.folded.builder import Builder
+from qsnn.folded.gates import CurrentGate, IntegerGate
 from qsnn.folded.layers import CountPool, FloatLayer, IntegerLayer, layer_options, weighted_sum
 from qsnn.folded.terms import (
     Term,
     Value,
     bias_of,
     compressed,
+    current_arguments,
     input_gains,
     moved,
     on_terms,
@@ -25,11 +27,13 @@ from qsnn.folded.terms import (
     regular,
     scaled,
     sides,
+    spread,
+    stacked,
     summed_over,
     windows,
     worth,
 )
-from qsnn.graph.modules import Add, Concat, Mean, Sum
+from qsnn.graph.modules import Add, Concat, Gating, Mean, Sum
 from qsnn.quant.weights import integer_weights, weight_bits
 
 
@@ -187,6 +191,28 @@ def moves(folder: Builder, node: fx.Node, module: nn.Module, value: Value) -> Va
     return replace(found, bias=bias)
 
 
+def decides(folder: Builder, node: fx.Node, gate: Any, value: Value) -> Value:
+    """A gate: an integer level where it sees integers of one layer, else it compares in float64."""
+    first, bias = value.terms[0], bias_of(value)
+    if value.integer:
+        shape, _ = spread(*first.factors, bias)
+        factors, _ = stacked(first.factors, shape)
+        flat = bias.expand(shape).reshape(-1) if bias.numel() > 1 else bias.reshape(1)
+        module: nn.Module = IntegerGate(factors, first.divisor, flat, gate.level, shape, spikes=first.spikes)
+    else:
+        module = CurrentGate(*current_arguments(value), gate.level)
+    return Value((Term(folder.call(str(node.target), module, *(term.node for term in value.terms)), spikes=True),))
+
+
+def gates(folder: Builder, node: fx.Node, module: nn.Module, gate: Value, value: Value) -> Value:
+    """0 or 1 times a value: each of its terms is gated, and keeps its gain; a bias makes it a current."""
+    name, (opened,) = str(node.target), gate.terms
+    if value.bias is not None:
+        return real(folder.call(name, Gating(), opened.node, folder.current(value, f"{node.name}_input")))
+    calls = [folder.call(name, Gating(spikes=term.spikes), opened.node, term.node) for term in value.terms]
+    return Value(tuple(replace(term, node=call) for term, call in zip(value.terms, calls, strict=True)))
+
+
 def adds(folder: Builder, node: fx.Node, module: nn.Module, first: Value, second: Value) -> Value:
     """Spikes of one worth are added as integers; else currents meet, in graph order."""
     if first.spikes_only and second.spikes_only and worth(first) == worth(second):
@@ -239,7 +265,7 @@ def shifts(folder: Builder, node: fx.Node, module: Any, value: Value) -> Value:
 
 FOLD: dict[str, Callable[..., Value]] = {
     "weighs": weighs, "normalises": normalises, "takes maxima": takes_maxima,
-    "averages": averages, "passes": passes, "moves": moves, "adds": adds,
+    "decides": decides, "gates": gates, "averages": averages, "passes": passes, "moves": moves, "adds": adds,
     "joins": joins, "scales": scales, "shifts": shifts,
 }  # fmt: skip
 """What becomes of each kind that does not fire; activations have become neurons by then."""

@@ -24,6 +24,14 @@ def _call() -> Call:
     return current() or Call()
 
 
+def least(need: Fraction, gain: Fraction) -> float:
+    """The least integer A with gain·A >= need, for a gain >= 0; infinite where there is none, or where all are."""
+    if gain == 0:
+        return -float("inf") if need <= 0 else float("inf")
+    limit = -((-need.numerator * gain.denominator) // (need.denominator * gain.numerator))
+    return float(limit) if abs(limit) < 2**52 else float("inf") * (1 if limit > 0 else -1)
+
+
 class Current(nn.Module):
     r"""The real current of a step, :math:`\sum_j g_j A_j + b`, in float64, added in graph order.
 
@@ -275,13 +283,7 @@ class IntegerIF(nn.Module):
             for row, t in enumerate(rows):
                 for k in range(t):
                     need = (k + 1) * theta - starts[c] - t * bias
-                    if gain == 0:
-                        table[row, k, c] = -float("inf") if need <= 0 else float("inf")
-                    else:
-                        limit = -((-need.numerator * gain.denominator) // (need.denominator * gain.numerator))
-                        table[row, k, c] = (
-                            float(limit) if abs(limit) < 2**52 else float("inf") * (1 if limit > 0 else -1)
-                        )
+                    table[row, k, c] = least(need, gain)
         return table
 
     def forward(self, x: Tensor) -> Tensor:

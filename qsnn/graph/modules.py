@@ -5,9 +5,102 @@ All keep the images of a batch apart: dimension 0 is the batch (in time: T·B), 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class _Step(torch.autograd.Function):
+    """[x >= λ], with a box of area 1 and width w around λ in the place of its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, level: Tensor, width: Tensor, gain: float) -> Tensor:
+        ctx.save_for_backward(x, level, width)
+        ctx.gain = gain
+        return (x >= level).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, level, width) = grads, ctx.saved_tensors
+        inside = grad * ((x - level).abs() < 0.5 * width) / width
+        to_level = -ctx.gain * inside.sum_to_size(level.shape) if ctx.needs_input_grad[1] else None
+        return inside, to_level, None, None
+
+
+def step_at(x: Tensor, level: Tensor, width: Tensor, gain: float) -> Tensor:
+    r"""Return [x >= λ] with :math:`\partial/\partial x = [\,|x-\lambda| < w/2\,]/w`; that to λ is -gain times it.
+
+    Shape:
+        x and returned: (\*); level λ and width w: broadcast against x.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or level.requires_grad):
+        return _Step.apply(x, level, width, gain)  # type: ignore[no-any-return]
+    return (x >= level).to(x.dtype)
+
+
+class Gate(nn.Module):
+    r"""A step with one learned level λ: what multiplies a value by 0 or 1, and so has an exact spiking form.
+
+    .. math::
+        a = [\,x \ge \lambda\,], \qquad
+        \frac{\partial a}{\partial x} = \frac{[\,|x - \lambda| < w/2\,]}{w}, \qquad
+        \frac{\partial a}{\partial \lambda} = -\frac{1}{\sqrt N}\,\frac{[\,|x - \lambda| < w/2\,]}{w}
+
+    with N elements a sample. ``gate(x) * value`` broadcasts as usual. Quantized, it stays as it is: one level, 0 or 1,
+    no scale of its own; the product keeps the levels of the value, integers times one scale. Converted, it is a
+    :class:`~qsnn.snn.neurons.GateNode`.
+
+    Args:
+        level: λ at the start [units of x].
+        width: w > 0, over which the gradient passes straight through [units of x]; take the spread of x.
+    Shape:
+        x and a: (B, \*).
+    Raises:
+        ValueError: the width is not above 0, or a number is not finite.
+    Source:
+        Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", 2013 (straight-through);
+        Esser et al., ICLR 2020 (the gradient of a step by the square root of N).
+
+    >>> gate = Gate(level=1.0)
+    >>> gate(torch.tensor([[0.5, 1.0, 3.0]])) * torch.tensor([[7.0, 7.0, 7.0]])
+    tensor([[0., 7., 7.]], grad_fn=<MulBackward0>)
+    """
+
+    level: nn.Parameter
+
+    def __init__(self, level: float = 1.0, width: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < width < float("inf") or not abs(level) < float("inf"):
+            raise ValueError(f"expected a finite level and a width above 0, got {level} and {width}")
+        self.level = nn.Parameter(torch.tensor(float(level)))
+        self.width = float(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> 0 or 1, (B, *)."""
+        level = self.level.to(x.dtype)
+        return step_at(x, level, level.new_tensor(self.width), (x[:1].numel() or 1) ** -0.5)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return f"level={float(self.level.detach()):.4g}, width={self.width:g}"
+
+
+class Gating(nn.Module):
+    """a·y, for a gate a of 0 and 1 and any value y of the network: an AND, where y are spikes.
+
+    Args:
+        spikes: in the integer form, whether y are spikes or sums of them: each is then counted as one AND.
+    """
+
+    def __init__(self, *, spikes: bool = False) -> None:
+        super().__init__()
+        self.spikes = spikes
+
+    def forward(self, gate: Tensor, value: Tensor) -> Tensor:
+        """(B, *) and (B, *), broadcast against each other -> (B, *)."""
+        return gate * value
 
 
 class Add(nn.Module):

@@ -17,7 +17,11 @@ def reroute(node: fx.Node, to: fx.Node) -> None:
     node.replace_all_uses_with(to, delete_user_cb=lambda user: user is not to)
 
 
-def moved_max_pools(network: fx.GraphModule, fires: Fires = lambda module: does(module) == "fires") -> dict[str, str]:
+def _activates(module: nn.Module) -> bool:
+    return does(module) in ("fires", "decides")
+
+
+def moved_max_pools(network: fx.GraphModule, fires: Fires = _activates) -> dict[str, str]:
     """Move each max pool that stands before its activation behind it, in place; in between only a batch norm, γ >= 0.
 
     Both are monotone, so the order does not matter. A maximum of sums of spikes, or of means, is not what spikes can
@@ -25,7 +29,7 @@ def moved_max_pools(network: fx.GraphModule, fires: Fires = lambda module: does(
 
     Args:
         network: spelled.
-        fires: whether a module is an activation.
+        fires: whether a module is an activation, or a gate.
     Returns:
         For each activation behind which a max pool was moved: the name of that pool, whose output now takes the
         activation's place in comparisons.
@@ -71,5 +75,5 @@ def _spikes(network: fx.GraphModule, node: fx.Node, fires: Fires) -> bool:
         return False
     if fires(module):
         return True
-    through = does(module) in ("takes maxima", "moves", "passes", "joins")
+    through = does(module) in ("takes maxima", "moves", "passes", "joins", "gates")
     return through and all(_spikes(network, source, fires) for source in node.all_input_nodes)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qsnn.graph.gates import gives_gates
 from qsnn.graph.kinds import ADVICE
-from qsnn.graph.modules import Add, ClippedReLU, Mean, Scale, Shift, Sum
+from qsnn.graph.modules import Add, ClippedReLU, Gating, Mean, Scale, Shift, Sum
 from qsnn.graph.step import Call, Refused, Shape, Spelling
 
 
@@ -189,10 +190,22 @@ def _mul(call: Call) -> fx.Node:
     first, second = call.get(0, "input"), call.get(1, "other")
     a, b = call.constant(first), call.constant(second)
     if a is None and b is None:
-        raise Refused(f"{call.name}: {ADVICE['mul']}")
+        return _gated(call, first, second)
     node, factor = (first, b) if b is not None else (second, a)
     assert factor is not None
     return _scaled(call, call.at(node), factor)
+
+
+def _gated(call: Call, first: fx.Node, second: fx.Node) -> fx.Node:
+    """A product of two values of which one is 0 or 1."""
+    gates = [gives_gates(call.speller.raw, call.at(node)) for node in (first, second)]
+    if not any(gates):
+        raise Refused(f"{call.name}: {ADVICE['mul']}")
+    shapes = call.shape(first), call.shape(second)
+    if len(shapes[0]) != len(shapes[1]) or shapes[0][0] != shapes[1][0]:
+        raise Refused(f"multiplies a gate and a value of shapes {shapes[0]} and {shapes[1]}: give both all dimensions")
+    gate, value = (first, second) if gates[0] else (second, first)
+    return call.put(Gating(), call.at(gate), call.at(value))
 
 
 def _div(call: Call) -> fx.Node:

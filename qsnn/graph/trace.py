@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.graph.call import Call, calling
 from qsnn.graph.hooks import kept_modes
-from qsnn.graph.kinds import CLASSES, kind_of, refused
+from qsnn.graph.kinds import CLASSES, does, kind_of, refused
 
 SPELLED = "qsnn_ending"
 """Key in ``GraphModule.meta`` of a spelled network (a copy keeps it): what was taken off behind its last layer."""
@@ -83,9 +83,10 @@ def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict
 
 
 def unshare(network: fx.GraphModule) -> None:
-    """Give every call of a parameter-free module that is called more than once its own copy, in place.
+    """Give every call of a parameter-free module, or of a gate, that is called more than once its own copy, in place.
 
-    A second call of module ``relu`` becomes ``relu_1``.
+    A second call of module ``relu`` becomes ``relu_1``. Each call of a gate then has a level of its own, as each call
+    of an activation has a step of its own when it is quantized.
     """
     seen: set[str] = set()
     for node in network.graph.nodes:
@@ -93,7 +94,7 @@ def unshare(network: fx.GraphModule) -> None:
         if module is None:
             continue
         name = str(node.target)
-        if name in seen and not any(True for _ in module.parameters()):
+        if name in seen and (does(module) == "decides" or not any(True for _ in module.parameters())):
             node.target = add_module(network, name, copy.deepcopy(module))
         seen.add(str(node.target))
     network.recompile()

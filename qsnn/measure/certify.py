@@ -16,6 +16,7 @@ from qsnn.data.images import batches
 from qsnn.data.memory import keep_freed_memory
 from qsnn.folded.fold import fold
 from qsnn.graph.hooks import kept_modes, recorded, watching
+from qsnn.graph.kinds import does
 from qsnn.graph.trace import device_of, takes_frames
 from qsnn.options import expect
 from qsnn.quant.activations import is_sign, level_quant
@@ -23,7 +24,8 @@ from qsnn.quant.weights import integer_weights
 from qsnn.snn.network import SNN
 
 TIE = 1e-9
-"""Nearer to a half integer than this, the reference's own rounding in float64 decides [steps]."""
+"""Nearer to a half integer than this, the reference's own rounding in float64 decides [steps]; nearer to a gate's level
+likewise [largest input of the gate]."""
 ROUNDING = 1e-9
 """Logits that differ by less are equal but for the order of the reference's additions in float64 [largest logit]."""
 
@@ -130,7 +132,7 @@ def certify(
 
     The reference is the QANN: Brevitas' own modules with hooks, in float64, with the integer weights and scales read
     once in the dtype it runs in. It never reads the thresholds of the spiking network, which runs in its integer form
-    (folded here if it is not). Labels are not used.
+    (folded here if it is not). Of a gate the last decision is compared. Labels are not used.
 
     Args:
         snn: from :func:`qsnn.convert` or :func:`qsnn.fold`.
@@ -177,7 +179,8 @@ def certify(
             answers = folded(batch, timesteps=timesteps, firing=firing)
         logits, integers, near, usual = reference(batch)
         for name, check in found.checks.items():
-            count = spikes[name].unflatten(0, (timesteps, -1)).sum(0)
+            stepped = spikes[name].unflatten(0, (timesteps, -1))
+            count = stepped[-1] if name in reference.gates else stepped.sum(0)
             # what the quantizer would say after T steps: n of L levels, T spikes of full rate
             wanted = integers[name].clamp(max=timesteps)
             check.ties += reference.ties[name]
@@ -270,7 +273,8 @@ class _Reference:
         quants = {name: quant for name, m in layers.items() if (quant := level_quant(m)) is not None}
         steps = {name: quant.step.double() for name, quant in quants.items()}
         self.model = model.double()
-        self.levels = {name: 1 for name, m in layers.items() if is_sign(m)}
+        self.gates: dict[str, Any] = {name: m for name, m in layers.items() if does(m) == "decides"}
+        self.levels = {name: 1 for name, m in layers.items() if is_sign(m)} | dict.fromkeys(self.gates, 1)
         self.steps: dict[str, Tensor] = {}
         self.ties: dict[str, int] = {}
         self.usual_logits: list[Tensor] = []
@@ -310,7 +314,12 @@ class _Reference:
             self.usual.eval()
             self.usual_logits = [leaf.double() for leaf in tree_leaves(self.usual(images))]
         integers, near, moved = {}, {}, {}
-        for name in self.levels.keys() - self.steps.keys():
+        for name, gate in self.gates.items():
+            integers[name], moved[name] = outputs[name], usual[name].double()
+            distance = (inputs[name] - gate.level).abs()
+            near[name] = distance < TIE * max(float(inputs[name].abs().max()), float(gate.level.abs()))
+            self.ties[name] = int((distance == 0).sum())
+        for name in self.levels.keys() - self.steps.keys() - self.gates.keys():
             integers[name] = (outputs[name] > 0).double()
             near[name] = torch.zeros_like(outputs[name], dtype=torch.bool)
             moved[name] = (usual[name] > 0).double()

@@ -27,6 +27,10 @@ class Counter:
     that is not zero, :math:`\sum |x| / \min_{x \ne 0} |x|`. Where the quotients are no whole numbers the layer sees a
     current, and its multiply-accumulates are counted instead: nothing is silently zero.
 
+    A gate adds up what it sees, one accumulate for each spike; where it multiplies spikes, each spike that arrives
+    costs one AND, counted as one accumulate, which is more than an AND of two bits costs. Behind it only the spikes
+    that it lets pass count.
+
     Args:
         model: a folded SNN, or a :class:`~qsnn.snn.network.TimeLoop`.
     """
@@ -93,6 +97,12 @@ class Counter:
             if not started or name in front:
                 front.add(name)
                 return  # before the first neuron: its MACs are counted as MACs
+            if not hasattr(module, "weight"):  # a gate, or a value that is gated: one operation a spike
+                x, at = in_time(name, args[-1], args[-1].dim())
+                self.unit[name] = 1.0
+                count = x.abs().flatten(1).sum(1, dtype=torch.float64).cpu()
+                synops.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
+                return
             x, at = in_time(name, args[0], module.weight.dim())
             self._look_at(name, x, whole=isinstance(module, IntegerLayer | FloatLayer))
             total = x.abs().sum(1, dtype=torch.float64)

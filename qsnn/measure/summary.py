@@ -9,11 +9,13 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
+from qsnn.folded.gates import CurrentGate, IntegerGate
 from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
 from qsnn.folded.neurons import Current, IntegerIF
 from qsnn.graph.call import Call, calling
 from qsnn.graph.hooks import kept_modes, watching
 from qsnn.graph.kinds import CLASSES, does
+from qsnn.graph.modules import Gating
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import device_of, module_of
 from qsnn.options import expect
@@ -34,6 +36,7 @@ class LayerSummary:
     shape: tuple[int, ...]
     """Of the output, without the batch."""
     weight_bits: int
+    """0 of a gate, and of what a gate multiplies: they have no weights, and no multiply-accumulates."""
     input_bits: int
     """32 where the input is not quantized, 1 for spikes."""
     parameters: int
@@ -65,7 +68,7 @@ class Summary:
     @property
     def weight_bytes_by_bits(self) -> dict[str, int]:
         """Memory by the bits of the weights; all other parameters as "other" [byte]."""
-        bits = sorted({layer.weight_bits for layer in self.layers})
+        bits = sorted({layer.weight_bits for layer in self.layers if layer.weight_bits})
         found = {str(b): round(sum(layer.bytes for layer in self.layers if layer.weight_bits == b)) for b in bits}
         return {**found, "other": 4 * self.other_parameters}
 
@@ -84,6 +87,8 @@ class Summary:
         """MACs by "W<weight bits>A<input bits>"."""
         found: dict[str, int] = {}
         for layer in self.layers:
+            if not layer.weight_bits:
+                continue
             key = f"W{layer.weight_bits}A{layer.input_bits}"
             found[key] = found.get(key, 0) + layer.macs
         return found
@@ -97,7 +102,7 @@ class Summary:
         for layer in self.layers:
             lines.append(
                 f"{layer.name:<{width}}  {layer.kind:<8}  {'x'.join(map(str, layer.shape)):<12}"
-                f"  {layer.weight_bits:>5}  {layer.input_bits:>5}  {layer.parameters:>10,}"
+                f"  {layer.weight_bits or '-':>5}  {layer.input_bits:>5}  {layer.parameters:>10,}"
                 f"  {layer.bytes / 1024:>9.2f}  {layer.macs:>13,}"
             )
         ratio = self.float_bytes / max(1, self.weight_bytes)
@@ -112,7 +117,7 @@ class Summary:
 
 @torch.no_grad()
 def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
-    """Return memory and operations of every layer with weights.
+    """Return memory and operations of every layer with weights, and of every gate.
 
     Args:
         model: a float network, a QANN, an SNN or its folded form, or a :class:`~qsnn.snn.network.TimeLoop`. It is run
@@ -139,6 +144,11 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     def record(name: str, module: Any, args: Any, output: Tensor) -> None:
         nonlocal started
         started = started or hasattr(module, "threshold") or isinstance(module, BaseNode)
+        started = started or (spiking and _gates(module))
+        if _gates(module) and not loop:
+            kind = "gating" if isinstance(module, Gating) else "gate"
+            bits = inputs.get(name, _FLOAT_BITS)
+            rows.append(LayerSummary(name, kind, tuple(output.shape[1:]), 0, bits, 0, 0, spiking and not started))
         if not isinstance(module, _WEIGHTED) or (loop and any(row.name == name for row in rows)):
             return  # single steps call a layer at every step
         layer: Any = module
@@ -153,6 +163,11 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
         network.eval()
         _ = model(image, timesteps=1) if isinstance(model, TimeLoop) else network(image)
     return Summary(tuple(rows), _other_parameters(network))
+
+
+def _gates(module: Any) -> bool:
+    """Whether a module is a gate, or multiplies by one."""
+    return does(module) in ("decides", "gates") or isinstance(module, IntegerGate | CurrentGate)
 
 
 def _row(name: str, module: Any, x: Tensor, output: Tensor, input_bits: int) -> LayerSummary:
@@ -193,6 +208,9 @@ def _input_bits(network: nn.Module) -> dict[str, int]:
             bits[node] = module.levels.bit_length() + 1
         elif module is not None and (hasattr(module, "threshold") or is_sign(module)):
             bits[node] = 1
+        elif _gates(module):  # of a product the bits of the value; the gate stands first
+            found[str(node.target)] = before[-1]
+            bits[node] = before[-1] if isinstance(module, Gating) else 1
         elif isinstance(module, _WEIGHTED):
             found[str(node.target)] = before[0]
         elif before and not (does(module) in ("normalises", "adds", "scales", "shifts") or isinstance(module, Current)):

@@ -15,6 +15,7 @@ from qsnn.data.fitting import fitted
 from qsnn.data.images import Data
 from qsnn.graph.recipe import data_recipe, recipe_of, set_recipe
 from qsnn.models.ann import _cifar_resnet, _mlp, _resnet18, _resnet_small, _study, _vgg16, _vgg_small
+from qsnn.models.attention import convnext, qkformer
 from qsnn.models.libraries import LIBRARIES, build_from_library
 from qsnn.models.spiking import SPIKING, build_spiking
 from qsnn.options import expect
@@ -31,6 +32,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": _cifar_resnet(56),
     "vgg16": _vgg16,
     "mlp": _mlp,
+    "qkformer": qkformer,
+    "convnext": convnext,
 }
 
 
@@ -40,11 +43,13 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
     Args:
         name: "vgg-small" (0.03 to 0.2 M parameters by image size), "study" (16-16-32-32-64 channels), "resnet-small",
             "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images), "resnet20", "resnet32",
-            "resnet44" and "resnet56" (16-32-64 channels, 0.27 to 0.85 M parameters), "mlp" (two layers of 128); a
-            spiking network from scratch (:func:`qsnn.models.spiking.build_spiking`): "spiking-resnet", "sew-resnet",
-            "ms-resnet", "qkformer", "spiking-convnext"; "timm:NAME" and "torchvision:NAME" of those libraries, with
-            their pretrained weights where these are on disk; or a function of your own as ``package.module:function``;
-            it is called with ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
+            "resnet44" and "resnet56" (16-32-64 channels, 0.27 to 0.85 M parameters), "mlp" (two layers of 128),
+            "qkformer" (attention that is exact as spikes), "convnext" (``groups``, ``expand``, ``blocks``); a spiking
+            network from scratch (:func:`qsnn.models.spiking.build_spiking`): "spiking-resnet", "sew-resnet",
+            "ms-resnet", "spiking-qkformer", "spiking-convnext"; "timm:NAME" and "torchvision:NAME" of those libraries,
+            with their pretrained weights where these are on disk; or a function of your own as
+            ``package.module:function``; it is called with ``num_classes=K`` where it takes that, and may return any
+            model that torch.fx can follow.
         data: where the image shape and the number of classes come from. Our own models need it.
         seed: of the weights; the global random state is left as it was.
         options: passed on to the function, e.g. ``pooling="max"``.

@@ -219,7 +219,7 @@ SPIKING: dict[str, Callable[..., nn.Sequential]] = {
     "spiking-resnet": _spiking_resnet,
     "sew-resnet": _sew_resnet,
     "ms-resnet": _ms_resnet,
-    "qkformer": _qkformer,
+    "spiking-qkformer": _qkformer,
     "spiking-convnext": _convnext,
 }
 
@@ -237,8 +237,8 @@ def build_spiking(
     """Return a spiking network with fresh weights; :func:`qsnn.create_model` calls it.
 
     Args:
-        name: "spiking-resnet", "sew-resnet" (``connect``: "ADD", "AND" or "IAND"), "ms-resnet", "qkformer" or
-            "spiking-convnext" (``groups``).
+        name: "spiking-resnet", "sew-resnet" (``connect``: "ADD", "AND" or "IAND"), "ms-resnet",
+            "spiking-qkformer" or "spiking-convnext" (``groups``).
         shape: (C, H, W) of an image.
         num_classes: K.
         timesteps: T of a call that names none.

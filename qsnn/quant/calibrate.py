@@ -22,7 +22,8 @@ def calibrate_(qann: fx.GraphModule, images: Tensor, network: fx.GraphModule | N
 
     With the float ``network`` (spelled) the mean of every channel behind a layer with weights is corrected to the
     float network's on the way (in the layer's bias, or in the statistics of the batch norm behind it, there with the
-    variance), so that each later layer is calibrated on what really arrives.
+    variance), so that each later layer is calibrated on what really arrives. The level of a gate goes where the gate is
+    open as often as in the float network, halfway between two values of its input.
 
     Shape:
         images: (B, C, H, W), or whatever the network takes.
@@ -30,12 +31,19 @@ def calibrate_(qann: fx.GraphModule, images: Tensor, network: fx.GraphModule | N
     Source: Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019.
     """
     quants = [quant for module in qann.modules() if (quant := level_quant(module)) is not None]
-    layers, correct = _correcting(qann, {} if network is None else _float_statistics(network, images))
+    found, passed = ({}, {}) if network is None else _float_statistics(network, images)
+    layers, correct = _correcting(qann, found)
+    gates: dict[str, nn.Module] = {name: qann.get_submodule(name) for name in passed}
+
+    def level(name: str, gate: Any, args: Any, output: Tensor) -> Tensor:
+        gate.level.fill_(_level_of(args[0], passed[name], gate.level))
+        return (args[0] >= gate.level).to(output.dtype)
+
     groups: dict[int, list[LevelQuant]] = {}
     for quant in quants:
         quant.samples.clear()
         groups.setdefault(id(quant.samples), []).append(quant)
-    with kept_modes(qann), watching(layers, correct), _collecting(quants):
+    with kept_modes(qann), watching(layers, correct), watching(gates, level), _collecting(quants):
         qann.eval()(images)
         if any(len(group) > 1 for group in groups.values()):
             # the first layer of a shared step ran with a step that did not know the others yet: once more, with it
@@ -59,18 +67,48 @@ def _collecting(quants: list[LevelQuant]) -> Iterator[None]:
             quant.samples.clear()
 
 
-def _float_statistics(network: fx.GraphModule, images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of every channel behind each layer with weights, by its name; not where it is called twice."""
+def _float_statistics(
+    network: fx.GraphModule, images: Tensor
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """Mean and variance of every channel behind each layer with weights, and how often each gate is open [1].
+
+    Both by name; not where a layer is called twice.
+    """
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    passed: dict[str, float] = {}
 
     def record(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        found[name] = _moments(output, module)
+        if does(module) == "decides":
+            passed[name] = float(output.mean())
+        else:
+            found[name] = _moments(output, module)
 
     once = called_once(network)
-    layers = {str(node.target): module for node, module in call_nodes(network) if does(module) == "weighs"}
-    with kept_modes(network), watching({name: m for name, m in layers.items() if name in once}, record):
+    layers = {str(node.target): module for node, module in call_nodes(network) if str(node.target) in once}
+    layers = {name: module for name, module in layers.items() if does(module) in ("weighs", "decides")}
+    with kept_modes(network), watching(layers, record):
         network.eval()(images)
-    return found
+    return found, passed
+
+
+def _level_of(x: Tensor, passed: float, level: Tensor) -> Tensor:
+    """The level at which x is not below it as often as ``passed``, halfway between two of its values.
+
+    Args:
+        x: input of the gate; at most 2**20 of its elements are looked at, evenly spaced.
+        passed: how often [1].
+        level: kept where no other is nearer.
+    """
+    x = x.flatten()[:: max(1, x.numel() // 2**20)]
+    values, counts = x.unique(return_counts=True)
+    shares = counts.flip(0).cumsum(0).flip(0)[1:] / len(x)  # of what lies above the gap between two values
+    if not len(shares):
+        return level
+    errors = (shares - passed).abs()
+    best = int(errors.argmin())
+    if float((x >= level).float().mean().sub(passed).abs()) <= float(errors[best]):
+        return level
+    return 0.5 * (values[best] + values[best + 1])
 
 
 def _channels(layer: nn.Module, dims: int) -> int:

@@ -99,7 +99,8 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     Every ``nn.Conv``, ``nn.Linear`` and ReLU (module or function) becomes Brevitas' quantized layer, and the input
     gets a signed quantizer of its own. Activations follow :class:`~qsnn.quant.activations.LevelQuant`,
     :math:`y = s\,\mathrm{clip}(\lfloor x/s + \tfrac12 \rfloor, 0, L)`; each step s is the one with the least
-    mean-squared error on what really arrives there, given the quantized layers before it.
+    mean-squared error on what really arrives there, given the quantized layers before it. A gate
+    (:class:`qsnn.Gate`) is 0 or 1 already; its level is moved so that it passes as often as before.
 
     Args:
         model: a trained model with ReLU activations that torch.fx can follow. It is not changed.
@@ -168,7 +169,7 @@ def quantized_structure(model: nn.Module, config: QuantizeConfig, shape: tuple[i
 def _quantized(network: fx.GraphModule, config: QuantizeConfig) -> fx.GraphModule:
     """A copy of a spelled network with quantized layers in the place of its own."""
     network = copy.deepcopy(network)
-    names: dict[str, list[str]] = {"weighs": [], "fires": []}
+    names: dict[str, list[str]] = {"weighs": [], "fires": []}  # a gate stays: its one level is all its precision
     for node, module in call_nodes(network):
         found = names.get(does(module) or "")
         if found is not None and str(node.target) not in found:
@@ -214,6 +215,9 @@ def _share_steps_(network: fx.GraphModule) -> None:
         elif what in _KEEP_STEPS:
             if inputs and inputs[0] in sources:
                 sources[node] = sources[inputs[0]]
+        elif what == "gates":  # 0 or 1 times a value keeps the value's step
+            if inputs[-1] in sources:
+                sources[node] = sources[inputs[-1]]
         elif what in ("adds", "joins") and inputs and all(i in sources for i in inputs):
             sources[node] = list(dict.fromkeys(quant for source in inputs for quant in sources[source]))
             merged = list(dict.fromkeys(member for quant in sources[node] for member in groups[quant]))

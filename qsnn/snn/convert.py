@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
 from qsnn.graph.kinds import CLASSES, does
+from qsnn.graph.modules import Gate
 from qsnn.graph.pools import moved_max_pools, reroute
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
 from qsnn.graph.spell import trace
@@ -34,7 +35,7 @@ from qsnn.snn.calibrate import correct_
 from qsnn.snn.config import ConvertConfig
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.network import SNN
-from qsnn.snn.neurons import IFNode, PlusMinus, Repeat, amplified
+from qsnn.snn.neurons import GateNode, IFNode, PlusMinus, Repeat, amplified
 
 
 @overload
@@ -51,7 +52,8 @@ def convert(
     A quantized ReLU with step s and L levels becomes an :class:`~qsnn.IFNode` with :math:`\theta = s\,L` and
     :math:`v_0 = \theta/2`; its spikes carry the amplitude θ, so that every layer behind it sees on average what it saw
     before. A ±1 activation becomes a neuron with :math:`v_0 = \theta`, which fires at x >= 0, and 2·spike - 1 behind
-    it; such a network runs one step. A max pool before its activation is moved behind it (both are monotone).
+    it; such a network runs one step. A gate becomes a :class:`~qsnn.snn.neurons.GateNode`. A max pool before its
+    activation is moved behind it (both are monotone).
 
     A plain ReLU becomes a neuron with one θ a channel, calibrated on ``data``. Given data, the layers are then
     corrected one by one on the spikes that really arrive (:func:`qsnn.snn.calibrate.correct_`), also those of a
@@ -144,7 +146,7 @@ def _prepared(network: Any, config: ConvertConfig) -> tuple[fx.GraphModule, dict
             f"nothing to convert in {type(network).__name__}: it holds no nn.ReLU and no quantized ReLU; put nn.ReLU "
             f"in the place of its activations and train again"
         )
-    moved = moved_max_pools(network, is_activation)
+    moved = moved_max_pools(network, lambda module: is_activation(module) or does(module) == "decides")
     network.recompile()
     for _, layer in call_nodes(network):
         plain = does(layer) == "weighs" and not hasattr(layer, "weight_quant")
@@ -191,7 +193,7 @@ def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
                 raise ValueError(f"{name} is no IF neuron of one threshold and half of it at the start")
             if quant is not None and float(quant.step.double() * quant.levels) != float(module.threshold):
                 quant.scaling_impl.value.fill_(float(module.threshold))
-        elif does(module) in ("weighs", "normalises", "scales", "shifts") or level_quant(module) is not None:
+        elif does(module) in ("weighs", "normalises", "decides", "scales", "shifts") or level_quant(module) is not None:
             try:
                 twin.get_submodule(name).load_state_dict(module.state_dict())
             except (AttributeError, RuntimeError) as error:
@@ -216,6 +218,8 @@ def _spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConf
         if is_activation(module):
             _to_neuron_(network, node, config.dynamics(place))
             place += 1
+        elif isinstance(module, Gate):
+            replace_module(network, str(node.target), GateNode(module).to(module.level.device))
     if len(config.tau) not in (0, 1, place):
         raise ValueError(f"expected one time constant, or one for each of {place} spiking layers, got {config.tau}")
     _repeat_static_(network)
@@ -265,7 +269,7 @@ def _repeat_static_(network: fx.GraphModule) -> None:
     dynamic: set[fx.Node] = set()
     for node in network.graph.nodes:
         module = module_of(network, node)
-        if isinstance(module, IFNode) or any(source in dynamic for source in node.all_input_nodes):
+        if isinstance(module, IFNode | GateNode) or any(source in dynamic for source in node.all_input_nodes):
             dynamic.add(node)
     repeated: dict[fx.Node, fx.Node] = {}
 

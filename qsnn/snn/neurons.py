@@ -8,7 +8,8 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
-from qsnn.graph.call import current
+from qsnn.graph.call import Call, current
+from qsnn.graph.modules import Gate, step_at
 from qsnn.snn.backward import IFFunction, RateFunction
 from qsnn.snn.equations import Dynamics, deferred, firing_function, integrated, kept, per_channel, simulate
 
@@ -203,9 +204,41 @@ class PlusMinus(nn.Module):
         return spikes * 2 - 1
 
 
+class GateNode(Gate):
+    r"""The neuron of a :class:`~qsnn.graph.modules.Gate`: it compares the mean of what arrived with its level λ.
 
+    Online it decides at every step, on the mean so far; deferred once, on all T inputs, and holds for all T steps:
 
+    .. math::
+        a_t = \Big[\sum_{i\le t} x_i \ge t\,\lambda\Big], \qquad
+        a = \Big[\sum_{i\le T} x_i \ge T\,\lambda\Big]
 
+    Law: a gate that is the same at every step times spikes in the first n steps are spikes in the first n steps, or
+    none. So deferred at T = L the product with a neuron's spikes is the quantized network's product, integer for
+    integer. Its gradient is that of the gate on the mean :math:`\frac1t\sum_{i\le t}x_i`.
 
+    Args:
+        gate: whose level and width are copied.
+    Shape:
+        While an :class:`~qsnn.SNN` calls it: x and a (T·B, \*); else (B, \*), one step.
+    """
 
+    is_spiking = True
 
+    def __init__(self, gate: Gate) -> None:
+        super().__init__(float(gate.level.detach()), gate.width)
+        self.level = nn.Parameter(gate.level.detach().clone(), requires_grad=gate.level.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """0 or 1 of the shape of x."""
+        call = current() or Call()
+        short = x.dtype in (torch.bfloat16, torch.float16)  # under autocast: sums of short currents are not exact
+        stepped = (x.float() if short else x).unflatten(0, (call.timesteps, -1))
+        time = torch.arange(1, call.timesteps + 1, device=x.device, dtype=stepped.dtype)
+        time = time.view(-1, *[1] * (stepped.dim() - 1))
+        total = stepped.cumsum(0)
+        if call.firing == "deferred":
+            total, time = total[-1:], time[-1:]
+        gain = (stepped[:1, :1].numel() or 1) ** -0.5
+        found = step_at(total, time * self.level.to(total.dtype), time * self.width, gain)
+        return found.expand_as(stepped).flatten(0, 1).to(x.dtype)

@@ -1,0 +1,125 @@
+"""The gates of a folded network: integer levels from exact rationals, and gates of real currents."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsnn.folded.neurons import Current, Shape, least, shaped
+from qsnn.graph.call import Call, current
+
+
+def _held(open_now: Tensor, firing: str) -> Tensor:
+    """Decisions of every step, (T, B, *), as spikes (T·B, *); deferred the last one holds for all steps."""
+    if firing == "deferred":
+        open_now = open_now[-1:].expand_as(open_now)
+    return open_now.float().flatten(0, 1)
+
+
+class IntegerGate(nn.Module):
+    r"""A gate in integers: it is 1 at step t when :math:`A_t \ge M_t`.
+
+    .. math:: M_t = \lceil t\,(\lambda - b_c) / g_c \rceil
+
+    A_t is the integer input summed up to step t, g_c > 0 the current of one unit, b_c the bias of a step, λ the level.
+    M is an integer, computed once per T from the exact rationals of the stored numbers. Deferred :math:`A_T \ge M_T`
+    decides for all steps. It is the table of :class:`~qsnn.folded.neurons.IntegerIF` with one level and no reset.
+
+    Args:
+        factors: numbers whose product over ``divisor`` is g, (F, n) or (F, 1) float64.
+        divisor: window elements of the pooling that the input went through.
+        bias: b, (n,) or (1,) float64.
+        level: λ, ().
+        shape: in which the n values broadcast against an image; () for n = 1.
+        spikes: whether the input are spikes, or sums of them: each is then counted as one accumulate.
+    Shape:
+        input and output: (T·B, \*).
+    """
+
+    is_spiking = True
+    factors: Tensor
+    divisor: Tensor
+    bias: Tensor
+    level: Tensor
+
+    def __init__(
+        self, factors: Tensor, divisor: int, bias: Tensor, level: Tensor, shape: Shape, *, spikes: bool = False
+    ) -> None:
+        super().__init__()
+        self.shape, self.spikes = shape, spikes
+        channels = max(factors.shape[1], bias.shape[0])
+        self.register_buffer("factors", factors.expand(-1, channels).clone())
+        self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
+        self.register_buffer("bias", bias.expand(channels).clone())
+        self.register_buffer("level", level.detach().double())
+        self._prepared: dict[Any, Tensor] = {}
+
+    @property
+    def sign(self) -> Tensor:
+        """Sign of g by channel, (n,)."""
+        return torch.where(self.factors.prod(0) < 0, -1.0, 1.0).double()
+
+    def table(self, timesteps: int) -> Tensor:
+        """Return M by t, (T, n); made anew when a buffer changes."""
+        buffers = (self.factors, self.divisor, self.bias, self.level)
+        key = (timesteps, tuple((buffer.data_ptr(), buffer._version) for buffer in buffers))
+        found = self._prepared.get(key)
+        if found is None:
+            found = self._exact_table(timesteps).to(self.factors.device)
+            self._prepared = {key: found}  # another thread that puts its own there only has to make this one again
+        return found
+
+    def _exact_table(self, timesteps: int) -> Tensor:
+        level, divisor = Fraction(float(self.level)), int(self.divisor)
+        columns = [(*column, bias) for column, bias in zip(self.factors.T.tolist(), self.bias.tolist(), strict=True)]
+        rows: dict[Any, list[float]] = {}
+        for column in columns:
+            if column not in rows:  # a map of biases holds few different ones
+                gain = Fraction(1, divisor)
+                for factor in column[:-1]:
+                    gain *= abs(Fraction(factor))
+                need = level - Fraction(column[-1])
+                rows[column] = [least(t * need, gain) for t in range(1, timesteps + 1)]
+        return torch.tensor([rows[column] for column in columns], dtype=torch.float64).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Integers (T·B, *) -> gates {0, 1} in float32 of the same shape."""
+        call = current() or Call()
+        sums = (x.double() * shaped(self.sign, self.shape)).unflatten(0, (call.timesteps, -1)).cumsum(0)
+        limits = torch.stack([shaped(row, self.shape) for row in self.table(call.timesteps)])
+        rank = sums.dim() - 1
+        limits = limits.reshape(len(limits), *[1] * (rank - (limits.dim() - 1)), *limits.shape[1:])
+        return _held(sums >= limits, call.firing)
+
+
+class CurrentGate(Current):
+    r"""A gate where currents meet, or that sees a real one: :math:`\sum_{i\le t} x_i \ge t\,\lambda`, in float64.
+
+    Args:
+        factors, divisors, bias, shapes: see :class:`~qsnn.folded.neurons.Current`.
+        level: λ, ().
+    Shape:
+        inputs and output: (T·B, \*).
+    """
+
+    is_spiking = True
+    level: Tensor
+
+    def __init__(
+        self, factors: list[Tensor], divisors: list[int], bias: Tensor, shapes: list[Shape], level: Tensor
+    ) -> None:
+        super().__init__(factors, divisors, bias, shapes)
+        self.register_buffer("level", level.detach().double())
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Gates {0, 1} in float32, (T·B, *)."""
+        call = current() or Call()
+        sums = [x.double().unflatten(0, (call.timesteps, -1)).cumsum(0) for x in inputs]
+        total = self.gain(0) * sums[0]
+        for index, x in enumerate(sums[1:], 1):
+            total = total + self.gain(index) * x
+        time = torch.arange(1, call.timesteps + 1, device=total.device).view(-1, *[1] * (total.dim() - 1))
+        return _held(total + time * self.step_bias >= time * self.level, call.firing)
