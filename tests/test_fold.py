@@ -162,7 +162,7 @@ def broken_threshold(snn: qsnn.SNN, strict: bool = False) -> qsnn.SNN:
     handle.remove()
     limits = neuron.table(2, "deferred")[0, 0].view(1, -1, 1, 1)
     reached = int((seen[0] == limits).sum((0, 2, 3)).argmax())  # a channel in which some image meets the threshold
-    neuron._tables = {}
+    neuron._prepared = {}
 
     def table(timesteps: int, last_only: bool) -> Tensor:
         exact = original(timesteps, last_only)
