@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -60,6 +61,20 @@ def test_the_ensemble_is_a_constant_to_the_gradient() -> None:
     z = torch.randn(1, 4, 5, requires_grad=True)  # of one step the ensemble is the step: no divergence, no gradient
     losses.ensemble_divergence(z).backward()
     assert float(z.grad.abs().max()) < 1e-6  # type: ignore[union-attr]
+
+
+def test_steps_that_answer_rightly_teach_the_others() -> None:
+    z = torch.tensor([
+        [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]],  # right, wrong, wrong
+        [[1.0, 0.0], [4.0, 1.0], [1.0, 2.0]],  # right, right, wrong
+    ])  # fmt: skip
+    labels = torch.tensor([0, 0, 0])
+    first, second = torch.tensor([1.5, 0.0]), z[1, 1]  # the mean of both, the one; no target for the third
+    each = [softmax_kl(first, z[t, 0]) + softmax_kl(second, z[t, 1]) for t in (0, 1)]
+    assert torch.allclose(losses.correct_divergence(z, labels), sum(each) / 6, atol=1e-6)  # 2 steps of 3 images
+    nobody = torch.tensor([[[0.0, 1.0]], [[0.0, 2.0]]], requires_grad=True)
+    losses.correct_divergence(nobody, torch.tensor([0])).backward()
+    assert not nobody.grad.any()  # type: ignore[union-attr]
 
 
 def test_rates_that_match_cost_nothing() -> None:
@@ -268,3 +283,27 @@ def test_a_student_in_eval_mode_trains_its_batch_norms(qann: nn.Module, snn: qsn
     norms = [name for name, module in snn.named_modules() if isinstance(module, nn.BatchNorm2d)]
     moved = [not torch.equal(student.get_submodule(n).running_mean, snn.get_submodule(n).running_mean) for n in norms]
     assert norms and all(moved)
+
+
+def test_the_strongest_step_teaches_the_weakest() -> None:
+    z = torch.tensor([
+        [[3.0, 0.0], [0.0, 1.0]],
+        [[1.0, 0.0], [0.0, 2.0]],
+        [[0.0, 1.0], [1.0, 0.0]],
+    ], requires_grad=True)  # fmt: skip
+    found = losses.strong_divergence(z, torch.tensor([0, 1]))  # of image 0: step 0 teaches 2; of image 1: 1 teaches 2
+    expected = (softmax_kl(z[0, 0], z[2, 0]) + softmax_kl(z[1, 1], z[2, 1])) / 2
+    assert torch.allclose(found, expected, atol=1e-6)
+    found.backward()
+    assert z.grad is not None and not z.grad[:2].any() and z.grad[2].all()
+    assert float(losses.strong_divergence(z[:1].detach(), torch.tensor([0, 1]))) == pytest.approx(0, abs=1e-7)
+
+
+def test_entropy_by_hand() -> None:
+    even, sure = torch.zeros(1, 1, 4), torch.tensor([[[100.0, 0.0, 0.0, 0.0]]])
+    assert float(losses.negative_entropy(even)) == pytest.approx(-math.log(4))
+    assert float(losses.negative_entropy(sure)) == pytest.approx(0, abs=1e-6)
+    half = torch.tensor([[[0.0, math.log(3.0)]]])  # probabilities 1/4 and 3/4
+    assert float(losses.negative_entropy(torch.cat([half, half]))) == pytest.approx(
+        0.25 * math.log(0.25) + 0.75 * math.log(0.75)
+    )

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from qsnn.data.images import Data, summed
 from qsnn.distillation.losses import (
     answer_divergence,
+    correct_divergence,
     ensemble_divergence,
+    negative_entropy,
     smoothed_cross_entropy,
     step_cross_entropy,
     step_divergence,
     step_regulariser,
+    strong_divergence,
 )
 from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
 from qsnn.distillation.rates import matches, rate_distance, teacher_layers
@@ -78,6 +81,12 @@ class DistillConfig:
     """Weight of the KL divergence from the teacher to the logits of every single step."""
     ensemble_weight: Weight = 0.0
     """Weight of the KL divergence from the student's mean over time to its single steps."""
+    correct_weight: Weight = 0.0
+    """Weight of the KL divergence from the mean of the steps that answer rightly to every single step."""
+    strong_weight: Weight = 0.0
+    """Weight of the KL divergence from an image's strongest step to its weakest (Strong2Weak)."""
+    entropy_weight: Weight = 0.0
+    """Reward [1] of the entropy of every step's answer; beside a KL term of the teacher."""
     regulariser_weight: Weight = 0.0
     """Weight of the squared distance of every step's logits from 1 (TET)."""
     rate_weight: Weight = 0.0
@@ -148,6 +157,8 @@ def distillation_loss(
     Shape:
         step_logits: (T, B, K) or (T, B, \\*); targets, the logits of each teacher: (B, K) or (B, \\*); labels: (B,) or
         (B, \\*), as the task says.
+    Raises:
+        ValueError: a term that is for classes alone, with another task.
     """
 
     def taught(term: Callable[..., Tensor], z: Tensor, *options: Any) -> Tensor:
@@ -161,8 +172,15 @@ def distillation_loss(
         "step_ce": (config.step_ce_weight, lambda: step_cross_entropy(z, labels, smoothing, task)),
         "step": (config.step_weight, lambda: taught(step_divergence, z, task)),
         "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(z, temperature, task)),
+        "correct": (config.correct_weight, lambda: correct_divergence(z, labels, temperature)),
+        "strong": (config.strong_weight, lambda: strong_divergence(z, labels, temperature)),
+        "entropy": (config.entropy_weight, lambda: negative_entropy(z)),
         "regulariser": (config.regulariser_weight, lambda: step_regulariser(z)),
     }
+    alone = [name for name in ("correct", "strong", "entropy") if terms[name][0]]
+    if alone and task is not CLASSIFICATION:
+        names = ", ".join(f"{name}_weight" for name in alone)
+        raise ValueError(f"{names} are for classes, got labels of {task.name}; leave them 0")
     return {name: weight * term() for name, (weight, term) in terms.items() if weight}
 
 

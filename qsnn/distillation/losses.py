@@ -7,9 +7,10 @@ pixels, of numbers (T, B, \\*) mean squared errors.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qsnn.measure.task import CLASSIFICATION, Task
+from qsnn.measure.task import CLASSIFICATION, Task, kl_divergence
 
 
 def smoothed_cross_entropy(
@@ -57,7 +58,8 @@ def step_divergence(
     Shape:
         step_logits z: (T, B, K); target: (B, K).
     Source:
-        Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks ...", CVPR 2025.
+        Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks for Full-Range
+        Timestep Deployment", ICML 2025.
     """
     return task.taught(step_logits.flatten(0, 1), _repeated(target, len(step_logits)), temperature)
 
@@ -70,9 +72,70 @@ def ensemble_divergence(step_logits: Tensor, temperature: float = 1.0, task: Tas
     Shape:
         step_logits z: (T, B, K).
     Source:
-        Yu et al., CVPR 2025 (the student's own ensemble over time as a second teacher).
+        Yu et al., ICML 2025 (the student's own ensemble over time as a second teacher).
     """
     return step_divergence(step_logits, step_logits.mean(0).detach(), temperature, task)
+
+
+def correct_divergence(step_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tfrac1T \sum_t \tau^2 KL(p_\tau(\bar z_C) \,\|\, p_\tau(z_t))`: every step follows those that are right.
+
+    :math:`\bar z_C` is the mean over the steps :math:`C = \{t : \arg\max z_t = y\}` that answer an image rightly, a
+    constant to the gradient; an image that no step answers rightly adds 0.
+
+    Shape:
+        step_logits z: (T, B, K); labels y: (B,).
+    Source:
+        Yu et al., ICML 2025 (the ensemble over time as a teacher), here without the steps that would teach an error.
+    """
+    right = (step_logits.detach().argmax(-1) == labels).to(step_logits.dtype)  # (T, B)
+    count = right.sum(0)
+    target = (right.unsqueeze(-1) * step_logits.detach()).sum(0) / count.clamp(min=1).unsqueeze(-1)
+    return _divergence(step_logits, target, temperature, (count > 0).to(step_logits.dtype))
+
+
+def strong_divergence(step_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tau^2 KL(p_\tau(z_s) \,\|\, p_\tau(z_w))`, mean over the batch: the strongest step teaches the weakest.
+
+    For each image, :math:`s = \arg\max_t p(z_t)_y` and :math:`w = \arg\min_t p(z_t)_y`, by the probability of the label
+    y; :math:`z_s` is a constant to the gradient. With T = 1 it is 0.
+
+    Shape:
+        step_logits z: (T, B, K); labels y: (B,).
+    Source:
+        Ding et al., "Synergy Between the Strong and the Weak: Spiking Neural Networks are Inherently
+        Self-Distillers", NeurIPS 2025 (Strong2Weak; there a step's confidence tells the strong from the weak).
+    """
+    images = torch.arange(len(labels), device=labels.device)
+    sure = F.softmax(step_logits.detach(), -1)[:, images, labels]  # (T, B)
+    strong, weak = step_logits.detach()[sure.argmax(0), images], step_logits[sure.argmin(0), images]
+    return kl_divergence(weak, strong, temperature)
+
+
+def negative_entropy(step_logits: Tensor) -> Tensor:
+    r""":math:`-\tfrac1T \sum_t H(p(z_t))`, :math:`H(p) = -\sum_k p_k \log p_k`: no step grows too sure of itself.
+
+    A term of the loss, so that its weight rewards entropy; from :math:`-\log K` (uniform) to 0 (certain).
+
+    Shape:
+        step_logits z: (T, B, K).
+    Source:
+        Yu et al., "Temporal Separation with Entropy Regularization for Knowledge Distillation in Spiking Neural
+        Networks", CVPR 2025 (beside the KL of every step, so that a teacher's errors weigh less).
+    """
+    log_p = F.log_softmax(step_logits, -1)
+    return (log_p.exp() * log_p).sum(-1).mean()
+
+
+def _divergence(z: Tensor, target: Tensor, temperature: float, weight: Tensor) -> Tensor:
+    """τ² KL(target ‖ z) of every image times its weight, mean over what comes before the classes.
+
+    Shape:
+        z: (..., B, K); target: (B, K); weight: (..., B), broadcast.
+    """
+    log_p, log_q = F.log_softmax(z / temperature, -1), F.log_softmax(target / temperature, -1)
+    each = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return (each * weight).mean() * temperature**2
 
 
 def answer_divergence(
