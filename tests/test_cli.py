@@ -617,14 +617,11 @@ def test_no_command_prints_a_warning_of_somebody_else(chain: Path, tmp_path: Pat
     """CUDA_HOME without a GPU, on which torch comments when SpikingJelly imports its extension builder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     for args in (
-        ("train", "--data", "digits", "--model", "study", "--epochs", 1, "--train-images", 128, "--out", "teacher"),
-        ("quantize", "teacher", "--epochs", 1, "--train-images", 128, "--out", "qann"),
+        ("train", "--data", "digits", "--model", "study", "--epochs", 0, "--out", "teacher"),
+        ("quantize", "teacher", "--epochs", 0, "--out", "qann"),
         ("convert", "qann", "--certify", "--out", "snn"),
-        ("distill", "snn", "--teacher", "qann", "--epochs", 1, "--train-images", 128, "--out", "student"),
-        ("fold", "student", "--out", "folded"),
-        ("benchmark", "folded", "qann", "--timesteps", 2, "--html", "report.html"),
-        ("info", "folded"),
-    ):
+        ("benchmark", "snn", "qann", "--timesteps", 2, "--html", "report.html"),
+    ):  # each imports what the others do
         command = [sys.executable, "-m", "qsnn", *map(str, args)]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, ""), args

@@ -204,7 +204,7 @@ def test_a_student_from_a_file_is_benchmarked_and_saved(digits, tmp_path):
     found = qsnn.benchmark(student, digits.test.head(50), timesteps=3)
     assert found.timesteps == (1, 2, 3)
     qsnn.save(student, tmp_path / "student.safetensors")
-    again, images = qsnn.load(tmp_path / "student.safetensors"), next(qsnn.batches(digits.test, 20))[0]
+    again, images = qsnn.load(tmp_path / "student.safetensors", model=from_nir), next(qsnn.batches(digits.test, 20))[0]
     with torch.no_grad():
         assert torch.equal(again(images), student(images))
 

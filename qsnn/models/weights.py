@@ -53,6 +53,7 @@ def load_weights(model: nn.Module, path: str | Path, *, key: str | None = None) 
             ("encoder_q"). By default those that fit; of two that do, not the averaged ones, which is said.
     Raises:
         FileNotFoundError: no such file.
+        TypeError: ``model`` is no network.
         ValueError: the file cannot be read, its names or shapes do not fit the model (both sides are shown), several
             sets of weights fit, or a value is NaN or infinite.
     Warns:
@@ -66,6 +67,8 @@ def load_weights(model: nn.Module, path: str | Path, *, key: str | None = None) 
     >>> torch.equal(model.weight, trained.weight)
     True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; call load_weights(model, 'file')")
     where = f"cannot load {path} into {type(model).__name__}"
     content = read_checkpoint(path, where)
     want: Tensors = dict(model.state_dict())
