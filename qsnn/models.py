@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qsnn.data import Data
@@ -85,6 +86,71 @@ class ResNetSmall(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
+class _CifarBlock(nn.Module):
+    """Two 3x3 convolutions; where the map shrinks, the shortcut drops every second pixel and pads channels of zeros."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+        self.stride, self.missing = stride, channels - in_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        if self.missing:
+            half = self.missing // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.missing - half))
+        return self.relu2(y + x)
+
+
+class CifarResNet(nn.Module):
+    """The residual network for CIFAR, 6n + 2 layers of 16, 32 and 64 channels, shortcuts without parameters.
+
+    Parameters are named as in the public checkpoints: conv1, bn1, layer1.0.conv1, ..., layer3.2.bn2, linear.
+
+    Args:
+        in_channels: C of the images.
+        num_classes: K.
+        depth: 20, 32, 44, 56, ...: 6n + 2.
+    Shape:
+        images: (B, C, H, W); logits: (B, K).
+    Raises:
+        ValueError: another depth.
+    Source:
+        He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2 (shortcut A).
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, depth: int = 20) -> None:
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"depth must be 6n + 2 with n >= 1 (20, 32, 44, 56), got {depth}")
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        blocks = (depth - 2) // 6
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.linear = nn.Linear(64, num_classes)
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, stride: int, blocks: int) -> nn.Sequential:
+        first = _CifarBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(_CifarBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to logits."""
+        x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
+        logits: torch.Tensor = self.linear(self.flatten(self.pool(x)))
+        return logits
+
+
 def _vgg_small(shape: tuple[int, ...], num_classes: int, pooling: str = _AVERAGE) -> nn.Module:
     side = shape[-1]
     stages = [[24, 24], [48, 48]] if side <= 12 else [[32], [48, 48], [96, 96]]
@@ -103,6 +169,13 @@ def _resnet18(shape: tuple[int, ...], num_classes: int) -> nn.Module:
     return ResNetSmall(shape[0], num_classes, [64, 128, 256, 512], blocks=2)
 
 
+def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
+    def build(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        return CifarResNet(shape[0], num_classes, depth)
+
+    return build
+
+
 def _vgg16(shape: tuple[int, ...], num_classes: int, pooling: str = _AVERAGE) -> nn.Module:
     stages = [[64, 64], [128, 128], [256, 256, 256], [512, 512, 512], [512, 512, 512]]
     return VggSmall(shape[0], num_classes, stages, pooling)
@@ -113,6 +186,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "study": _study,
     "resnet-small": _resnet_small,
     "resnet18": _resnet18,
+    "resnet20": _cifar_resnet(20),
+    "resnet32": _cifar_resnet(32),
+    "resnet44": _cifar_resnet(44),
+    "resnet56": _cifar_resnet(56),
     "vgg16": _vgg16,
 }
 
@@ -122,8 +199,9 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
 
     Args:
         name: "vgg-small" (0.03 to 0.2 M parameters by image size), "study" (16-16-32-32-64 channels), "resnet-small",
-            "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images); a spiking network from
-            scratch (:func:`qsnn.spiking.build_spiking`): "spiking-resnet", "sew-resnet", "ms-resnet", "qkformer",
+            "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images), "resnet20", "resnet32",
+            "resnet44" and "resnet56" (16-32-64 channels, 0.27 to 0.85 M parameters); a spiking network from scratch
+            (:func:`qsnn.spiking.build_spiking`): "spiking-resnet", "sew-resnet", "ms-resnet", "qkformer",
             "spiking-convnext"; or a function of your own as ``package.module:function``; it is called with
             ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
         data: where the image shape and the number of classes come from. Our own models need it.
