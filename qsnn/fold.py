@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qsnn.currents import Term, Value, input_gains, pool_windows, stacked, worth
@@ -27,9 +28,11 @@ from qsnn.graph import (
     input_shape_of,
     is_call,
     module_of,
+    pixels_only,
     set_recipe,
     shape_nodes,
     value_shapes,
+    zero_pads,
 )
 from qsnn.integer import FloatLayer, IntegerInput, IntegerLayer, SumPool
 from qsnn.neurons import SNN, IFNode, PlusMinus, Repeat, amplified
@@ -110,6 +113,8 @@ class _Folder:
             return self._concatenated(node)
         if is_call(node, (torch.flatten,), ("flatten",)):
             return self._flattened(node, self.values[node.all_input_nodes[0]])
+        if (widths := zero_pads(node)) is not None or pixels_only(node):
+            return self._cut_or_padded(node, self.values[node.all_input_nodes[0]], widths or ())
         if is_call(node, (*VIEW_FUNCTIONS, operator.getitem), VIEW_METHODS):
             return self._moved(node, self.values[node.all_input_nodes[0]])
         raise ValueError(f"cannot fold {node.name} ({node.target}): it has no integer form")
@@ -125,6 +130,25 @@ class _Folder:
             term = Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf"))
             self.values[node.all_input_nodes[0]] = Value((term,))
         return Value((replace(term, node=self.graph.node_copy(node, self._counterpart)),))
+
+    def _cut_or_padded(self, node: fx.Node, value: Value, widths: tuple[int, ...]) -> Value:
+        """Every second pixel, or zeros around pixels and channels: what a unit is worth goes with its channel."""
+        source = node.all_input_nodes[0]
+        dims = len(self.shapes.get(source.name, ()))
+        channels = tuple(widths[2 * (dims - 2) :]) if dims else ()  # F.pad names the last dimension first
+        if widths and (not dims or len(channels) > 2):
+            why = "the image shape is unknown; quantize with data records it" if not dims else "it pads the batch"
+            raise ValueError(f"cannot fold {node.name}: {why}")
+        if len(value.terms) > 1 or (widths and value.bias is not None):  # there is no bias in what was padded
+            term = Term(self._current(value, f"{node.name}_input"), integer=False, bound=float("inf"))
+            value = Value((term,))
+        (term,) = value.terms
+
+        def beside(factor: Tensor) -> Tensor:
+            return factor if factor.numel() == 1 or not channels else F.pad(factor, channels, value=1.0)
+
+        new = self.graph.node_copy(node, lambda old: term.node if old is source else self._counterpart(old))
+        return Value((replace(term, node=new, factors=tuple(map(beside, term.factors))),), value.bias)
 
     def _module(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
         name = str(node.target)

@@ -24,6 +24,8 @@ VIEW_FUNCTIONS = (
     torch.unsqueeze,
     torch.squeeze,
 )
+MOVE_FUNCTIONS = (*VIEW_FUNCTIONS, torch.flatten, operator.getitem, F.pad)
+"""The same, and what cuts values away or puts zeros beside them: a zero is a multiple of every step."""
 VIEW_METHODS = ("view", "reshape", "transpose", "permute", "contiguous", "chunk", "split")
 """Operations that only move values to other places."""
 _SHAPE_ARITHMETIC = (
@@ -148,6 +150,29 @@ def _as_module(node: fx.Node) -> list[nn.Module] | None:
         if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
             return [nn.AdaptiveAvgPool2d(1)] + ([] if keep else [nn.Flatten()])
     return None
+
+
+def zero_pads(node: fx.Node) -> tuple[int, ...] | None:
+    """The widths of an ``F.pad`` with zeros, last dimension first; None for any other node.
+
+    Raises:
+        ValueError: a pad with other values than zeros, or one of unknown widths.
+    """
+    if not is_call(node, (F.pad,)):
+        return None
+    widths, mode = _argument(node, 1, "pad", ()), _argument(node, 2, "mode", "constant")
+    fixed = isinstance(widths, list | tuple) and all(isinstance(width, int) for width in widths)
+    if not fixed or mode != "constant" or _argument(node, 3, "value", None) not in (None, 0):
+        raise ValueError(f"{node.name} pads with other values than zeros: only F.pad(x, widths) keeps spikes spikes")
+    return tuple(widths)
+
+
+def pixels_only(node: fx.Node) -> bool:
+    """Whether a node takes slices of the pixels, ``x[:, :, ::2, ::2]``: all images and all channels stay."""
+    if not is_call(node, (operator.getitem,)) or not isinstance(node.args[1], tuple):
+        return False
+    parts = node.args[1]
+    return all(isinstance(part, slice) for part in parts) and parts[:2] == (slice(None), slice(None))
 
 
 def modules_for_functions(network: fx.GraphModule) -> None:

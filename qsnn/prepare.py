@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import fx, nn
 
@@ -14,9 +12,9 @@ from qsnn.graph import (
     BATCH_NORMS,
     LAYERS,
     MAX_POOLS,
+    MOVE_FUNCTIONS,
     PASSED,
     RELUS,
-    VIEW_FUNCTIONS,
     VIEW_METHODS,
     call_nodes,
     is_call,
@@ -25,6 +23,7 @@ from qsnn.graph import (
     shape_nodes,
     trace,
     unshare,
+    zero_pads,
 )
 from qsnn.quantizers import HalfQuant, act_quant_of, is_sign, level_quant
 
@@ -62,7 +61,7 @@ def _refuse(network: fx.GraphModule, strict: bool, special: bool, signed: bool) 
     """Name everything that has no faithful spiking form, all at once."""
     sizes, bad = shape_nodes(network), []
     known = (*RELUS, *LAYERS, *BATCH_NORMS, *MAX_POOLS, *AVERAGE_POOLS, *PASSED, nn.Flatten)
-    moving = (*VIEW_FUNCTIONS, torch.flatten, torch.cat, getattr, operator.getitem, *ADD_FUNCTIONS)
+    moving = (*MOVE_FUNCTIONS, torch.cat, getattr, *ADD_FUNCTIONS)
     for node in network.graph.nodes:
         module = module_of(network, node)
         if module is not None:
@@ -82,6 +81,7 @@ def _refuse(network: fx.GraphModule, strict: bool, special: bool, signed: bool) 
             elif not isinstance(module, known) and not hasattr(module, "act_quant"):
                 bad.append(f"{node.target} ({kind})")
         elif node.op in ("call_function", "call_method") and node not in sizes:
+            zero_pads(node)
             if not is_call(node, moving, (*VIEW_METHODS, *ADD_METHODS, "flatten")):
                 bad.append(f"{node.name} ({getattr(node.target, '__name__', node.target)})")
     if bad:
@@ -134,7 +134,7 @@ def _quantized(network: fx.GraphModule, node: fx.Node) -> bool:
     module = module_of(network, node)
     if is_activation(module):
         return True
-    joins = is_call(node, (torch.cat, *VIEW_FUNCTIONS, operator.getitem, *ADD_FUNCTIONS), (*VIEW_METHODS, *ADD_METHODS))
+    joins = is_call(node, (torch.cat, *MOVE_FUNCTIONS, *ADD_FUNCTIONS), (*VIEW_METHODS, *ADD_METHODS))
     if not joins and not isinstance(module, (*MAX_POOLS, nn.Dropout, nn.Dropout2d, nn.Identity)):
         return False
     tensors = [source for source in node.all_input_nodes if source not in shape_nodes(network)]

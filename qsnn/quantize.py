@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import operator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,9 +17,9 @@ from qsnn.graph import (
     AVERAGE_POOLS,
     BATCH_NORMS,
     MAX_POOLS,
+    MOVE_FUNCTIONS,
     PASSED,
     RELUS,
-    VIEW_FUNCTIONS,
     VIEW_METHODS,
     add_module,
     call_nodes,
@@ -35,6 +34,7 @@ from qsnn.graph import (
     shape_nodes,
     trace,
     unshare,
+    zero_pads,
 )
 from qsnn.neurons import summed
 from qsnn.quantizers import (
@@ -53,7 +53,6 @@ _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _MOVES = (*MAX_POOLS, *AVERAGE_POOLS, *PASSED, nn.Flatten)
 """What a quantized value passes through and stays a multiple of its step (or a mean of multiples)."""
-_MOVING_FUNCTIONS = (*VIEW_FUNCTIONS, torch.flatten, operator.getitem)
 _MOVING_METHODS = (*VIEW_METHODS, "flatten")
 ACT_FORMS = ("levels", "sign", "fp16", "float")
 
@@ -195,9 +194,8 @@ def _refuse_unsupported(network: fx.GraphModule) -> None:
         if module is not None and type(module) not in known:
             bad.append(f"{node.target} ({type(module).__name__})")
         elif node.op in ("call_function", "call_method") and node not in sizes:
-            moves = is_call(
-                node, (*VIEW_FUNCTIONS, torch.flatten, getattr, operator.getitem), (*VIEW_METHODS, "flatten")
-            )
+            zero_pads(node)
+            moves = is_call(node, (*MOVE_FUNCTIONS, getattr), (*VIEW_METHODS, "flatten"))
             if not moves and not is_call(node, (*ADD_FUNCTIONS, torch.cat), ADD_METHODS):
                 bad.append(f"{node.name} ({getattr(node.target, '__name__', node.target)})")
     if bad:
@@ -222,7 +220,7 @@ def _share_steps_(network: fx.GraphModule) -> None:
         inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
         if quant is not None and not quant.signed:
             sources[node], groups[quant] = [quant], [quant]
-        elif isinstance(module, _MOVES) or is_call(node, _MOVING_FUNCTIONS, _MOVING_METHODS):
+        elif isinstance(module, _MOVES) or is_call(node, MOVE_FUNCTIONS, _MOVING_METHODS):
             if inputs and inputs[0] in sources:
                 sources[node] = sources[inputs[0]]
         elif is_call(node, (*ADD_FUNCTIONS, torch.cat), ADD_METHODS) and inputs and all(i in sources for i in inputs):
