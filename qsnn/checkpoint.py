@@ -25,6 +25,8 @@ from qsnn.quantizers import level_quant
 from qsnn.records import write_atomic
 
 _KEY = "qsnn"
+_PARALLEL = "module."
+"""What DataParallel and DDP put before every name."""
 KINDS = ("teacher", "qann", "snn", "student", "folded")
 
 
@@ -91,6 +93,8 @@ def load(path: str | Path) -> nn.Module:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a float state_dict, a safetensors file or a ``torch.save`` of tensors alone, into ``model``, in place.
 
+    A ``module.`` before every name, which DataParallel and DDP leave there, is taken off.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read, or its names or shapes do not fit the model.
@@ -103,7 +107,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             tensors = torch.load(path, weights_only=True, map_location="cpu")
         if not isinstance(tensors, dict):
             raise ValueError(f"expected a state_dict, got {type(tensors).__name__}")
-        model.load_state_dict(tensors.get("state_dict", tensors))
+        tensors = tensors.get("state_dict", tensors)
+        if tensors and all(str(name).startswith(_PARALLEL) for name in tensors):
+            tensors = {name.removeprefix(_PARALLEL): value for name, value in tensors.items()}
+        model.load_state_dict(tensors)
     except Exception as error:  # torch.load raises many kinds for a broken file
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"cannot load {path} into {type(model).__name__}: {reason}") from error
