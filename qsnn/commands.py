@@ -17,7 +17,7 @@ from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_f
 from qsnn.convert import ConvertConfig
 from qsnn.convert import convert as to_snn
 from qsnn.data import Data
-from qsnn.datasets import load_data
+from qsnn.datasets import TORCHVISION, load_data
 from qsnn.distill import DistillConfig, distill_together
 from qsnn.fold import fold as to_integers
 from qsnn.graph import recipe_of
@@ -315,7 +315,9 @@ def _data(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
     name = recipe.get("data", {}).get("name")
     if name is None:
         raise ValueError(f"{file} does not say which data set it was made for; use the Python interface")
-    return load_data(name, root=root, timesteps=recipe["data"].get("frames"))
+    own = recipe["data"]  # what a torchvision set was normalised by belongs to the network; others have one way only
+    numbers = {key: tuple(own[key]) for key in ("mean", "std") if name in TORCHVISION and key in own}
+    return load_data(name, root=root, timesteps=own.get("frames"), **numbers)
 
 
 def _certify(snn: SNN, qann: nn.Module, file: Path, root: Path | None) -> None:

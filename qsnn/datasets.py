@@ -18,12 +18,12 @@ from qsnn.data import Data, ImageSet, hold_out, normalise
 from qsnn.events import EVENTS, load_events
 
 # name: torchvision's class, mean and standard deviation of the training pixels on [0, 1], augmentation in training
-_TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] = {
+TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] = {
     "mnist": ("MNIST", (0.1307,), (0.3081,), "shift"),
     "fashion-mnist": ("FashionMNIST", (0.2860,), (0.3530,), "flip+shift"),
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "flip+shift"),
 }
-NAMES = ("digits", *_TORCHVISION, *EVENTS)
+NAMES = ("digits", *TORCHVISION, *EVENTS)
 
 # md5 of the unpacked files: torchvision checks only the .gz it downloads, so a file damaged later would go unnoticed.
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -82,6 +82,8 @@ def load_data(
     image_size: int | None = None,
     timesteps: int | None = None,
     seed: int = 0,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
 ) -> Data:
     """Load a data set by its name, or a folder of images by its path.
 
@@ -98,6 +100,8 @@ def load_data(
         timesteps: frames of a recording of an event set, one for each time step; by default 2.
         seed: chooses the images held out; never the test images. Keep it the same from teacher to student: with
             another one, `val` holds images that the teacher was trained on.
+        mean, std: what is subtracted from each channel and what it is then divided by, of pixels on [0, 1], where
+            a trained network wants other numbers than the data set's own; of a torchvision set.
     Raises:
         ValueError: a name that is neither known nor a folder, a damaged file, or an option out of range.
         FileNotFoundError: files that are missing and cannot be downloaded, or a folder without classes.
@@ -107,6 +111,8 @@ def load_data(
         raise ValueError(f"expected 0 < val_fraction < 1, got {val_fraction}; 0.1 holds out a tenth")
     if image_size is not None and (image_size < 1 or name in NAMES):
         raise ValueError(f"expected image_size >= 1 pixel with a folder only, got {image_size} for {name}; omit it")
+    if (mean is not None or std is not None) and name not in TORCHVISION:
+        raise ValueError(f"expected mean and std with {', '.join(TORCHVISION)} only, got them for {name}; omit them")
     folder_of_sets = Path(root or os.environ.get("QSNN_DATA") or "~/.cache/qsnn").expanduser()
     if name in EVENTS:
         return load_events(str(name), folder_of_sets, 2 if timesteps is None else timesteps, val_fraction, seed)
@@ -114,8 +120,8 @@ def load_data(
         raise ValueError(f"expected timesteps with an event set only ({', '.join(EVENTS)}), got it for {name}; omit it")
     if name == "digits":
         return _load_digits(val_fraction or 0.1, seed)
-    if name in _TORCHVISION:
-        return _load_torchvision(str(name), folder_of_sets, val_fraction, seed)
+    if name in TORCHVISION:
+        return _load_torchvision(str(name), folder_of_sets, val_fraction, seed, mean, std)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise ValueError(
@@ -153,8 +159,16 @@ def _import_datasets() -> ModuleType:
     return datasets
 
 
-def _load_torchvision(name: str, root: Path, val_fraction: float | None, seed: int) -> Data:
-    class_name, mean, std, augment = _TORCHVISION[name]
+def _load_torchvision(
+    name: str,
+    root: Path,
+    val_fraction: float | None,
+    seed: int,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+) -> Data:
+    class_name, own_mean, own_std, augment = TORCHVISION[name]
+    mean, std = mean or own_mean, std or own_std
     images = []
     for source in _read_torchvision(getattr(_import_datasets(), class_name), name, root):
         pixels = torch.as_tensor(source.data)
