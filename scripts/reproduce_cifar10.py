@@ -151,7 +151,7 @@ def train_qann(state):
 
 
 def train_on(state):
-    network = copy.deepcopy(qann)
+    network = qsnn.load(out / "qann.safetensors").to(device)  # deepcopy of an fx graph forgets how it was made
     qsnn.fit(network, data, on_config, resume=state, label="QANN on")
     return network
 
