@@ -18,6 +18,7 @@ from qsnn.graph import child_recipe, recipe_of, recorded, set_recipe
 from qsnn.loop import TimeLoop
 from qsnn.losses import (
     answer_divergence,
+    correct_divergence,
     ensemble_divergence,
     kl_divergence,
     rate_matching,
@@ -64,6 +65,8 @@ class DistillConfig:
     """Weight of the KL divergence from the teacher to the logits of every single step."""
     ensemble_weight: float = 0.0
     """Weight of the KL divergence from the student's mean over time to its single steps."""
+    correct_weight: float = 0.0
+    """Weight of the KL divergence from the mean of the steps that answer rightly to every single step."""
     regulariser_weight: float = 0.0
     """Weight of the squared distance of every step's logits from 1 (TET)."""
     rate_weight: float = 0.0
@@ -145,6 +148,7 @@ def distillation_loss(
         "step_ce": (config.step_ce_weight, lambda: step_cross_entropy(step_logits, labels, config.label_smoothing)),
         "step": (config.step_weight, lambda: taught(step_divergence, step_logits)),
         "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(step_logits, config.kd_temperature)),
+        "correct": (config.correct_weight, lambda: correct_divergence(step_logits, labels, config.kd_temperature)),
         "regulariser": (config.regulariser_weight, lambda: step_regulariser(step_logits)),
     }
     return {name: weight * term() for name, (weight, term) in terms.items() if weight}

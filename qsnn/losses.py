@@ -59,7 +59,8 @@ def step_divergence(step_logits: Tensor, target: Tensor, temperature: float = 1.
     Shape:
         step_logits z: (T, B, K); target: (B, K).
     Source:
-        Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks ...", CVPR 2025.
+        Yu et al., "Efficient Logit-based Knowledge Distillation of Deep Spiking Neural Networks for Full-Range
+        Timestep Deployment", ICML 2025.
     """
     flat = step_logits.flatten(0, 1)
     return kl_divergence(flat, target.repeat(len(step_logits), 1), temperature)
@@ -73,9 +74,37 @@ def ensemble_divergence(step_logits: Tensor, temperature: float = 1.0) -> Tensor
     Shape:
         step_logits z: (T, B, K).
     Source:
-        Yu et al., CVPR 2025 (the student's own ensemble over time as a second teacher).
+        Yu et al., ICML 2025 (the student's own ensemble over time as a second teacher).
     """
     return step_divergence(step_logits, step_logits.mean(0).detach(), temperature)
+
+
+def correct_divergence(step_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tfrac1T \sum_t \tau^2 KL(p_\tau(\bar z_C) \,\|\, p_\tau(z_t))`: every step follows those that are right.
+
+    :math:`\bar z_C` is the mean over the steps :math:`C = \{t : \arg\max z_t = y\}` that answer an image rightly, a
+    constant to the gradient; an image that no step answers rightly adds 0.
+
+    Shape:
+        step_logits z: (T, B, K); labels y: (B,).
+    Source:
+        Yu et al., ICML 2025 (the ensemble over time as a teacher), here without the steps that would teach an error.
+    """
+    right = (step_logits.detach().argmax(-1) == labels).to(step_logits.dtype)  # (T, B)
+    count = right.sum(0)
+    target = (right.unsqueeze(-1) * step_logits.detach()).sum(0) / count.clamp(min=1).unsqueeze(-1)
+    return _divergence(step_logits, target, temperature, (count > 0).to(step_logits.dtype))
+
+
+def _divergence(z: Tensor, target: Tensor, temperature: float, weight: Tensor) -> Tensor:
+    """τ² KL(target ‖ z) of every image times its weight, mean over what comes before the classes.
+
+    Shape:
+        z: (..., B, K); target: (B, K); weight: (..., B), broadcast.
+    """
+    log_p, log_q = F.log_softmax(z / temperature, -1), F.log_softmax(target / temperature, -1)
+    each = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return (each * weight).mean() * temperature**2
 
 
 def answer_divergence(step_logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:

@@ -61,6 +61,20 @@ def test_the_ensemble_is_a_constant_to_the_gradient() -> None:
     assert float(z.grad.abs().max()) < 1e-6  # type: ignore[union-attr]
 
 
+def test_steps_that_answer_rightly_teach_the_others() -> None:
+    z = torch.tensor([
+        [[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]],  # right, wrong, wrong
+        [[1.0, 0.0], [4.0, 1.0], [1.0, 2.0]],  # right, right, wrong
+    ])  # fmt: skip
+    labels = torch.tensor([0, 0, 0])
+    first, second = torch.tensor([1.5, 0.0]), z[1, 1]  # the mean of both, the one; no target for the third
+    each = [softmax_kl(first, z[t, 0]) + softmax_kl(second, z[t, 1]) for t in (0, 1)]
+    assert torch.allclose(losses.correct_divergence(z, labels), sum(each) / 6, atol=1e-6)  # 2 steps of 3 images
+    nobody = torch.tensor([[[0.0, 1.0]], [[0.0, 2.0]]], requires_grad=True)
+    losses.correct_divergence(nobody, torch.tensor([0])).backward()
+    assert not nobody.grad.any()  # type: ignore[union-attr]
+
+
 def test_rates_that_match_cost_nothing() -> None:
     y, theta = torch.rand(2, 3, 4, 4), torch.full((3, 1, 1), 0.5)
     assert float(losses.rate_matching({"a": y}, {"a": y}, {"a": theta})) == 0
