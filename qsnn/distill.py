@@ -21,11 +21,13 @@ from qsnn.losses import (
     correct_divergence,
     ensemble_divergence,
     kl_divergence,
+    negative_entropy,
     rate_matching,
     smoothed_cross_entropy,
     step_cross_entropy,
     step_divergence,
     step_regulariser,
+    strong_divergence,
 )
 from qsnn.neurons import SNN, IFNode, summed
 from qsnn.prune import finish_pruning_, prunable, start_pruning_
@@ -67,6 +69,10 @@ class DistillConfig:
     """Weight of the KL divergence from the student's mean over time to its single steps."""
     correct_weight: float = 0.0
     """Weight of the KL divergence from the mean of the steps that answer rightly to every single step."""
+    strong_weight: float = 0.0
+    """Weight of the KL divergence from an image's strongest step to its weakest (Strong2Weak)."""
+    entropy_weight: float = 0.0
+    """Reward of the entropy of every step's answer; beside a KL term of the teacher."""
     regulariser_weight: float = 0.0
     """Weight of the squared distance of every step's logits from 1 (TET)."""
     rate_weight: float = 0.0
@@ -149,6 +155,8 @@ def distillation_loss(
         "step": (config.step_weight, lambda: taught(step_divergence, step_logits)),
         "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(step_logits, config.kd_temperature)),
         "correct": (config.correct_weight, lambda: correct_divergence(step_logits, labels, config.kd_temperature)),
+        "strong": (config.strong_weight, lambda: strong_divergence(step_logits, labels, config.kd_temperature)),
+        "entropy": (config.entropy_weight, lambda: negative_entropy(step_logits)),
         "regulariser": (config.regulariser_weight, lambda: step_regulariser(step_logits)),
     }
     return {name: weight * term() for name, (weight, term) in terms.items() if weight}

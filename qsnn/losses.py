@@ -96,6 +96,39 @@ def correct_divergence(step_logits: Tensor, labels: Tensor, temperature: float =
     return _divergence(step_logits, target, temperature, (count > 0).to(step_logits.dtype))
 
 
+def strong_divergence(step_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    r""":math:`\tau^2 KL(p_\tau(z_s) \,\|\, p_\tau(z_w))`, mean over the batch: the strongest step teaches the weakest.
+
+    For each image, :math:`s = \arg\max_t p(z_t)_y` and :math:`w = \arg\min_t p(z_t)_y`, by the probability of the label
+    y; :math:`z_s` is a constant to the gradient. With T = 1 it is 0.
+
+    Shape:
+        step_logits z: (T, B, K); labels y: (B,).
+    Source:
+        Ding et al., "Synergy Between the Strong and the Weak: Spiking Neural Networks are Inherently
+        Self-Distillers", NeurIPS 2025 (Strong2Weak; there a step's confidence tells the strong from the weak).
+    """
+    images = torch.arange(len(labels), device=labels.device)
+    sure = F.softmax(step_logits.detach(), -1)[:, images, labels]  # (T, B)
+    strong, weak = step_logits.detach()[sure.argmax(0), images], step_logits[sure.argmin(0), images]
+    return kl_divergence(weak, strong, temperature)
+
+
+def negative_entropy(step_logits: Tensor) -> Tensor:
+    r""":math:`-\tfrac1T \sum_t H(p(z_t))`, :math:`H(p) = -\sum_k p_k \log p_k`: no step grows too sure of itself.
+
+    A term of the loss, so that its weight rewards entropy; from :math:`-\log K` (uniform) to 0 (certain).
+
+    Shape:
+        step_logits z: (T, B, K).
+    Source:
+        Yu et al., "Temporal Separation with Entropy Regularization for Knowledge Distillation in Spiking Neural
+        Networks", CVPR 2025 (beside the KL of every step, so that a teacher's errors weigh less).
+    """
+    log_p = F.log_softmax(step_logits, -1)
+    return (log_p.exp() * log_p).sum(-1).mean()
+
+
 def _divergence(z: Tensor, target: Tensor, temperature: float, weight: Tensor) -> Tensor:
     """τ² KL(target ‖ z) of every image times its weight, mean over what comes before the classes.
 

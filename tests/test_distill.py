@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -75,6 +76,30 @@ def test_steps_that_answer_rightly_teach_the_others() -> None:
     assert not nobody.grad.any()  # type: ignore[union-attr]
 
 
+def test_the_strongest_step_teaches_the_weakest() -> None:
+    z = torch.tensor([
+        [[3.0, 0.0], [0.0, 1.0]],
+        [[1.0, 0.0], [0.0, 2.0]],
+        [[0.0, 1.0], [1.0, 0.0]],
+    ], requires_grad=True)  # fmt: skip
+    found = losses.strong_divergence(z, torch.tensor([0, 1]))  # of image 0: step 0 teaches 2; of image 1: 1 teaches 2
+    expected = (softmax_kl(z[0, 0], z[2, 0]) + softmax_kl(z[1, 1], z[2, 1])) / 2
+    assert torch.allclose(found, expected, atol=1e-6)
+    found.backward()
+    assert z.grad is not None and not z.grad[:2].any() and z.grad[2].all()
+    assert float(losses.strong_divergence(z[:1].detach(), torch.tensor([0, 1]))) == pytest.approx(0, abs=1e-7)
+
+
+def test_entropy_by_hand() -> None:
+    even, sure = torch.zeros(1, 1, 4), torch.tensor([[[100.0, 0.0, 0.0, 0.0]]])
+    assert float(losses.negative_entropy(even)) == pytest.approx(-math.log(4))
+    assert float(losses.negative_entropy(sure)) == pytest.approx(0, abs=1e-6)
+    half = torch.tensor([[[0.0, math.log(3.0)]]])  # probabilities 1/4 and 3/4
+    assert float(losses.negative_entropy(torch.cat([half, half]))) == pytest.approx(
+        0.25 * math.log(0.25) + 0.75 * math.log(0.75)
+    )
+
+
 def test_rates_that_match_cost_nothing() -> None:
     y, theta = torch.rand(2, 3, 4, 4), torch.full((3, 1, 1), 0.5)
     assert float(losses.rate_matching({"a": y}, {"a": y}, {"a": theta})) == 0
@@ -83,9 +108,8 @@ def test_rates_that_match_cost_nothing() -> None:
 
 def test_all_terms_at_once_from_two_teachers(nets: tuple, digits: qsnn.Data) -> None:
     teacher, qann, snn = nets
-    options = dict.fromkeys(
-        ("answer_weight", "step_ce_weight", "step_weight", "ensemble_weight", "regulariser_weight", "rate_weight"), 0.1
-    )
+    terms = "answer step_ce step ensemble regulariser rate correct strong entropy"
+    options = {f"{term}_weight": 0.1 for term in terms.split()}
     student = qsnn.distill(snn, [teacher, qann], digits, config(epochs=4, batch_size=16, **options))
     assert qsnn.accuracy(student, digits.val) > 30
 
