@@ -179,6 +179,13 @@ def test_float_weights_of_other_programs_are_read(form: str, wrapped: bool, tmp_
     assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
 
 
+def test_names_of_parallel_training_are_read(tmp_path: Path) -> None:
+    source, target = ten_classes(), ten_classes()
+    torch.save({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "weights")
+    qsnn.load_weights(target, tmp_path / "weights")
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
 # ---- refusals
 
 

@@ -237,6 +237,20 @@ def test_real_sets(name: str, sizes: tuple[int, ...], shape: tuple[int, ...], fi
     assert x.mean((0, 2, 3)).abs().max() < 3e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 3e-3
 
 
+@real_data
+def test_a_trained_network_brings_its_own_numbers() -> None:
+    data = load_data("cifar10", mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
+    assert (data.mean, data.std) == ((0.5, 0.4, 0.3), (0.2, 0.25, 0.5))
+    assert isinstance(data.test, ImageSet)
+    pixel, seen = data.test.images[3, :, 5, 7].float() / 255, data.test[3][0][:, 5, 7]
+    torch.testing.assert_close(seen, (pixel - torch.tensor(data.mean)) / torch.tensor(data.std))
+
+
+def test_numbers_of_a_set_that_has_none_to_choose() -> None:
+    with pytest.raises(ValueError, match="expected mean and std with mnist, fashion-mnist, cifar10 only"):
+        load_data("digits", mean=(0.5,), std=(0.5,))
+
+
 def test_folder_with_parts(tmp_path: Path) -> None:
     data = load_data(image_tree(tmp_path / "three", {"train": 4, "val": 2, "test": 3}))
     assert repr(data).endswith("8 train, 4 val, 6 test images of 3x6x6, 2 classes)")
