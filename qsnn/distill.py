@@ -93,6 +93,8 @@ class DistillConfig:
     """Train the teacher too, which learns from the student; see :func:`distill_together`."""
     sparsity: float = 0.0
     """Part of the weights that is pruned, by magnitude in every layer, growing during the training [0, 1)."""
+    ema: float = 0.0
+    """Decay of the running mean of the weights that the student ends with, by step; see :class:`qsnn.TrainConfig`."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: int | None = None
@@ -130,7 +132,7 @@ class DistillConfig:
         return TrainConfig(
             epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, batch_size=self.batch_size,
             weight_decay=self.weight_decay, label_smoothing=self.label_smoothing, augment=self.augment,
-            kd_temperature=self.kd_temperature, train_images=self.train_images, precision=self.precision,
+            kd_temperature=self.kd_temperature, ema=self.ema, train_images=self.train_images, precision=self.precision,
             compile=self.compile, seed=self.seed,
         )  # fmt: skip
 

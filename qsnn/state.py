@@ -37,14 +37,21 @@ class Progress:
 
 
 def save_state(
-    path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any, config: dict[str, Any], progress: Progress
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    config: dict[str, Any],
+    progress: Progress,
+    average: dict[str, Tensor],
 ) -> None:
-    """Write model, optimizer and progress beside the file and rename, so that a kill leaves the last good one."""
+    """Write all that a run goes on from beside the file and rename, so that a kill leaves the last good one."""
     tensors = {f"model.{name}": _plain(value) for name, value in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if value is not None:
                 tensors[f"optimizer.{index}.{name}"] = _plain(torch.as_tensor(value))
+    tensors |= {f"average.{name}": _plain(value) for name, value in average.items()}
     meta = {"config": config, "progress": asdict(progress), "step": scheduler.last_epoch}
     write_atomic(path, save_tensors(tensors, {"qsnn.fit": json.dumps(meta)}))
 
@@ -62,6 +69,7 @@ class State:
     optimizer: dict[int, dict[str, Tensor]]
     step: int
     progress: Progress
+    average: dict[str, Tensor]
 
     def restore_(self, optimizer: Any, scheduler: Any) -> Progress:
         """Set optimizer and learning rate as they were, in place; return the progress."""
@@ -97,4 +105,5 @@ def read_state(path: str | Path | None, config: dict[str, Any]) -> State | None:
             _, index, key = name.split(".", 2)
             optimizer.setdefault(int(index), {})[key] = value
     model = {name[6:]: value for name, value in tensors.items() if name.startswith("model.")}
-    return State(model, optimizer, meta["step"], progress)
+    average = {name[8:]: value for name, value in tensors.items() if name.startswith("average.")}
+    return State(model, optimizer, meta["step"], progress, average)

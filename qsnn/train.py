@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from qsnn.averaging import WeightAverage, estimate_norms_
 from qsnn.board import Board
 from qsnn.data import Data, batch_sizes, batches
 from qsnn.graph import device_of, recipe_of, set_recipe
@@ -30,6 +31,8 @@ from qsnn.state import Progress as Done
 
 CHECKPOINT_SECONDS = 300.0
 """A run with a ``resume`` file writes its state after each epoch, and within one at the latest after so long [s]."""
+NORM_IMAGES = 5_000
+"""Training images that batch norms are estimated on where weights were averaged."""
 DIVERGED = 100.0
 """A loss so many times that of the first epoch stops a run [1]."""
 
@@ -59,6 +62,9 @@ class TrainConfig:
     """Where a teacher is given: weight of the KL term; the cross entropy has 1 - kd_weight [0, 1]."""
     kd_temperature: float = 1.0
     """Temperature τ of the KL term [1]."""
+    ema: float = 0.0
+    """Decay of the running mean of the weights that the run ends with, by step, e.g. 0.999; 0: the last weights. Batch
+    norms are then estimated anew [0, 1)."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: int | None = None
@@ -82,6 +88,8 @@ class TrainConfig:
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"expected 0 <= ema < 1, got {self.ema}; 0.999 reaches back about 1,000 steps")
         if not 0 <= self.label_smoothing < 1 or not 0 <= self.kd_weight <= 1 or not self.kd_temperature > 0:
             raise ValueError(
                 f"expected 0 <= label_smoothing < 1, 0 <= kd_weight <= 1, kd_temperature > 0, got "
@@ -135,7 +143,7 @@ def fit(
     device, (rank, world) = device_of(model), rank_and_world()
     train: Any = data.train
     if config.train_images is not None:
-        train = train.head(config.train_images) if hasattr(train, "head") else Subset(train, range(config.train_images))
+        train = _head(train, config.train_images)
     if not hasattr(train, "__len__"):
         raise ValueError("data.train must be a Dataset with a length")
     sizes = batch_sizes(len(train), config.batch_size, world)
@@ -144,6 +152,9 @@ def fit(
         model.load_state_dict(state.model)  # before the optimizer: Brevitas makes new parameters when it loads
     optimizer, scheduler = _optimizer(model, config, len(sizes))
     done = Done() if state is None else state.restore_(optimizer, scheduler)
+    average = WeightAverage(model, config.ema) if config.ema else None
+    if average is not None and state is not None:
+        average.restore_(state.average)
     if config.epochs == len(done.history):
         model.eval()
         return done.history
@@ -160,7 +171,8 @@ def fit(
     def save() -> None:
         nonlocal saved
         if resume is not None and is_main():
-            save_state(resume, model, optimizer, scheduler, asdict(config), done)
+            averaged = {} if average is None else average.weights
+            save_state(resume, model, optimizer, scheduler, asdict(config), done, averaged)
         saved = time.monotonic()
 
     with _progress() as progress, torch.random.fork_rng(), board:
@@ -189,11 +201,20 @@ def fit(
                     scheduler.step()
                     if after_step is not None:
                         after_step(scheduler.last_epoch, total)
+                    if average is not None:
+                        average.update_(model, scheduler.last_epoch)
                     done.batch, done.total = batch + 1, done.total + number
                     board.step(scheduler.last_epoch, terms, scheduler.get_last_lr()[0])
                     progress.advance(bar)
                     if world == 1 and time.monotonic() - saved > CHECKPOINT_SECONDS:
                         save()
+            if average is not None and epoch + 1 == config.epochs:
+                average.apply_(model)
+                few = batches(
+                    _head(train, NORM_IMAGES), config.batch_size, generator=generator, device=device,
+                    augment=config.augment or data.augment, share=(rank, world),
+                )  # fmt: skip
+                estimate_norms_(model, (laid_out(images, torch.channels_last) for images, _ in few))
             lay_out_(model.eval(), torch.contiguous_format)
             average_buffers_(model)
             right, seen = total_of(torch.tensor(_count(model, data.val, 500, (rank, world)), device=device)).tolist()
@@ -210,6 +231,11 @@ def fit(
                 )
     model.eval()
     return done.history
+
+
+def _head(part: Any, n: int) -> Any:
+    """The first n images of a Dataset."""
+    return part.head(n) if hasattr(part, "head") else Subset(part, range(min(n, len(part))))
 
 
 class _Step(nn.Module):
