@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -104,7 +106,8 @@ def epoch_seconds(
     def timed(images: int, checked: int) -> float:
         few = replace(data, train=_first(data.train, images), val=_first(data.val, checked))
         begun = time.perf_counter()
-        train(few)
+        with contextlib.redirect_stdout(io.StringIO()):  # the progress of a measurement tells nobody anything
+            train(few)
         return time.perf_counter() - begun
 
     some = min(held, 500)

@@ -316,8 +316,8 @@ def _data(recipe: dict[str, Any], file: Path, root: Path | None) -> Data:
     if name is None:
         raise ValueError(f"{file} does not say which data set it was made for; use the Python interface")
     own = recipe["data"]  # what a torchvision set was normalised by belongs to the network; others have one way only
-    numbers = {key: tuple(own[key]) for key in ("mean", "std") if name in TORCHVISION and key in own}
-    return load_data(name, root=root, timesteps=own.get("frames"), **numbers)
+    mean, std = (tuple(own[key]) if name in TORCHVISION and key in own else None for key in ("mean", "std"))
+    return load_data(name, root=root, timesteps=own.get("frames"), mean=mean, std=std)
 
 
 def _certify(snn: SNN, qann: nn.Module, file: Path, root: Path | None) -> None:

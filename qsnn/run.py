@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from qsnn.benchmark import Benchmark, benchmark
+from qsnn.budget import Stage, epoch_seconds, seconds_of, shared_epochs, told
 from qsnn.certify import certify
 from qsnn.checkpoint import file_hash, load, load_weights, read_recipe, resume_file, save
 from qsnn.convert import ConvertConfig, convert
@@ -22,9 +25,9 @@ from qsnn.fold import fold
 from qsnn.graph import recipe_of, set_recipe
 from qsnn.models import create_model
 from qsnn.neurons import SNN
-from qsnn.parallel import start
+from qsnn.parallel import is_main, start, wait
 from qsnn.quantize import QuantizeConfig, quantize
-from qsnn.records import Record, append, environment, now
+from qsnn.records import Record, append, environment, now, write_atomic
 from qsnn.report import draw_curve, write_report
 from qsnn.train import TrainConfig, fit
 
@@ -58,6 +61,8 @@ class RunConfig:
     """Label smoothing of the student's cross entropy."""
     epochs: tuple[int, int, int] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
+    budget: str | None = None
+    """Time for all training, "90s", "110m", "2h": a few steps are measured, and epochs chosen that fit into it."""
     seed: int = 0
     """Of weights, order and augmentation."""
     data_root: Path | None = None
@@ -73,6 +78,10 @@ class RunConfig:
         Raises:
             ValueError: which option, and what it may be.
         """
+        if self.budget is not None:
+            seconds_of(self.budget)
+            if self.epochs is not None:
+                raise ValueError(f"expected epochs or budget, got both: {self.epochs} and {self.budget!r}")
         if self.max_timesteps < 1:
             raise ValueError(f"max_timesteps must be a whole number of at least 1, got {self.max_timesteps}")
 
@@ -108,7 +117,13 @@ class _Flow:
         self.config, self.data, self.say, self.device = config, data, say, start(config.device)
         self.out = Path(config.out)
         self.stages: list[tuple[str, float]] = []
-        epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
+        self._configure(config.epochs or _EPOCHS.get(config.data, (20, 15, 10)))
+        if config.budget is not None:
+            self._configure(self._planned(config.budget))
+
+    def _configure(self, epochs: tuple[int, int, int]) -> None:
+        """Set how each stage trains."""
+        config = self.config
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
         self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed)
         if config.weight_bits == 1:  # signs flip more readily under AdamW
@@ -118,6 +133,46 @@ class _Flow:
         self.distill_config = DistillConfig(
             timesteps=config.timesteps, epochs=epochs[2], label_smoothing=config.label_smoothing, seed=config.seed
         )
+
+    def _planned(self, budget: str) -> tuple[int, int, int]:
+        """The epochs that fit into a budget, from the time of a few steps; measured once, then kept beside the files.
+
+        The stages share the time as their usual epochs do.
+        """
+        plan, names = self.out / "plan.json", ("data", "model", "weights", "weight_bits", "levels", "timesteps")
+        about = _plain({"budget": budget, **{name: getattr(self.config, name) for name in names}})
+        found = json.loads(plan.read_text()) if plan.exists() and not self.config.fresh else {}
+        if found.get("about") != about:
+            stages = self._measured()
+            epochs = shared_epochs(seconds_of(budget), stages)
+            self.say(told(seconds_of(budget), stages, epochs))
+            if is_main():  # whose clock decides for all
+                write_atomic(plan, json.dumps({"about": about, "epochs": epochs}))
+            wait()
+            found = json.loads(plan.read_text())
+        chosen = found["epochs"]
+        return chosen.get("teacher", 0), chosen["QANN"], chosen["student"]
+
+    def _measured(self) -> dict[str, Stage]:
+        """What an epoch of each stage takes that will be trained."""
+        teacher = create_model(self.config.model, self.data, seed=self.config.seed).to(self.device).eval()
+        qann = quantize(teacher, self.data, self.quantize_config)
+        snn = convert(qann, self.convert_config)
+        first, second = (replace(config, epochs=1) for config in (self.teacher_config, self.qat_config))
+        third = replace(self.distill_config, epochs=1)
+        trains: dict[str, Callable[[Data], Any]] = {
+            "teacher": lambda part: fit(copy.deepcopy(teacher), part, first),
+            "QANN": lambda part: fit(copy.deepcopy(qann), part, second, teacher=teacher),
+            "student": lambda part: distill(snn, qann, part, third),
+        }
+        usual: tuple[TrainConfig | DistillConfig, ...] = (self.teacher_config, self.qat_config, self.distill_config)
+        return {
+            name: Stage(
+                seconds=epoch_seconds(train, self.data, batch_size=config.batch_size), share=float(config.epochs)
+            )
+            for (name, train), config in zip(trains.items(), usual, strict=True)
+            if name != "teacher" or self.config.weights is None
+        }
 
     def run(self) -> RunResult:
         started = time.perf_counter()

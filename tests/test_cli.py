@@ -167,6 +167,18 @@ def test_a_flow_that_was_stopped_ends_with_the_same_weights(
     assert files(stopped) == files(tmp_path / "whole" / "flow") and len(files(stopped)) == 5
 
 
+def test_a_budget_becomes_epochs_once(
+    tiny: str, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("run", "--model", tiny, "--budget", "4s", "--max-timesteps", 2, "--out", tmp_path / "flow")
+    steps.of(*run)
+    shown = capsys.readouterr().out
+    assert "budget 0 min: teacher" in shown and "epoch 1/1, loss" not in shown
+    plan = json.loads((tmp_path / "flow" / "plan.json").read_text())
+    assert sorted(plan["epochs"]) == ["QANN", "student", "teacher"] and min(plan["epochs"].values()) >= 1
+    assert steps.of(*run) == 0  # not measured again, so that every stage is found done
+
+
 @pytest.mark.parametrize("command", ["train", "quantize", "distill"])
 def test_a_command_that_was_stopped_ends_with_the_same_file(
     command: str, chain: Path, tmp_path: Path, steps: Steps, images: torch.Tensor
@@ -434,6 +446,8 @@ def test_numbers_out_of_range(chain: Path, tmp_path: Path, refused: Callable[...
         (("run", "--weight-bits", 0), "weight bits must be 1 to 8, 16 (fp16) or 32 (float), got 0"),
         (("run", "--levels", 0), "levels must be 1 to 255, got 0"),
         (("run", "--epochs", 1, 1, -1), "expected epochs >= 0"),
+        (("run", "--budget", "2d"), "expected a time like 90s, 110m, 2h or 1h30m, got '2d'"),
+        (("run", "--budget", "2h", "--epochs", 1, 1, 1), "expected epochs or budget, got both"),
         (("quantize", chain / "teacher", "--weight-bits", 0), "weight bits must be 1 to 8, 16 (fp16) or 32"),
         (("quantize", chain / "teacher", "--act-bits", 0), "act_bits must be 1 to 8, got 0"),
         (("quantize", chain / "teacher", "--levels", 0), "levels must be 1 to 255, got 0"),
