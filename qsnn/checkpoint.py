@@ -260,7 +260,7 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
         quant = level_quant(module)
         if quant is not None:
             step = tensors.get(f"network.{name}.step", torch.ones(()))  # any step builds the same spiking network
-            quant.scaling_impl.value.data.fill_(float(step) * quant.levels)
+            quant.set_threshold_(float(step) * quant.levels)
     snn = spiking_structure(model, ConvertConfig(**recipe["convert"]), tuple(shape or ()))
     for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
         for what in ("threshold", "initial", "tau"):  # a trained one may be a value a channel

@@ -288,10 +288,7 @@ class _Reference:
         for name, step in steps.items():
             quant = level_quant(self.model.get_submodule(name))
             assert quant is not None
-            # Brevitas' chain of operations, not our fused one, with the step that was read
-            quant.fused = False
-            quant.scaling_impl = _Constant(step)
-            quant.ready = True
+            quant.fix_step_(_Constant(step))
             if not quant.signed:
                 self.levels[name], self.steps[name] = quant.levels, step
 

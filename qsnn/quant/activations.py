@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from brevitas.core.bit_width import BitWidthConst
 from brevitas.core.function_wrapper import Identity
-from brevitas.core.quant import IntQuant, RescalingIntQuant
+from brevitas.core.quant import RescalingIntQuant
 from brevitas.core.restrict_val import FloatRestrictValue
 from brevitas.core.scaling import ParameterScaling
 from brevitas.core.utils import StatelessBuffer
@@ -19,6 +19,8 @@ from brevitas.core.zero_point import ZeroZeroPoint
 from brevitas.inject import ExtendedInjector
 from brevitas.proxy import ActQuantProxyFromInjector
 from torch import Tensor, nn
+
+from qsnn.quant.levels import LevelIntQuant, LevelScaling
 
 
 def round_half_up(x: Tensor) -> Tensor:
@@ -101,39 +103,8 @@ def dense_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
-class LevelIntQuant(IntQuant):
-    r"""Brevitas' integer quantizer of any levels: :math:`\mathrm{clip}(\lfloor x/s + \tfrac12\rfloor, n_0, L)`.
-
-    :math:`n_0 = 0`, or :math:`-L` where signed; s: the step. The gradient passes straight through the rounding.
-
-    Source: Jacob et al., "Quantization and Training of Neural Networks ...", CVPR 2018.
-    """
-
-    def __init__(
-        self, levels: int, signed: bool, narrow_range: bool, input_view_impl: nn.Module, float_to_int_impl: nn.Module
-    ) -> None:
-        super().__init__(narrow_range, signed, input_view_impl, float_to_int_impl)
-        self.levels = levels
-
-    def min_int(self, bit_width: Tensor) -> Tensor:
-        """0, or -L when signed, as ()."""
-        return torch.full_like(bit_width, -self.levels if self.signed else 0)
-
-    def max_int(self, bit_width: Tensor) -> Tensor:
-        """L, as ()."""
-        return torch.full_like(bit_width, self.levels)
 
 
-class LevelScaling(nn.Module):
-    """The integer that the threshold θ is divided by to give the step, s = θ / L."""
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        self.levels = StatelessBuffer(torch.tensor(float(levels)))
-
-    def forward(self, bit_width: Tensor) -> Tensor:
-        """L, as (), whatever the bit width."""
-        return self.levels()
 
 
 class LevelQuant(RescalingIntQuant):
@@ -150,6 +121,8 @@ class LevelQuant(RescalingIntQuant):
     Source: Esser et al., "Learned Step Size Quantization", ICLR 2020; Bu et al., "Optimal ANN-SNN Conversion ...",
     ICLR 2022 (the same function, seen from the IF neuron).
     """
+
+    scaling_impl: Any
 
     def __init__(
         self,
@@ -185,6 +158,19 @@ class LevelQuant(RescalingIntQuant):
         return self.scaling_impl(self.scaling_impl.value, self.int_scaling_impl(self.msb_clamp_bit_width_impl()))
 
     @torch.no_grad()
+    def set_threshold_(self, theta: float | Tensor) -> None:
+        """Set θ, a number or (), in place: the parameter stays the one that an optimizer holds."""
+        self.scaling_impl.value.fill_(float(theta))
+
+    def share_step_(self, other: LevelQuant) -> None:
+        """Take θ and what calibration sees from ``other``, from now on: values that meet have one step."""
+        self.scaling_impl, self.samples = other.scaling_impl, other.samples
+
+    def fix_step_(self, step: nn.Module) -> None:
+        """Run Brevitas' own chain of operations, not our fused one, with a step that ``step`` gives when called."""
+        self.fused, self.scaling_impl, self.ready = False, step, True
+
+    @torch.no_grad()
     def calibrate_(self, x: Tensor) -> None:
         """Set θ so that (Q) has the least mean-squared error on x; signed quantizers take max|x|.
 
@@ -197,7 +183,7 @@ class LevelQuant(RescalingIntQuant):
         else:
             self.samples.append(x[:: max(1, x.numel() // 2**20)].clamp(0, self.cap))
             top = _least_squares_threshold(torch.cat(self.samples), self.levels) * self.threshold_scale
-        self.scaling_impl.value.fill_(float(top) if bool(top > 0) else 1.0)  # 1: a dead layer, any step does
+        self.set_threshold_(top if bool(top > 0) else 1.0)  # 1: a dead layer, any step does
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, *) -> y (B, *), s, the zero point 0 and the bit width, as Brevitas expects.

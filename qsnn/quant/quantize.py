@@ -225,7 +225,7 @@ def _share_steps_(network: fx.GraphModule) -> None:
                 groups[member] = merged
     for first, *others in groups.values():
         for other in others:
-            other.scaling_impl, other.samples = first.scaling_impl, first.samples
+            other.share_step_(first)
 
 
 def _bits_of(name: str, weighted: list[str], config: QuantizeConfig) -> int:

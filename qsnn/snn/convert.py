@@ -192,7 +192,7 @@ def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
             if not module.dynamics.plain or module.threshold.dim() or bool((module.initial != 0.5).any()):
                 raise ValueError(f"{name} is no IF neuron of one threshold and half of it at the start")
             if quant is not None and float(quant.step.double() * quant.levels) != float(module.threshold):
-                quant.scaling_impl.value.fill_(float(module.threshold))
+                quant.set_threshold_(module.threshold)
         elif does(module) in ("weighs", "normalises", "decides", "scales", "shifts") or level_quant(module) is not None:
             try:
                 twin.get_submodule(name).load_state_dict(module.state_dict())
