@@ -22,9 +22,19 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(config))
 
 
+LATER = ("correct_weight", "strong_weight", "entropy_weight")
+"""Options that came after most records were made; 0 is what was before them, and is what a record without them says."""
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _said(item) for name, item in value.items() if name not in LATER or item != 0}
+    return value
+
+
 def key(name: str, data: str, config: dict[str, Any]) -> Key:
     """What tells one row from another: its name, its data set and its whole config."""
-    return name, data, json.dumps(config, sort_keys=True)
+    return name, data, json.dumps(_said(config), sort_keys=True)
 
 
 def stored(path: Path) -> dict[Key, Record]:
@@ -66,7 +76,7 @@ def experiment(config: dict[str, Any]) -> str:
 
     # run.epochs says only whether the epochs, which stand in each stage's config, were typed or are the default
     run = {name: value for name, value in config.get("run", {}).items() if name not in ("out", "epochs")}
-    return json.dumps(without_seeds({**config, "run": run}), sort_keys=True)
+    return json.dumps(without_seeds(_said({**config, "run": run})), sort_keys=True)
 
 
 def flow(records: Iterable[Record], prefix: str, models: Sequence[str], data: str) -> dict[str, list[Record]]:
