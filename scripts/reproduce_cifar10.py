@@ -40,6 +40,8 @@ parser.add_argument("--epochs", type=int, nargs=3, default=(40, 30, 30), metavar
 parser.add_argument("--budget", default=None, help="90s, 110m, 2h: epochs are chosen so that the training fits")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default=None)
+parser.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="of student and QANN on")
+parser.add_argument("--only", choices=("student", "qann-on"), default=None, help="train one of the last two, then stop")
 parser.add_argument("--out", type=Path, default=None)
 parser.add_argument("--records", type=Path, default=None, help="append the records here too")
 args = parser.parse_args()
@@ -55,16 +57,18 @@ data = qsnn.load_data("cifar10", **(STRANGERS if args.weights else {}))
 data = replace(data, train=data.train.to(device), val=data.val.to(device), test=data.test.to(device))
 
 # --- how each stage trains --------------------------------------------------------------------------------------------
-common = {"train_images": images, "precision": "bf16" if device.type == "cuda" else "fp32", "seed": args.seed}
+precision = "bf16" if device.type == "cuda" else "fp32"
+common = {"train_images": images, "precision": precision, "seed": args.seed}
+last_two = {"seed": args.seed + 1, "precision": args.precision or precision}  # another order than in the stages before
 low_bits = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.0, "batch_size": 64, **common}
 teacher_config = qsnn.TrainConfig(epochs=epochs[0], lr=0.1, label_smoothing=0.1, **common)
 quantize_config = qsnn.QuantizeConfig(weight_bits=args.weight_bits, levels=2)
 qann_config = qsnn.TrainConfig(epochs=epochs[1], kd_weight=0.0, **low_bits)
-on_config = replace(qann_config, epochs=epochs[2], seed=args.seed + 1)  # another order than in the first stage
+on_config = replace(qann_config, epochs=epochs[2], **last_two)
 convert_config = qsnn.ConvertConfig(timesteps=2, firing="online")
 student_config = qsnn.DistillConfig(
     timesteps=2, epochs=epochs[2], label_smoothing=0.0, ce_weight=0.5, step_ce_weight=0.5, kd_weight=0.0,
-    surrogate="box", train_threshold="channel", train_initial="channel", **{**low_bits, "seed": args.seed + 1},
+    surrogate="box", train_threshold="channel", train_initial="channel", **{**low_bits, **last_two},
 )  # fmt: skip
 
 
@@ -144,6 +148,10 @@ def train_on(state):
     return network
 
 
+def train_student(state):
+    return distilled(snn, data, student_config, resume=state, label="student")
+
+
 # --- the stages -------------------------------------------------------------------------------------------------------
 teacher = stage("teacher", ("teacher",), train_teacher)
 qann = stage("qann", ("quantize", "train"), train_qann, teacher)
@@ -151,10 +159,14 @@ snn = stage("snn", ("convert",), lambda state: qsnn.convert(qann, convert_config
 certificate = qsnn.certify(snn, qann, data.test, images=1_000)
 said = f"deferred at T = {certificate.timesteps}, {certificate.images} images: {certificate.verdict}"
 print("certificate,", said, flush=True)
-student = stage(
-    "student", ("distill",), lambda state: distilled(snn, data, student_config, resume=state, label="student"), snn
-)
-on = stage("qann-on", ("on",), train_on, qann)
+last = {
+    "student": lambda: stage("student", ("distill",), train_student, snn),
+    "qann-on": lambda: stage("qann-on", ("on",), train_on, qann),
+}
+if args.only:  # two processes share a machine of two cores; a third start tests what both have made
+    last[args.only]()
+    raise SystemExit(0)
+student, on = last["student"](), last["qann-on"]()
 
 # --- test, read once --------------------------------------------------------------------------------------------------
 models = {"teacher": teacher, "QANN": qann, "QANN on": on, "SNN online": snn, "student": student}
