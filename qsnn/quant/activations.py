@@ -59,21 +59,29 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+SHORT = (torch.bfloat16, torch.float16)
+"""The dtypes of a layer's answer under autocast."""
+
+
 class _LevelFunction(torch.autograd.Function):
     """Equation (Q) and its gradient in few passes over memory; autograd through Brevitas' chain of ops takes many."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-        q = x / step
+        # under autocast: a sum over bfloat16 is slow on a CPU, and a level should not depend on a short quotient
+        q = x.float() / step if x.dtype in SHORT else x / step
         y = _levels(q, low, high).mul_(step)
         ctx.save_for_backward(q, y, step)  # y costs nothing: the next layer keeps it anyway
         ctx.low, ctx.high = low, high
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         q, y, step = ctx.saved_tensors
-        low, high = ctx.low, ctx.high
+        low, high, dtype = ctx.low, ctx.high, grad.dtype
+        # a mean over the image hands back gradients in another layout than the activations have, and a residual sum
+        # hands them on through the whole stage: every pass of every layer would mix the two, at half the speed
+        grad = grad if grad.stride() == q.stride() and dtype == q.dtype else torch.empty_like(q).copy_(grad)
         # hardtanh's backward is one pass that keeps the gradient strictly inside an interval: as Esser et al. between
         # the outermost levels, 0 < x < θ, which lies symmetric around the points where an activation jumps
         edge = 0.5 * (low < 0)
@@ -83,7 +91,7 @@ class _LevelFunction(torch.autograd.Function):
             gain = 1.0 / math.sqrt(q.numel() / q.shape[0] * high)  # Esser et al. 2020, per sample
             total = dense_dot(grad, y) / step - dense_dot(grad_x, q)
             grad_step = total.mul_(gain).reshape(step.shape)
-        return grad_x, grad_step, None, None
+        return grad_x.to(dtype), grad_step, None, None
 
 
 def _levels(q: Tensor, low: int, high: int) -> Tensor:
@@ -101,10 +109,6 @@ def dense_dot(a: Tensor, b: Tensor) -> Tensor:
         flat = (a.numel(),), (1,)
         return torch.dot(a.as_strided(*flat, a.storage_offset()), b.as_strided(*flat, b.storage_offset()))
     return (a * b).sum()
-
-
-
-
 
 
 class LevelQuant(RescalingIntQuant):
