@@ -251,5 +251,5 @@ def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, begun: An
 def _certify(snn: SNN, qann: nn.Module, data: Data) -> None:
     certificate = certify(snn, qann, data.test)
     print(certificate)
-    if not certificate.exact:
+    if not certificate.within_rounding:
         raise ValueError("the spiking network is not equal to the quantized one")

@@ -165,7 +165,7 @@ class _Flow:
         results = self._benchmark(teacher, qann, snn, folded)
         self.stages.seconds["all"] = time.perf_counter() - started
         files = self._write(results, certificate, folded)
-        return RunResult(results, str(certificate), certificate.exact, files)
+        return RunResult(results, str(certificate), certificate.within_rounding, files)
 
     def _teacher(self, state: Path) -> nn.Module:
         teacher, _ = create_fitting(self.config.model, self.data, seed=self.config.seed)

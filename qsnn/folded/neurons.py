@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsnn.folded.kept import Kept
 from qsnn.folded.layers import EXACT_FLOAT32
 from qsnn.graph.call import Call, current
 from qsnn.snn.equations import Dynamics, deferred, integrated, per_channel, simulate
@@ -236,7 +237,7 @@ class IntegerIF(nn.Module):
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
-        self._prepared: dict[Any, Any] = {}
+        self._prepared = Kept()
 
     @property
     def sign(self) -> Tensor:
@@ -251,12 +252,11 @@ class IntegerIF(nn.Module):
         """The table, the sign where a gain is negative, and whether float32 is too short; made anew when a buffer
         changes."""
         buffers = (self.factors, self.divisor, self.bias, self.threshold, self.initial, self.input_bound)
-        key = tuple((buffer.data_ptr(), buffer._version) for buffer in buffers)
-        prepared = self._prepared  # another thread may put a new one in its place
-        if prepared.get("key") != key:
+        prepared = self._prepared.of(buffers)
+        if "bound" not in prepared:
             sign = self.sign
-            negative = shaped(sign, self.shape) if bool((sign < 0).any()) else None
-            prepared = self._prepared = {"key": key, "sign": negative, "bound": float(self.input_bound)}
+            prepared["sign"] = shaped(sign, self.shape) if bool((sign < 0).any()) else None
+            prepared["bound"] = float(self.input_bound)
         last_only = firing == "deferred"
         found = prepared.get((timesteps, last_only, dtype))
         if found is None:
