@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, default_collate
 
-from qsnn.graph.trace import takes_frames
+from qsnn.graph.recipe import input_shape_of
+from qsnn.graph.trace import device_of, takes_frames
 
 AUGMENTS = ("none", "flip", "shift", "flip+shift")
 
@@ -105,13 +106,13 @@ class Data:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image or of one frame, (C, L) of a signal, (F,) of a vector."""
-        return tuple(self.train[0][0].shape[-3:])
+        return tuple(_first_image(self.train).shape[-3:])
 
     @property
     def frames(self) -> int | None:
         """Frames of a recording, one for each time step; None for images."""
-        item = self.train[0][0]
-        return item.shape[0] if item.dim() == 4 else None
+        item = _first_image(self.train)
+        return int(item.shape[0]) if item.dim() == 4 else None
 
     @property
     def num_classes(self) -> int:
@@ -125,6 +126,17 @@ class Data:
         what = what if self.frames is None else f"recordings of {self.frames} frames of"
         answers = f"{self.num_classes} classes" if self.classes else "numbers to predict"
         return f"Data({self.name}: {sizes} {what} {'x'.join(map(str, self.shape))}, {answers})"
+
+
+def _first_image(part: Any) -> Tensor:
+    try:
+        image = part[0][0]
+    except (TypeError, IndexError, KeyError):
+        image = None
+    if not isinstance(image, Tensor) or not image.dim():
+        got = f"{type(part).__name__} with {type(image).__name__} in it"
+        raise ValueError(f"expected data.train to be a Dataset of (image, label) with at least one image, got {got}")
+    return image
 
 
 def hold_out(n: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,6 +206,25 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None, dtype: torc
         )
 
 
+def check_channels(images: Tensor, model: nn.Module | None) -> None:
+    """Refuse a batch of another number of channels, or of another kind, than the network was made for.
+
+    Args:
+        images: (B, C, *), frames (B, T, C, *), or vectors (B, F).
+        model: a network whose recipe tells the shape of an image; of any other nothing is known.
+    Raises:
+        ValueError: both shapes.
+    """
+    shape = None if model is None else input_shape_of(model)
+    if shape is None:
+        return
+    at = images.dim() - len(shape)
+    if at not in (1, 2) or images.shape[at] != shape[0]:
+        want = f"(B, {', '.join(map(str, shape))})"
+        got = tuple(images.shape)
+        raise ValueError(f"expected images of shape {want}, as the network was made for, got {got}; use its own data")
+
+
 def _augment(images: Tensor, augment: str, generator: torch.Generator, black: Tensor | float) -> Tensor:
     """Flip left-right with probability 1/2, then shift by up to p pixels each way; black fills the border."""
     if images.dim() == 5:  # all frames of a recording move together
@@ -233,6 +264,7 @@ def batches(
     augment: str | None = None,
     device: torch.device | str | None = None,
     share: tuple[int, int] = (0, 1),
+    model: nn.Module | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
     """One pass over the data in batches (images, labels); the last one may be smaller.
 
@@ -247,6 +279,7 @@ def batches(
         device: where the batches go; by default they stay where the data is.
         share: (rank, world): this process takes every world-th image of each batch of a Dataset; all must give
             generators of the same seed.
+        model: the network that is to see them: they go to its device, and must have the channels it was made for.
     Shape:
         images: (B, C, H, W) float32; labels: (B, *) int64 or float32, in the structure of the data.
     Raises:
@@ -269,7 +302,8 @@ def batches(
     if augment != "none" and generator is None:
         call = "generator=torch.Generator().manual_seed(0)"
         raise ValueError(f"expected a generator to draw augment={augment!r} from, got None; pass {call}")
-    return _batches(data, batch_size, generator, augment, device, share)
+    device = device_of(model) if device is None and model is not None else device
+    return _batches(data, batch_size, generator, augment, device, share, model)
 
 
 def _batches(
@@ -279,6 +313,7 @@ def _batches(
     augment: str,
     device: torch.device | str | None,
     share: tuple[int, int],
+    model: nn.Module | None,
 ) -> Iterator[tuple[Tensor, Any]]:
     batch = None
     raw = _raw_batches(data, batch_size, generator, share) if isinstance(data, Dataset) else data
@@ -291,6 +326,7 @@ def _batches(
         if not isinstance(data, ImageSet):  # whose images are right by construction; a look would stall a GPU
             check_images(images)
             labels = checked_labels(labels, len(images))
+        check_channels(images, model)
         images, labels = images.to(device), tree_map(lambda leaf: leaf.to(device), labels)
         if generator is not None and augment != "none":
             if any(leaf.dim() > 2 and leaf.shape[-2:] == images.shape[-2:] for leaf in tree_leaves(labels)):
@@ -341,7 +377,15 @@ def _raw_batches(
         if isinstance(data, ImageSet):  # bytes: they are moved and augmented before they grow into floats
             yield data.images[at.to(data.images.device)], data.labels[at.to(data.labels.device)]
         else:
-            yield default_collate([data[i] for i in at.tolist()])
+            try:
+                batch = default_collate([data[i] for i in at.tolist()])
+            except (TypeError, RuntimeError, LookupError, AttributeError) as error:
+                raise ValueError(
+                    f"expected {len(data)} items (image, label) of one shape from {type(data).__name__}, whose items "
+                    f"{at[0]} to {at[-1]} cannot be read or stacked: {type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:200]}"
+                ) from error
+            yield batch
 
 
 def summed(images: Tensor, model: nn.Module | None) -> Tensor:

@@ -63,6 +63,7 @@ def batch_within(
     most: int,
     *,
     device: torch.device | str | None = None,
+    model: nn.Module | None = None,
     limit: int = MOST_BYTES,
 ) -> int:
     r"""Return how many images a call may take at once, so that its tensors fit into ``limit``.
@@ -76,14 +77,14 @@ def batch_within(
         call: runs the network on a batch.
         data: a Dataset. An iterable of batches keeps its own size, so that ``most`` is returned.
         most: the largest batch size, images.
-        device: of the network.
+        device, model: of the network, as for :func:`~qsnn.data.images.batches`.
         limit: what the tensors may take at one time, without the parameters [byte].
     """
     if not isinstance(data, Dataset):
         return most
     size = 1
     while True:
-        images = next(batches(data, size, device=device))[0]
+        images = next(batches(data, size, device=device, model=model))[0]
         more = min(most, len(images) * limit // max(1, _peak_of(call, images)))
         if more == most or more < 2 * size or len(images) < size:
             return max(1, more)

@@ -331,6 +331,8 @@ class _Loss:
     def __call__(self, model: nn.Module, images: Tensor, labels: Any) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
         config, labels = self.config, heads(labels)
+        if not torch.compiler.is_compiling():
+            self.tasks.check(labels)
         matched = matches(model.loop, config.rate_layers) if config.rate_weight else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight

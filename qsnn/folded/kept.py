@@ -19,7 +19,11 @@ class Kept:
         self._now: tuple[list[Any], list[Tensor], list[Tensor | None], dict[Any, Any]] = [], [], [], {}
 
     def of(self, tensors: tuple[Tensor, ...]) -> dict[Any, Any]:
-        """Return what was filled in for these tensors as they are; an empty dict, to be filled, where there is none."""
+        """Return what was filled in for these tensors as they are; an empty dict, to be filled, where there is none.
+
+        Shape:
+            tensors: any.
+        """
         state = [(t.data_ptr(), t.device, t.dtype, 0 if t.is_inference() else t._version) for t in tensors]
         before, _, copies, found = self._now  # one look: another thread may put its own in its place
         same = state == before

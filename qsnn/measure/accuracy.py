@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory
 from qsnn.graph.arrived import arrived, evaluating
-from qsnn.graph.trace import device_of
 from qsnn.measure.heads import Asked, Tasks, find_tasks, heads
 from qsnn.measure.task import told
 from qsnn.options import expect
@@ -46,7 +45,7 @@ def accuracy(
     model = arrived(model)
     with evaluating(model):
         if batch_size is None:
-            batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, device=device_of(model))
+            batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, model=model)
         tasks, sums = added_up(model, source, batch_size, (0, 1), task, **options)
     scores = tasks.read(sums)
     return scores[""] if [*scores] == [""] else scores
@@ -78,7 +77,7 @@ def find_task(model: nn.Module, source: Any, task: Asked = None) -> Tasks:
     """
     if isinstance(task, Tasks):
         return task
-    images, labels = next(batches(source, 64, device=device_of(model)))
+    images, labels = next(batches(source, 64, model=model))
     with evaluating(model):
         return find_tasks(answer(model, images[:2]), labels, task)
 
@@ -89,7 +88,7 @@ def added_up(
 ) -> tuple[Tasks, dict[str, Tensor]]:
     """The tasks, and the sums that scores are read from, of this process's share of the data."""
     sums: dict[str, Tensor] = {}
-    for images, labels in batches(source, batch_size, device=device_of(model), share=share):
+    for images, labels in batches(source, batch_size, model=model, share=share):
         answers = answer(model, images, **options)
         task = tasks = find_tasks(answers, labels, task)
         for name, part in tasks.count(heads(answers), heads(labels)).items():

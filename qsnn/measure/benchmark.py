@@ -16,7 +16,6 @@ from qsnn.data.images import batches, summed
 from qsnn.data.memory import LiveMemory, batch_within, keep_freed_memory
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of
-from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import interval
 from qsnn.measure.counting import Counter
 from qsnn.measure.energy import Estimate, LayerCost, estimates
@@ -153,9 +152,9 @@ def benchmark(
     run = _Run(model, timesteps, firing)
     margins = _margins(exit_margin, run)
     if batch_size is None:
-        batch_size = batch_within(run.uncounted, loader, 250, device=device_of(model))
+        batch_size = batch_within(run.uncounted, loader, 250, model=model)
     tally = Tally(margins, len(run.steps), run.steps.index(run.own) if run.steps else 0, task)
-    for images, labels in batches(loader, batch_size, device=device_of(model)):
+    for images, labels in batches(loader, batch_size, model=model):
         tally.add(run.answers(images), images, labels, reference)
     batch, seen, counter, own = tally.first_batch, tally.seen, run.counter, run.own
     if batch is None or tally.tasks is None:

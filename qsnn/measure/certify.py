@@ -16,9 +16,10 @@ from qsnn.data.images import batches
 from qsnn.data.memory import keep_freed_memory
 from qsnn.folded.fold import fold
 from qsnn.folded.kept import Kept
+from qsnn.graph.call import full_precision
 from qsnn.graph.hooks import kept_modes, recorded, watching
 from qsnn.graph.kinds import does
-from qsnn.graph.trace import device_of, takes_frames
+from qsnn.graph.trace import takes_frames
 from qsnn.options import expect
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
@@ -192,7 +193,7 @@ def certify(
         timesteps = max(reference.levels.values())
     found = _Comparison({name: LayerCheck(name) for name in reference.levels})
     keep_freed_memory()
-    for batch, _ in batches(loader, batch_size, device=device_of(folded)):
+    for batch, _ in batches(loader, batch_size, model=folded):
         batch = batch.mean(1) if takes_frames(qann, batch) else batch
         if images is not None:
             batch = batch[: images - found.seen]
@@ -202,7 +203,8 @@ def certify(
             answers = folded(batch, timesteps=timesteps, firing=firing)
         stepped = {name: train.unflatten(0, (timesteps, -1)) for name, train in spikes.items()}
         fired = {name: (train[-1] if name in reference.gates else train.sum(0)) for name, train in stepped.items()}
-        logits, integers, near, usual = reference(batch, fired)
+        with full_precision(batch.device):
+            logits, integers, near, usual = reference(batch, fired)
         for name, check in found.checks.items():
             # what the quantizer would say after T steps: n of L levels, T spikes of full rate
             wanted = integers[name].clamp(max=timesteps)

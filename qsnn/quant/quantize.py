@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.graph.arrived import arrived
-from qsnn.graph.compare import same_answers
+from qsnn.graph.compare import refuse_not_finite, same_answers
 from qsnn.graph.kinds import does
 from qsnn.graph.pools import moved_max_pools
 from qsnn.graph.recipe import child_recipe, data_recipe, set_recipe
@@ -138,6 +138,7 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
             quant = level_quant(module)
             if quant is not None and quant.signed:
                 quant.calibrate_(frames)
+    refuse_not_finite(qann, "quantize", frames)
     return qann
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
+from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gate
 from qsnn.graph.pools import moved_max_pools, reroute
@@ -118,6 +119,8 @@ def convert(
             correction=config.correction, initial=config.initial, targets=config.targets,
         )  # fmt: skip
     for snn, one in zip(snns, configs, strict=True):
+        if images is not None:
+            refuse_not_finite(snn, "convert", images)
         set_recipe(snn, child_recipe(model, "snn", convert=asdict(one)))
         if images is not None:
             corrected = config.correction != "none"

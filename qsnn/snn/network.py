@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import check_images
-from qsnn.graph.call import Call, calling
+from qsnn.graph.call import Call, calling, full_precision
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import takes_frames, value_shapes
 from qsnn.options import Timesteps, check_option
@@ -141,7 +142,8 @@ class SNN(nn.Module):
         images = in_order(images, steps) if frames else images
         dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
         check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))
-        with calling(Call(steps, firing, frames)):
+        exact = full_precision(images.device) if self.folded else nullcontext()
+        with calling(Call(steps, firing, frames)), exact:
             return tree_map(lambda z: z.unflatten(0, (steps, -1)), self.network(images))
 
     def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Any:

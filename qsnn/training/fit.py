@@ -156,7 +156,7 @@ def fit(
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
     to_float32_(model)
     frozen = frozen_norms(model)
-    loader = _Loader(data, config, device_of(model))
+    loader = _Loader(data, config, model)
     state = read_state(resume, asdict(config))
     if state is not None:
         state.load_(model)  # before the optimizer: Brevitas makes new parameters when it loads
@@ -213,14 +213,14 @@ def fit(
 class _Loader:
     """The batches of each epoch. Their order, augmentation and dropout follow from the seed and the step alone."""
 
-    def __init__(self, data: Data, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, data: Data, config: TrainConfig, model: nn.Module) -> None:
         train: Any = data.train
         if config.train_images is not None:
             few = config.train_images
             train = train.head(few) if hasattr(train, "head") else Subset(train, range(few))
         if not hasattr(train, "__len__"):
             raise ValueError("data.train must be a Dataset with a length")
-        self.train, self.config, self.device = train, config, device
+        self.train, self.config, self.model = train, config, model
         self.augment = config.augment or data.augment
         self.rank, self.world = rank_and_world()
         self.sizes = batch_sizes(len(train), config.batch_size, self.world)
@@ -234,7 +234,7 @@ class _Loader:
         seed = self.config.seed * 1_000_003 + epoch
         parts = batches(
             self.train, self.config.batch_size, generator=torch.Generator().manual_seed(seed), augment=self.augment,
-            device=self.device, share=(self.rank, self.world),
+            model=self.model, share=(self.rank, self.world),
         )  # fmt: skip
         for batch, (images, labels) in enumerate(parts):
             if batch < first:  # done before the run was stopped
