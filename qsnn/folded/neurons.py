@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsnn.folded.kept import Kept
 from qsnn.folded.layers import EXACT_FLOAT32
+from qsnn.folded.thresholds import integer_thresholds, refuse_many_steps
 from qsnn.graph.call import Call, current
 from qsnn.snn.equations import Dynamics, deferred, integrated, per_channel, simulate
 
@@ -267,8 +268,9 @@ class IntegerIF(nn.Module):
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
         starts = [theta * Fraction(value) for value in self.initial.expand(self.factors.shape[1]).tolist()]
-        rows = [timesteps] if last_only else range(1, timesteps + 1)
-        table = torch.full((len(rows), timesteps, self.factors.shape[1]), float("inf"), dtype=torch.float64)
+        rows = [timesteps] if last_only else [*range(1, timesteps + 1)]
+        refuse_many_steps(len(rows), timesteps, self.factors.shape[1])
+        table = torch.empty(len(rows), timesteps, self.factors.shape[1], dtype=torch.float64)
         divisor, biases = int(self.divisor), self.bias.tolist()
         known: dict[Any, int] = {}
         for c, column in enumerate(self.factors.T.tolist()):
@@ -279,11 +281,8 @@ class IntegerIF(nn.Module):
             gain = Fraction(1, divisor)
             for factor in column:
                 gain *= abs(Fraction(factor))
-            bias = Fraction(biases[c])
-            for row, t in enumerate(rows):
-                for k in range(t):
-                    need = (k + 1) * theta - starts[c] - t * bias
-                    table[row, k, c] = least(need, gain)
+            limits = integer_thresholds(theta, starts[c], Fraction(biases[c]), gain, rows, timesteps)
+            table[:, :, c] = torch.from_numpy(limits)
         return table
 
     def forward(self, x: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class Check:
     @property
     def ready(self) -> bool:
         """True when nothing is refused, and the spiking network equals the quantized one."""
-        return not self.refused and self.certificate is not None and self.certificate.startswith("EXACT")
+        return not self.refused and self.certificate is not None and self.certificate.startswith(("EXACT", "equal within"))
 
     def __str__(self) -> str:
         lines = [self.data, "", self.model]
