@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Hashable
 from dataclasses import fields
 from functools import cache
@@ -118,6 +119,29 @@ def expect(call: str, name: str, value: Any, kind: type | tuple[type, ...] | str
         fits, wanted = isinstance(value, kinds), "as " + " or ".join(one.__name__ for one in kinds)
     if not fits:
         raise TypeError(f"expected {name} {wanted}, got {type(value).__name__}; call {call}")
+
+
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def as_bytes(memory: Any) -> int:
+    """A size in bytes, from a whole number of bytes or from words like "512M" and "2G" (of 1024).
+
+    Raises:
+        ValueError: something else, or less than 1 MiB or more than 1024 TiB.
+
+    >>> as_bytes("512M"), as_bytes("1.5G"), as_bytes(2**21)
+    (536870912, 1610612736, 2097152)
+    """
+    found = None
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        found = memory
+    elif isinstance(memory, str):
+        parts = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?)(?:i?B)?", memory.strip(), re.IGNORECASE)
+        found = None if parts is None else int(float(parts[1]) * 1024 ** _UNITS[parts[2].upper()])
+    if found is None or not 2**20 <= found <= 2**50:
+        raise ValueError(f"memory must be a size from 1M to 1024T, like '512M' or '2G', got {memory!r:.80}")
+    return found
 
 
 def problem(name: str, value: Any, hint: Any) -> str | None:

@@ -16,6 +16,7 @@ from qsnn.cli.run import RunConfig
 from qsnn.cli.run import run as run_flow
 from qsnn.data.fitting import describe
 from qsnn.data.images import Data
+from qsnn.data.memory import limit_memory
 from qsnn.data.sources import NAMES, load_data
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
@@ -62,6 +63,7 @@ def train(
     std: tuple[float, ...] | None = None,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
     tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008
 ) -> None:
@@ -77,9 +79,11 @@ def train(
         weights: Trained float weights to start from; with --epochs 0 they are only wrapped into a checkpoint.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         tensorboard: Folder for TensorBoard.
         config: Training options.
     """
+    limit_memory(memory)
     place, out = start(device), output(out, weights)
     found = load_data(data, root=data_root, timesteps=frames, mean=mean, std=std)
     teacher, found = create_fitting(model, found, seed=config.seed)
@@ -96,6 +100,7 @@ def quantize(
     data: str | None = None,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
     tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),  # noqa: B008
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = _QAT,
@@ -109,10 +114,12 @@ def quantize(
         data: Folder of images, where the file names one.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         tensorboard: Folder for TensorBoard.
         config: Precision.
         training: Quantization-aware training; --epochs 0 only calibrates, --kd-weight 0.5 adds the teacher.
     """
+    limit_memory(memory)
     place, out = start(device), output(out, file)
     refuse_idle(model, [file])
     teacher = loaded(file, model, ("teacher",))
@@ -129,6 +136,7 @@ def convert(
     model: _MODELS = (),
     data: str | None = None,
     data_root: Path | None = None,
+    memory: str | None = None,
     config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008
 ) -> None:
     """Turn a quantized network, or a calibrated float one, into a spiking one.
@@ -141,8 +149,10 @@ def convert(
         model: Function that builds a network of your own, package.module:function, where the file names it.
         data: Folder of images, where the file names one.
         data_root: Folder of the data sets; default $QSNN_DATA.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         config: Time steps and firing.
     """
+    limit_memory(memory)
     out = output(out, file)
     refuse_idle(model, [file])
     qann = loaded(file, model, ("qann", "teacher"))
@@ -167,6 +177,7 @@ def distill(
     data: str | None = None,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
     tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[DistillConfig] = DistillConfig(),  # noqa: B008
 ) -> None:
@@ -180,9 +191,11 @@ def distill(
         data: Folder of images, where the files name one.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         tensorboard: Folder for TensorBoard.
         config: Loss terms and training options.
     """
+    limit_memory(memory)
     place, out = start(device), output(out, file, *teacher)
     refuse_idle(model, [file, *teacher])
     snn = loaded(file, model, ("snn", "student"))

@@ -191,6 +191,7 @@ class FitOptions(TypedDict, total=False):
     tensorboard: str | Path | None
     label: str
     task: Asked
+    memory: int | str | None
 
 
 def distill(
@@ -209,8 +210,9 @@ def distill(
         data: training and validation images.
         config: loss terms and training options.
         options: ``resume``, file for the state; ``tensorboard``, folder for TensorBoard; ``label``, shown beside the
-            progress bar, by default "student"; ``task``, by default found from the labels and the shape of the
-            answers; see :func:`qsnn.fit`. Cross entropy and KL divergence are those of the task.
+            progress bar, by default "student"; ``memory``, of a batch of the validation; ``task``, by default found
+            from the labels and the shape of the answers; see :func:`qsnn.fit`. Cross entropy and KL divergence are
+            those of the task.
     Raises:
         TypeError: the student is no network, or ``config`` no DistillConfig.
         ValueError: the student is folded, holds no spiking node, an option does not fit it, or labels or teacher do

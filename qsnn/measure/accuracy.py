@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
-from qsnn.data.memory import batch_within, keep_freed_memory
+from qsnn.data.memory import batch_within, keep_freed_memory, within
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.measure.heads import Asked, Tasks, find_tasks, heads
 from qsnn.measure.task import told
@@ -20,7 +20,13 @@ from qsnn.snn.network import time_loop
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, source: Any, batch_size: int | None = None, *, task: Asked = None, **options: Any
+    model: nn.Module,
+    source: Any,
+    batch_size: int | None = None,
+    *,
+    task: Asked = None,
+    memory: int | str | None = None,
+    **options: Any,
 ) -> Any:
     """Return the percent of right answers; an SNN answers after its last step.
 
@@ -30,9 +36,10 @@ def accuracy(
     Args:
         model: ANN or SNN.
         source: a Dataset or an iterable of (images, labels).
-        batch_size: images a call; by default up to 500, as many as fit into 1 GiB.
+        batch_size: images a call; by default up to 500, as many as fit into ``memory``.
         task: "classification", "binary", "segmentation" or "regression", or one for each head; by default found from
             the labels and the shape of the answers.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
         options: passed to the model, e.g. ``timesteps=4``.
     Raises:
         ValueError: labels that do not belong to the answers.
@@ -45,7 +52,8 @@ def accuracy(
     model = arrived(model)
     with evaluating(model):
         if batch_size is None:
-            batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, model=model)
+            with within(memory):
+                batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, model=model)
         tasks, sums = added_up(model, source, batch_size, (0, 1), task, **options)
     scores = tasks.read(sums)
     return scores[""] if [*scores] == [""] else scores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
-from qsnn.data.memory import LiveMemory, batch_within, keep_freed_memory
+from qsnn.data.memory import batch_within, keep_freed_memory, peak_of, within
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of
 from qsnn.measure.accuracy import interval
@@ -114,6 +114,7 @@ def benchmark(
     reference: nn.Module | None = None,
     exit_margin: float | None = None,
     batch_size: int | None = None,
+    memory: int | str | None = None,
     task: Asked = None,
 ) -> Benchmark:
     r"""Measure accuracy for every T and what it costs, in one pass over the data.
@@ -131,7 +132,8 @@ def benchmark(
         reference: a model whose answers are compared (the QANN, usually).
         exit_margin: also answer early: an image stops after the first step at which the two largest probabilities of
             the running answer differ by at least so much [0, 1]; accuracy and mean T at a range of margins.
-        batch_size: images a call; by default up to 250, as many as fit into 1 GiB.
+        batch_size: images a call; by default up to 250, as many as fit into ``memory``.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
         task: "classification", "binary" (one logit, decided by its sign), "segmentation" (mean IoU) or "regression"
             (mean squared error), or one for each head; by default found from the labels and the shape of the answers.
     Raises:
@@ -152,7 +154,8 @@ def benchmark(
     run = _Run(model, timesteps, firing)
     margins = _margins(exit_margin, run)
     if batch_size is None:
-        batch_size = batch_within(run.uncounted, loader, 250, model=model)
+        with within(memory):
+            batch_size = batch_within(run.uncounted, loader, 250, model=model)
     tally = Tally(margins, len(run.steps), run.steps.index(run.own) if run.steps else 0, task)
     for images, labels in batches(loader, batch_size, model=model):
         tally.add(run.answers(images), images, labels, reference)
@@ -333,6 +336,4 @@ def _time(run: _Run, images: Tensor, repeats: int) -> float:
 
 
 def _peak(run: _Run, image: Tensor) -> int:
-    with LiveMemory() as memory:
-        run.call(image, run.own)
-    return memory.peak
+    return peak_of(lambda x: run.call(x, run.own), image)

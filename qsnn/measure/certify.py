@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qsnn.data.images import batches
-from qsnn.data.memory import keep_freed_memory
+from qsnn.data.memory import batch_within, keep_freed_memory, within
 from qsnn.folded.fold import fold
 from qsnn.folded.kept import Kept
 from qsnn.graph.call import full_precision
@@ -146,7 +146,8 @@ def certify(
     timesteps: int | None = None,
     firing: str = "deferred",
     images: int | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
+    memory: int | str | None = None,
 ) -> Certificate:
     """Compare every layer's spike counts with the quantized network's integers, and all logits, image by image.
 
@@ -162,7 +163,8 @@ def certify(
         timesteps: T; default L, where deferred firing is the quantizer.
         firing: "deferred", or "online" (equal only at L = T = 1).
         images: at most so many images.
-        batch_size: images a call.
+        batch_size: images a call; by default up to 250, as many as fit into ``memory``.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
     Raises:
         TypeError: ``snn`` is not an SNN.
         ValueError: ``qann`` has no quantized activations, the two have different layers, or there is no image.
@@ -191,20 +193,21 @@ def certify(
         raise ValueError(f"the two networks do not have the same spiking layers; only one of them has {odd}")
     if timesteps is None:
         timesteps = max(reference.levels.values())
+    steps = timesteps
     found = _Comparison({name: LayerCheck(name) for name in reference.levels})
     keep_freed_memory()
-    for batch, _ in batches(loader, batch_size, model=folded):
+
+    def run(batch: Tensor) -> tuple[Any, ...]:
         batch = batch.mean(1) if takes_frames(qann, batch) else batch
-        if images is not None:
-            batch = batch[: images - found.seen]
-            if not len(batch):
-                break
         with recorded(counts) as spikes:
-            answers = folded(batch, timesteps=timesteps, firing=firing)
-        stepped = {name: train.unflatten(0, (timesteps, -1)) for name, train in spikes.items()}
+            answers = folded(batch, timesteps=steps, firing=firing)
+        stepped = {name: train.unflatten(0, (steps, -1)) for name, train in spikes.items()}
         fired = {name: (train[-1] if name in reference.gates else train.sum(0)) for name, train in stepped.items()}
         with full_precision(batch.device):
-            logits, integers, near, usual = reference(batch, fired)
+            return answers, fired, *reference(batch, fired)
+
+    def compare(batch: Tensor) -> None:  # a function: what a batch made is gone before the next one is run
+        answers, fired, logits, integers, near, usual = run(batch)
         for name, check in found.checks.items():
             # what the quantizer would say after T steps: n of L levels, T spikes of full rate
             wanted = integers[name].clamp(max=timesteps)
@@ -212,6 +215,15 @@ def certify(
             check.float32 += int((usual[name] != integers[name]).sum())
             _compare(check, fired[name], wanted, near[name], found.seen)
         found.add([answer[-1] for answer in tree_leaves(answers)], logits, reference.usual_logits, len(batch))
+
+    if batch_size is None:
+        with within(memory):
+            batch_size = batch_within(run, loader, 250, model=folded)
+    for batch, _ in batches(loader, batch_size, model=folded):
+        batch = batch if images is None else batch[: images - found.seen]
+        if not len(batch):
+            break
+        compare(batch)
     if not found.seen:
         raise ValueError("expected at least one image, got none: of nothing nothing can be certified")
     return Certificate(

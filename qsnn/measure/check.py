@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 
 from qsnn.data.fitting import describe, fitted
 from qsnn.data.images import Data, batches
-from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.hooks import recorded
 from qsnn.graph.kinds import DOES, kind_of, refused
@@ -72,7 +72,7 @@ class Check:
     @property
     def ready(self) -> bool:
         """True when nothing is refused, and the spiking network equals the quantized one."""
-        return not self.refused and self.certificate is not None and self.certificate.startswith(("EXACT", "equal within"))
+        return not self.refused and (self.certificate or "").startswith(("EXACT", "equal within"))
 
     def __str__(self) -> str:
         lines = [self.data, "", self.model]
@@ -114,6 +114,7 @@ def check(
     *,
     timesteps: int = 2,
     seconds: float = 10.0,
+    memory: int | str | None = None,
 ) -> Check:
     """Run the whole front door without training: accuracy as loaded, quantize, convert, certify, and time a step.
 
@@ -122,6 +123,7 @@ def check(
         data: the data set it was trained for, normalised as it was trained.
         config: precision.
         timesteps: T of the student whose training is timed.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
         seconds: the accuracy is measured on as many of the first test images as fit into so long [s].
     Raises:
         TypeError: not a module, not a data set.
@@ -138,6 +140,11 @@ def check(
     model = arrived(model)
     data = fitted(data, model)
     keep_freed_memory()
+    with within(memory):
+        return _checked(model, data, config, timesteps, seconds)
+
+
+def _checked(model: nn.Module, data: Data, config: QuantizeConfig | None, timesteps: int, seconds: float) -> Check:
     loaded = _as_loaded(model, data, seconds)
     config = replace(config or QuantizeConfig(), calibration_images=_CALIBRATED)
     layers: tuple[LayerFate, ...] = ()
@@ -238,6 +245,8 @@ def _as_loaded(model: nn.Module, data: Data, seconds: float) -> _Loaded:
     seen, tasks, curve = 0, None, Curve(1)
     device = device_of(model)
     size = 50 if device.type == "cpu" else 250  # what a core's cache holds is a fifth faster
+    with evaluating(model):
+        size = batch_within(lambda x: answer(model, x), data.test, size, device=device)
     begun = time.perf_counter()
     with evaluating(model):
         for images, labels in batches(data.test, size, device=device):

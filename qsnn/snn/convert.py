@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast, overload
@@ -10,6 +11,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.data.memory import fewer, within
 from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
 from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
@@ -26,6 +28,7 @@ from qsnn.graph.trace import (
     spelled,
     takes_frames,
     unknown_layers,
+    value_shapes,
 )
 from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
@@ -40,13 +43,25 @@ from qsnn.snn.neurons import GateNode, IFNode, PlusMinus, Repeat, amplified
 
 
 @overload
-def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN: ...
+def convert(
+    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, memory: int | str | None = None
+) -> SNN: ...
 @overload
 def convert(
-    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int]
+    model: nn.Module,
+    data: Any = None,
+    config: ConvertConfig | None = None,
+    *,
+    timesteps: Sequence[int],
+    memory: int | str | None = None,
 ) -> dict[int, SNN]: ...
 def convert(
-    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int] | None = None
+    model: nn.Module,
+    data: Any = None,
+    config: ConvertConfig | None = None,
+    *,
+    timesteps: Sequence[int] | None = None,
+    memory: int | str | None = None,
 ) -> SNN | dict[int, SNN]:
     r"""Return a spiking copy of a network; quantized weights stay Brevitas weights, and stay trainable.
 
@@ -67,6 +82,8 @@ def convert(
         config: T and the way of firing of calls that name none, the neurons, the calibration. May stand second.
         timesteps: several T at once: a spiking network for each of them, calibrated for it, in a dict by T. They share
             one trace and one run of the network; ``config.timesteps`` is not used.
+        memory: what calibration may take, bytes or "512M"; default 1 GiB. Where its images do not fit, fewer are used,
+            with a warning.
     Raises:
         ValueError: nothing to convert, a quantizer without a step, plain ReLUs without data, or what has no faithful
             spiking form (all of it is named).
@@ -114,6 +131,9 @@ def convert(
         )
     snns = [_spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
     if images is not None:
+        largest = max(math.prod(shape) for shape in value_shapes(network, tuple(images.shape[1:])).values())
+        with within(memory):  # a few values in float32 for the reference, and spikes in bytes for each T
+            images = fewer(images, largest * (16 + 4 * sum(steps)), "convert")
         correct_(
             snns, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
             correction=config.correction, initial=config.initial, targets=config.targets,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from qsnn.data.images import Data, batch_sizes, batches
-from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
 from qsnn.graph.arrived import frozen_norms, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
@@ -107,6 +107,7 @@ def fit(
     resume: str | Path | None = None,
     tensorboard: str | Path | None = None,
     label: str = "train",
+    memory: int | str | None = None,
 ) -> list[Epoch]:
     r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` for each.
 
@@ -133,6 +134,7 @@ def fit(
             left for the caller to delete.
         tensorboard: folder for TensorBoard: loss terms, accuracy, of an SNN also by T, and firing rates by layer.
         label: shown beside the progress bar.
+        memory: what a batch of the validation may take, bytes or "512M"; default 1 GiB.
     Raises:
         FloatingPointError: the loss is NaN, infinite or far above where it began; says in which step, which state was
             the last good one, and what to try.
@@ -200,7 +202,7 @@ def fit(
             lay_out_(model.eval(), torch.contiguous_format)
             refuse_not_finite(model, _last_good(resume, len(done.history)))
             average_buffers_(model)
-            done.history.append(_ended(model, data, epoch + 1, done.total, len(loader), tasks))
+            done.history.append(_ended(model, data, epoch + 1, done.total, len(loader), tasks, memory))
             done.batch, done.total = 0, 0.0
             kept.save()
             wait()
@@ -269,13 +271,17 @@ def _tasks(model: nn.Module, data: Data, task: Asked, loss: Loss | None) -> Task
         return None
 
 
-def _ended(model: nn.Module, data: Data, epoch: int, losses: float, steps: int, tasks: Tasks | None) -> Epoch:
+def _ended(
+    model: nn.Module, data: Data, epoch: int, losses: float, steps: int, tasks: Tasks | None, memory: int | str | None
+) -> Epoch:
     """What an epoch gave, over all processes; ``losses`` is the sum over the steps of this one."""
     (rank, world), device = rank_and_world(), device_of(model)
     mean_loss = float(total_of(torch.tensor(losses, device=device))) / world / steps
     if tasks is None:
         return Epoch(epoch, mean_loss, None, "")
-    _, sums = added_up(model, data.val, 500, (rank, world), tasks)
+    with within(memory), torch.no_grad():
+        size = batch_within(lambda x: answer(model, x), data.val, 500, model=model)
+    _, sums = added_up(model, data.val, size, (rank, world), tasks)
     scores = tasks.read({name: total_of(part.to(device)) for name, part in sums.items()})
     return Epoch(epoch, mean_loss, next(iter(scores.values())), tasks.first.metric)
 
