@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import fields
@@ -140,7 +141,33 @@ def as_bytes(memory: Any) -> int:
         parts = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?)(?:i?B)?", memory.strip(), re.IGNORECASE)
         found = None if parts is None else int(float(parts[1]) * 1024 ** _UNITS[parts[2].upper()])
     if found is None or not 2**20 <= found <= 2**50:
-        raise ValueError(f"memory must be a size from 1M to 1024T, like '512M' or '2G', got {memory!r:.80}")
+        raise ValueError(f"memory must be a size from 1M to 1024T, like '512M' or '2G', got {seen(memory)}")
+    return found
+
+
+def seen(value: object) -> str:
+    """A value as an error shows it: one line, not long.
+
+    >>> seen([1, 2])
+    '[1, 2]'
+    """
+    return " ".join(repr(value).split())[:80]
+
+
+def as_numbers(name: str, values: Any) -> tuple[float, ...] | None:
+    """Finite numbers, one for each channel; None stays None.
+
+    Raises:
+        ValueError: something else.
+    """
+    if values is None:
+        return None
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = (math.nan,)
+    if isinstance(values, str | bytes) or not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"expected finite mean and std > 0, a number for each channel, got {name}={seen(values)}")
     return found
 
 
@@ -150,7 +177,7 @@ def problem(name: str, value: Any, hint: Any) -> str | None:
         # numpy's float64 is a float, but msgspec takes exactly Python's
         msgspec.convert(float(value) if isinstance(value, float) else value, hint)
     except (msgspec.ValidationError, RecursionError, TypeError, AttributeError) as error:  # the last two: no JSON type
-        shown = f"{value!r:.80}"
+        shown = seen(value)
         wanted = _words(hint)
         return f"{name} must be {wanted}, got {shown}" if wanted else f"{name}: {error}, got {shown}"
     return None

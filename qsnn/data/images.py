@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import device_of, takes_frames
+from qsnn.options import BatchSize, check_option, seen
 
 AUGMENTS = ("none", "flip", "shift", "flip+shift")
 
@@ -294,11 +295,11 @@ def batches(
         hint = "pass a part: data.train" if isinstance(data, Data) else "pass [(images, labels)] or a loader"
         got = type(data).__name__
         raise TypeError(f"expected a Dataset with a length or an iterable of (images, labels), got {got}; {hint}")
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 128 is the default")
-    augment = augment or "none"
+    batch_size = int(batch_size) if isinstance(batch_size, np.integer) else batch_size
+    check_option("batch_size", batch_size, BatchSize)
+    augment = "none" if augment is None else augment
     if augment not in AUGMENTS:
-        raise ValueError(f"expected augment to be one of {', '.join(AUGMENTS)}, got {augment!r}; None is 'none'")
+        raise ValueError(f"expected augment to be one of {', '.join(AUGMENTS)}, got {seen(augment)}; None is 'none'")
     if augment != "none" and generator is None:
         call = "generator=torch.Generator().manual_seed(0)"
         raise ValueError(f"expected a generator to draw augment={augment!r} from, got None; pass {call}")

@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsnn.options import seen
+
 if TYPE_CHECKING:
     from qsnn.snn.network import SNN
 
@@ -57,8 +59,8 @@ def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: An
     ...     "QLinearConv" in path.read_bytes().decode("latin-1")
     True
     """
-    if format not in FORMATS:
-        raise ValueError(f"expected format to be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ValueError(f"expected format to be one of {', '.join(map(repr, FORMATS))}, got {seen(format)}")
     module, function, libraries, whole = FORMATS[format]
     if whole and not getattr(folded, "folded", False):
         raise TypeError(

@@ -22,7 +22,7 @@ from qsnn.measure.energy import Estimate, LayerCost, estimates
 from qsnn.measure.heads import Asked
 from qsnn.measure.summary import LayerSummary, Summary, summary
 from qsnn.measure.tally import MARGINS, Exit, Tally
-from qsnn.options import Timesteps, check_option, expect
+from qsnn.options import Share, Timesteps, check_option, expect
 from qsnn.snn.network import SNN, TimeLoop
 
 _STATE_BITS = {"int8": 8, "int16": 16, "fp16": 16}
@@ -148,7 +148,9 @@ def benchmark(
     (20, (1, 2, 3, 4), True)
     """
     expect("benchmark(model, data.test)", "model", model, nn.Module)
+    expect("benchmark(model, data.test, reference=qann)", "reference", reference, (nn.Module, type(None)))
     check_option("timesteps", timesteps, Timesteps)
+    check_option("exit_margin", exit_margin, Share | None)
     started = time.perf_counter()
     keep_freed_memory()
     run = _Run(model, timesteps, firing)

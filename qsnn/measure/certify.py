@@ -20,7 +20,7 @@ from qsnn.graph.call import full_precision
 from qsnn.graph.hooks import kept_modes, recorded, watching
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import takes_frames
-from qsnn.options import expect
+from qsnn.options import expect, seen
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
 from qsnn.snn.network import SNN
@@ -179,7 +179,7 @@ def certify(
         raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")
     expect("certify(snn, qann, data.test)", "qann", qann, nn.Module)
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
-        raise ValueError(f"expected images >= 1, or None for all, got {images!r}: of nothing nothing can be certified")
+        raise ValueError(f"expected images >= 1, or None for all, got {seen(images)}: nothing proves nothing")
     folded = snn if snn.folded else fold(snn)
     for module in folded.modules():  # what is certified is what the network answers from now on
         if isinstance(kept := getattr(module, "_prepared", None), Kept):

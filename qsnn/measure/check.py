@@ -23,6 +23,7 @@ from qsnn.measure.accuracy import answer, interval
 from qsnn.measure.certify import certify
 from qsnn.measure.heads import Curve, Tasks, find_tasks, heads
 from qsnn.measure.task import told
+from qsnn.options import Timesteps, check_option, expect, seen
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.quant.weights import weight_bits
@@ -137,6 +138,10 @@ def check(
     """
     if not isinstance(data, Data):
         raise TypeError(f"expected a Data, got {type(data).__name__}; call check(model, load_data(...))")
+    expect("check(model, data)", "config", config, (QuantizeConfig, type(None)))
+    check_option("timesteps", timesteps, Timesteps)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise ValueError(f"expected seconds >= 0, got {seen(seconds)}; 10 is the default")
     model = arrived(model)
     data = fitted(data, model)
     keep_freed_memory()

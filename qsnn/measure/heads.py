@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qsnn.measure.task import BINARY, IGNORED, SEGMENTATION, TASKS, Task
+from qsnn.options import seen
 
 _EQUAL = 1e-5
 """Two numbers that differ by less of the largest one are the same answer of a regression [1]."""
@@ -164,7 +165,7 @@ def find_tasks(answers: Any, labels: Any, asked: Asked = None) -> Tasks:
     names = heads(asked)
     names = dict.fromkeys(found, asked) if [*names] == [""] else names
     if set(names) != set(found) or not all(name is None or name in TASKS for name in names.values()):
-        raise ValueError(f"expected task to be one of {', '.join(TASKS)}, or one for each head, got {asked!r}")
+        raise ValueError(f"expected task to be one of {', '.join(TASKS)}, or one for each head, got {seen(asked)}")
     tasks = {name: _find(found[name], wanted[name], names[name], name) for name in found}
     known = {name: (_classes(task, found[name]), wanted[name].dim()) for name, task in tasks.items()}
     return Tasks(tasks, known)

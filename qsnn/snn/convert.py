@@ -206,12 +206,19 @@ def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
         student: from :func:`qsnn.distill`.
         qann: the network that :func:`convert` was given.
     Raises:
+        TypeError: they are not an SNN and a network.
         ValueError: the student has no such twin: another neuron than the IF of one θ and v₀ = θ/2, or other layers.
     """
+    call = "as_qann(student, qann)"
+    expect(call, "student", student, SNN)
+    expect(call, "qann", qann, nn.Module)
     twin = copy.deepcopy(qann)
     for name, module in student.network.named_modules():
         if isinstance(module, IFNode):
-            quant = level_quant(twin.get_submodule(name))
+            try:
+                quant = level_quant(twin.get_submodule(name))
+            except AttributeError:
+                raise ValueError(f"the two networks have different layers; look at {name}") from None
             if not module.dynamics.plain or module.threshold.dim() or bool((module.initial != 0.5).any()):
                 raise ValueError(f"{name} is no IF neuron of one threshold and half of it at the start")
             if quant is not None and float(quant.step.double() * quant.levels) != float(module.threshold):

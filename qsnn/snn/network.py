@@ -16,7 +16,7 @@ from qsnn.data.images import check_images
 from qsnn.graph.call import Call, calling, full_precision
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import takes_frames, value_shapes
-from qsnn.options import Timesteps, check_option
+from qsnn.options import Timesteps, check_option, expect, seen
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.neurons import IFNode, PlusMinus
 
@@ -100,6 +100,7 @@ class SNN(nn.Module):
         folded: bool = False,
         probes: dict[str, str] | None = None,
     ) -> None:
+        expect("SNN(network)", "network", network, nn.Module)
         super().__init__()
         self.network = network
         self.folded = folded
@@ -109,7 +110,7 @@ class SNN(nn.Module):
     def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:
         check_option("timesteps", timesteps, Timesteps)
         if firing not in FIRINGS:
-            raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
+            raise ValueError(f"firing must be 'online' or 'deferred', got {seen(firing)}")
         if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):
             raise ValueError(f"a network of ±1 activations runs one step, got timesteps={timesteps}; use timesteps=1")
         special = [name for name, node in self.neurons() if not getattr(node, "dynamics", Dynamics()).plain]

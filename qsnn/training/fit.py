@@ -153,6 +153,9 @@ def fit(
     expect("fit(model, data)", "model", model, nn.Module)
     expect("fit(model, data)", "data", data, "train val")
     expect("fit(model, data, teacher=model)", "teacher", teacher, (nn.Module, type(None)))
+    for name, value in (("loss", loss), ("after_step", after_step)):
+        if value is not None and not callable(value):
+            raise TypeError(f"expected {name} as a function, got {type(value).__name__}; leave it out, or pass one")
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
