@@ -107,6 +107,8 @@ class DistillConfig:
     """Train the teacher too, which learns from the student; see :func:`distill_together`."""
     sparsity: Part = 0.0
     """Part of the weights that is pruned, by magnitude in every layer, growing during the training [1], in [0, 1)."""
+    ema: Part = 0.0
+    """Decay of the running mean of the weights that the student ends with [1]; see :class:`qsnn.TrainConfig`."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: Images | None = None
@@ -144,8 +146,8 @@ class DistillConfig:
         return TrainConfig(
             epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, batch_size=self.batch_size,
             weight_decay=self.weight_decay, label_smoothing=self.label_smoothing, augment=self.augment,
-            kd_temperature=self.kd_temperature, train_images=self.train_images, precision=self.precision,
-            compile=self.compile, seed=self.seed,
+            kd_temperature=self.kd_temperature, ema=self.ema, train_images=self.train_images,
+            precision=self.precision, compile=self.compile, seed=self.seed,
         )  # fmt: skip
 
 
