@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from qsnn.data.images import Data, batch_sizes, batches
+from qsnn.data.images import Data, batch_sizes, batches, first_of
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
 from qsnn.graph.arrived import frozen_norms, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
@@ -216,8 +215,7 @@ class _Loader:
     def __init__(self, data: Data, config: TrainConfig, device: torch.device) -> None:
         train: Any = data.train
         if config.train_images is not None:
-            few = config.train_images
-            train = train.head(few) if hasattr(train, "head") else Subset(train, range(few))
+            train = first_of(train, config.train_images)
         if not hasattr(train, "__len__"):
             raise ValueError("data.train must be a Dataset with a length")
         self.train, self.config, self.device = train, config, device
@@ -295,9 +293,7 @@ class _Step(nn.Module):
         return total, {name: value.detach() for name, value in terms.items()}
 
 
-def _refuse_divergence(
-    loss: float, done: Progress, config: TrainConfig, label: str, resume: str | Path | None
-) -> None:
+def _refuse_divergence(loss: float, done: Progress, config: TrainConfig, label: str, resume: str | Path | None) -> None:
     limit = DIVERGED * max(done.history[0].loss, 0.1) if done.history else math.inf
     if math.isfinite(loss) and loss <= limit:
         return
