@@ -20,6 +20,7 @@ from qsnn.contents import check_header, check_recipe, check_size, check_state, c
 from qsnn.data.fitting import enough_outputs
 from qsnn.files import header, metadata, opened, read_bytes, sealed, shown, target_of, unsealed, write_atomic
 from qsnn.folded.fold import fold
+from qsnn.graph.arrived import arrived, mark_frozen_norms_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
 from qsnn.models.spiking import SPIKING
@@ -61,6 +62,7 @@ def save(model: nn.Module, path: str | Path, *, model_name: str | None = None) -
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; call save(model, 'file.safetensors')")
     target_of(path)
+    model = arrived(model)
     recipe = recipe_of(model)
     if model_name is not None:
         recipe["model"] = {"name": model_name, "options": {}}
@@ -133,6 +135,7 @@ def load(
             built = _build(recipe, tensors, function)
         check_state(built, tensors, name)
         built.load_state_dict(tensors)
+        mark_frozen_norms_(built)  # by the function that built it
         built.eval()
         set_recipe(built, recipe)
         _answers(built, recipe)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.error import URLError
 
 import pytest
@@ -26,6 +26,8 @@ from qsnn.cli import main as cli
 from qsnn.cli.main import main
 from qsnn.cli.run import RunConfig
 from qsnn.distillation.distill import DistillConfig
+from qsnn.measure.task import TASKS
+from qsnn.options import TaskName
 
 STAGES = ("teacher", "qann", "snn", "student", "folded")
 TINY = """
@@ -263,6 +265,29 @@ def test_a_model_of_ones_own_with_its_weights(
     trained = tmp_path / "trained"
     qsnn_command("train", "--data", "digits", "--model", tiny, "--weights", weights, "--epochs", 1, "--out", trained)
     assert not torch.equal(qsnn.load(trained, model=tiny)(images), model(images))
+
+
+@pytest.mark.parametrize("key", ["model", "ema"])
+def test_which_of_several_weights(key: str, tiny: str, tmp_path: Path, images: torch.Tensor) -> None:
+    digits = qsnn.load_data("digits")
+    models = {name: qsnn.create_model(tiny, digits, seed=seed).eval() for seed, name in enumerate(("model", "ema"))}
+    torch.save({name: model.state_dict() for name, model in models.items()}, tmp_path / "both.pt")
+    out, given = tmp_path / "teacher", ("--weights", tmp_path / "both.pt", "--key", key)
+    qsnn_command("train", "--data", "digits", "--model", tiny, *given, "--epochs", 0, "--out", out)
+    assert torch.equal(qsnn.load(out, model=tiny)(images), models[key](images))
+
+
+def test_a_key_without_weights_and_a_task_that_does_not_fit(tmp_path: Path, refused: Callable[..., str]) -> None:
+    short = ("--out", tmp_path / "x", "--data", "digits", "--model", "study")
+    for command in (("train", *short), ("run", *short), ("check", *short[2:])):
+        assert "--key ema says which of several weights in a file is meant; add --weights" in refused(
+            *command, "--key", "ema"
+        )
+        assert "expected maps (B, K, H, W), integer labels (B, H, W) for task='segmentation', got answers" in refused(
+            *command, "--task", "segmentation"
+        )
+        assert "invalid choice" in refused(*command, "--task", "colouring")
+    assert sorted(get_args(TaskName)) == sorted(TASKS)
 
 
 # ---- what is shown

@@ -59,6 +59,9 @@ def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: An
     """
     if format not in FORMATS:
         raise ValueError(f"expected format to be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+    from qsnn.graph.arrived import arrived  # imports torch, which those who only ask for the formats need not have
+
+    folded = arrived(folded)  # type: ignore[assignment]
     module, function, libraries, whole = FORMATS[format]
     if whole and not getattr(folded, "folded", False):
         raise TypeError(

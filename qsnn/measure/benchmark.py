@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import LiveMemory, batch_within, keep_freed_memory
 from qsnn.folded.fold import fold
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.recipe import recipe_of
 from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import interval
@@ -148,8 +149,26 @@ def benchmark(
     """
     expect("benchmark(model, data.test)", "model", model, nn.Module)
     check_option("timesteps", timesteps, Timesteps)
-    started = time.perf_counter()
     keep_freed_memory()
+    model = arrived(model)
+    reference = None if reference is None else arrived(reference)
+    with evaluating(model, *[] if reference is None else [reference]):
+        return _measured(model, loader, timesteps, firing, name, reference, exit_margin, batch_size, task)
+
+
+def _measured(
+    model: nn.Module,
+    loader: Any,
+    timesteps: int,
+    firing: str | None,
+    name: str | None,
+    reference: nn.Module | None,
+    exit_margin: float | None,
+    batch_size: int | None,
+    task: Asked,
+) -> Benchmark:
+    """The work of :func:`benchmark`, on networks in eval mode."""
+    started = time.perf_counter()
     run = _Run(model, timesteps, firing)
     margins = _margins(exit_margin, run)
     if batch_size is None:
@@ -274,7 +293,7 @@ def _as_measured(model: nn.Module, timesteps: int) -> nn.Module:
     if isinstance(model, SNN):
         return model if model.folded else fold(model)
     if isinstance(model, TimeLoop) or not any(isinstance(m, base.MemoryModule) for m in model.modules()):
-        return model.eval()
+        return model
     return TimeLoop(model, timesteps).eval()
 
 

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from qsnn.data.images import batches
 from qsnn.data.memory import keep_freed_memory
 from qsnn.folded.fold import fold
-from qsnn.graph.hooks import kept_modes, recorded, watching
+from qsnn.graph.arrived import arrived, evaluating
+from qsnn.graph.hooks import recorded, watching
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import device_of, takes_frames
 from qsnn.options import expect
@@ -152,9 +153,12 @@ def certify(
     >>> qsnn.certify(qsnn.convert(qann), qann, data.test, images=20).verdict
     'EXACT'
     """
-    if not isinstance(snn, SNN):
-        raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")
+    model: Any = arrived(snn) if isinstance(snn, nn.Module) else snn
+    if not isinstance(model, SNN):
+        raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(model).__name__}")
+    snn = model
     expect("certify(snn, qann, data.test)", "qann", qann, nn.Module)
+    qann = arrived(qann)
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
         raise ValueError(f"expected images >= 1, or None for all, got {images!r}: of nothing nothing can be certified")
     folded = snn if snn.folded else fold(snn)
@@ -307,8 +311,7 @@ class _Reference:
         with watching(activations, keep), weights:
             logits = tree_leaves(self.model(images.double()))
         watched = {name: self.usual.get_submodule(name) for name in self.levels}
-        with kept_modes(self.usual), recorded(watched) as usual:
-            self.usual.eval()
+        with evaluating(self.usual), recorded(watched) as usual:
             self.usual_logits = [leaf.double() for leaf in tree_leaves(self.usual(images))]
         integers, near, moved = {}, {}, {}
         for name, gate in self.gates.items():
