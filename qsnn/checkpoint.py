@@ -254,9 +254,11 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
         function=None if isinstance(function, str) else function, **spec.get("options", {}),
     )  # fmt: skip
     set_recipe(model, {**recipe, "kind": "teacher"})
+    if recipe.get("spiking") and isinstance(model, SNN | TimeLoop):
+        model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)
+    if isinstance(model, SNN):  # one that came in as a spiking network (from_nir)
+        return _with_thresholds(model, recipe, tensors)
     if recipe["kind"] == "teacher" or recipe.get("spiking"):
-        if isinstance(model, TimeLoop):
-            model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)
         return model
     if "quantize" in recipe:
         model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]), tuple(shape or ()))
@@ -268,6 +270,11 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
             step = tensors.get(f"network.{name}.step", torch.ones(()))  # any step builds the same spiking network
             quant.set_threshold_(float(step) * quant.levels)
     snn = spiking_structure(model, ConvertConfig(**recipe["convert"]), tuple(shape or ()))
+    return _with_thresholds(snn, recipe, tensors)
+
+
+def _with_thresholds(snn: SNN, recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SNN:
+    """The spiking network with thresholds of the file's shapes, folded where the file's is."""
     for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
         for what in ("threshold", "initial", "tau"):  # a trained one may be a value a channel
             value = tensors.get(f"network.{name}.{what}")

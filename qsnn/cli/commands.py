@@ -29,6 +29,7 @@ from qsnn.data.images import Data
 from qsnn.data.sources import NAMES, load_data
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
+from qsnn.export.nir_student import told_semantics
 from qsnn.files import output, shown
 from qsnn.folded.fold import fold as to_integers
 from qsnn.graph.recipe import recipe_of, set_recipe
@@ -256,6 +257,9 @@ def info(file: _FILE, model: _MODELS = (), parent: Path | None = None) -> None:
     recipe = read_recipe(file)
     for key, value in recipe.items():
         print(shown(f"{key}: {value}"))
+    semantics = told_semantics(recipe)
+    if semantics is not None:
+        print(shown(semantics))
     print(summary(load(file, model=model or None, parent=parent)))
 
 

@@ -61,6 +61,9 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     with torch.no_grad():
         folder = _Folder(network, value_shapes(network, shape), dtype)
         folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True, probes=snn.probes)
+        for module in folded.modules():  # a view of one value for all channels cannot be loaded into
+            for name, value in module._buffers.items():
+                module._buffers[name] = None if value is None else value.contiguous()
     folded.eval()
     set_recipe(folded, child_recipe(snn, "folded"))
     return folded
