@@ -17,8 +17,10 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from qsnn.contents import check_header, check_recipe, check_size, check_state, check_values
+from qsnn.data.fitting import enough_outputs
 from qsnn.files import header, metadata, opened, read_bytes, sealed, shown, target_of, unsealed, write_atomic
 from qsnn.folded.fold import fold
+from qsnn.graph.arrived import arrived, mark_frozen_norms_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
 from qsnn.models.spiking import SPIKING
@@ -60,6 +62,7 @@ def save(model: nn.Module, path: str | Path, *, model_name: str | None = None) -
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}; call save(model, 'file.safetensors')")
     target_of(path)
+    model = arrived(model)
     recipe = recipe_of(model)
     if model_name is not None:
         recipe["model"] = {"name": model_name, "options": {}}
@@ -132,6 +135,7 @@ def load(
             built = _build(recipe, tensors, function)
         check_state(built, tensors, name)
         built.load_state_dict(tensors)
+        mark_frozen_norms_(built)  # by the function that built it
         built.eval()
         set_recipe(built, recipe)
         _answers(built, recipe)
@@ -182,7 +186,9 @@ def _answers(model: nn.Module, recipe: dict[str, Any]) -> None:
     with torch.no_grad():
         image = torch.zeros(1, *shape, device=device)
         logits = model(image, timesteps=1) if isinstance(model, SNN | TimeLoop) else model(image)
-    if classes is not None and isinstance(logits, torch.Tensor) and logits.shape[-1] != classes:
+    axis = 2 if isinstance(model, SNN | TimeLoop) else 1
+    known = isinstance(logits, torch.Tensor) and logits.dim() > axis
+    if classes is not None and known and not enough_outputs(logits.shape[axis], classes):
         raise ValueError(f"does not answer with {classes} classes")
 
 
@@ -248,9 +254,11 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
         function=None if isinstance(function, str) else function, **spec.get("options", {}),
     )  # fmt: skip
     set_recipe(model, {**recipe, "kind": "teacher"})
+    if recipe.get("spiking") and isinstance(model, SNN | TimeLoop):
+        model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)
+    if isinstance(model, SNN):  # one that came in as a spiking network (from_nir)
+        return _with_thresholds(model, recipe, tensors)
     if recipe["kind"] == "teacher" or recipe.get("spiking"):
-        if isinstance(model, TimeLoop):
-            model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)
         return model
     if "quantize" in recipe:
         model = quantized_structure(model, QuantizeConfig(**recipe["quantize"]), tuple(shape or ()))
@@ -262,6 +270,11 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
             step = tensors.get(f"network.{name}.step", torch.ones(()))  # any step builds the same spiking network
             quant.set_threshold_(float(step) * quant.levels)
     snn = spiking_structure(model, ConvertConfig(**recipe["convert"]), tuple(shape or ()))
+    return _with_thresholds(snn, recipe, tensors)
+
+
+def _with_thresholds(snn: SNN, recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SNN:
+    """The spiking network with thresholds of the file's shapes, folded where the file's is."""
     for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
         for what in ("threshold", "initial", "tau"):  # a trained one may be a value a channel
             value = tensors.get(f"network.{name}.{what}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsnn.models.create import MODELS, build_model
 from qsnn.models.spiking import SPIKING, build_spiking
-from qsnn.options import CONFIGS, Timesteps, WeightBits, config_class, problem
+from qsnn.options import CONFIGS, TaskName, Timesteps, WeightBits, config_class, problem
 
 KINDS = ("teacher", "qann", "snn", "student", "folded")
 LARGEST_IMAGE = 2**22
@@ -52,6 +52,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True):
     input_shape: Annotated[list[_Side], Meta(min_length=1, max_length=4)] | None = None
     num_classes: _Classes | None = None
     data: dict[str, Any] = {}
+    task: TaskName | None = None
     spiking: bool = False
     corrected: bool = False
     quantize: dict[str, Any] | None = None
@@ -170,8 +171,9 @@ def check_size(known: Recipe, tensors: dict[str, Tensor]) -> None:
         ValueError: what is too large, or which weight has another shape.
     """
     name = known.model.name
-    if ":" in name:  # what the function makes cannot be known; its last layer has K rows
-        if known.num_classes is not None and not any(known.num_classes in value.shape for value in tensors.values()):
+    if ":" in name:  # what the function makes cannot be known; its last layer has K rows or more, or one for two
+        largest = max((size for value in tensors.values() for size in value.shape), default=0)
+        if known.num_classes is not None and largest < known.num_classes:
             raise ValueError(f"asks for {known.num_classes:,} classes, but none of its tensors has as many rows")
         return
     with torch.device("meta"), torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ from collections.abc import Hashable
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -25,6 +25,9 @@ Images = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 """Images that are used at most."""
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 """What numpy takes, too."""
+
+TaskName = Literal["classification", "binary", "segmentation", "regression"]
+"""What a network is asked; :data:`qsnn.measure.task.TASKS` says what each is."""
 
 # precision
 WeightBits = Annotated[int, Meta(ge=1, le=32)]
@@ -198,6 +201,8 @@ def _words(hint: Any) -> str:
     if get_origin(inner) is dict:
         each = _words(get_args(inner)[1])
         return f"a dict of names, each {each}" if each else ""
+    if get_origin(inner) is Literal:
+        return f"one of {', '.join(map(repr, get_args(inner)))}"
     if inner is bool:
         return "True or False"
     if inner is str:

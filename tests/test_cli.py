@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.error import URLError
 
 import pytest
@@ -26,6 +26,11 @@ from qsnn.cli import main as cli
 from qsnn.cli.main import main
 from qsnn.cli.run import RunConfig
 from qsnn.distillation.distill import DistillConfig
+from qsnn.export.hub import save_pretrained
+from qsnn.export.onnx import OnnxConfig
+from qsnn.export.write import FORMATS
+from qsnn.measure.task import TASKS
+from qsnn.options import TaskName
 
 STAGES = ("teacher", "qann", "snn", "student", "folded")
 TINY = """
@@ -280,6 +285,70 @@ def test_a_model_of_ones_own_with_its_weights(
     trained = tmp_path / "trained"
     qsnn_command("train", "--data", "digits", "--model", tiny, "--weights", weights, "--epochs", 1, "--out", trained)
     assert not torch.equal(qsnn.load(trained, model=tiny)(images), model(images))
+
+
+@pytest.mark.parametrize("key", ["model", "ema"])
+def test_which_of_several_weights(key: str, tiny: str, tmp_path: Path, images: torch.Tensor) -> None:
+    digits = qsnn.load_data("digits")
+    models = {name: qsnn.create_model(tiny, digits, seed=seed).eval() for seed, name in enumerate(("model", "ema"))}
+    torch.save({name: model.state_dict() for name, model in models.items()}, tmp_path / "both.pt")
+    out, given = tmp_path / "teacher", ("--weights", tmp_path / "both.pt", "--key", key)
+    qsnn_command("train", "--data", "digits", "--model", tiny, *given, "--epochs", 0, "--out", out)
+    assert torch.equal(qsnn.load(out, model=tiny)(images), models[key](images))
+
+
+def test_a_key_without_weights_and_a_task_that_does_not_fit(tmp_path: Path, refused: Callable[..., str]) -> None:
+    short = ("--out", tmp_path / "x", "--data", "digits", "--model", "study")
+    for command in (("train", *short), ("run", *short), ("check", *short[2:])):
+        assert "--key ema says which of several weights in a file is meant; add --weights" in refused(
+            *command, "--key", "ema"
+        )
+        assert "expected maps (B, K, H, W), integer labels (B, H, W) for task='segmentation', got answers" in refused(
+            *command, "--task", "segmentation"
+        )
+        assert "invalid choice" in refused(*command, "--task", "colouring")
+    assert sorted(get_args(TaskName)) == sorted(TASKS)
+
+
+def test_every_format_takes_its_own_options_alone() -> None:
+    for name, form in FORMATS.items():
+        function = getattr(importlib.import_module(form.module), form.function)
+        parameters = inspect.signature(function).parameters
+        if name in ("nir", "c", "qonnx"):
+            assert {p for p, value in parameters.items() if value.kind is value.KEYWORD_ONLY} == set(form.options)
+        taken = {"onnx": OnnxConfig, "hub": save_pretrained}.get(name, function)
+        assert set(form.options) <= set(inspect.signature(taken).parameters), name
+
+
+def test_export_refuses_what_a_format_does_not_take(chain: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    given: dict[str, tuple[object, ...]] = {
+        "timesteps": (2,), "firing": ("online",), "input": ("uint8",), "kernels": ("int8",), "mean": (0.5,),
+        "std": (0.5,), "batch": (1,), "repo_id": ("a/b",), "push": (),
+    }  # fmt: skip
+    for name, form in FORMATS.items():
+        for option, value in given.items():
+            if option not in form.options:
+                word = f"--{option.replace('_', '-')}"
+                said = refused("export", chain / "qann", "--format", name, word, *value, "--out", tmp_path / "x")
+                assert f"--format {name} has no {word}; it takes --" in said
+    assert "expected format to be one of" in refused(
+        "export", chain / "qann", "--format", "tf", "--out", tmp_path / "x"
+    )
+
+
+def test_export_of_c_says_what_it_takes(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "net.c"
+    qsnn_command("fold", chain / "snn", "--out", tmp_path / "folded")
+    qsnn_command("export", tmp_path / "folded", "--format", "c", "--firing", "deferred", "--mean", 0.5, "--std", 0.5,
+                 "--out", out)  # fmt: skip
+    said = capsys.readouterr().out
+    flash, weights, ram = (
+        int(number.replace(",", ""))
+        for number in re.search(r"flash ([\d,]+) bytes \(weights ([\d,]+)\), RAM ([\d,]+) bytes", said).groups()  # type: ignore[union-attr]
+    )
+    network = qsnn.load(tmp_path / "folded").network  # type: ignore[attr-defined]
+    bits = sum(layer.weight.numel() * layer.weight_bits for layer in network.modules() if hasattr(layer, "weight_bits"))
+    assert weights < flash < 3 * weights + 8192 and 0 < ram < 2**16 and 0.9 < weights / (bits / 8) < 1.2
 
 
 # ---- what is shown

@@ -11,6 +11,7 @@ from test_fold import NETS, plain_net
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.cli.main import main
 from qsnn.folded.neurons import Current
 from qsnn.snn.network import TimeLoop
 
@@ -116,6 +117,23 @@ def test_our_own_file_comes_back_with_every_integer(written, digits):
     with torch.no_grad():
         assert torch.equal(student.step_logits(frames, timesteps=2).double(), last_integers(folded, images))
         assert torch.equal(again.step_logits(frames, timesteps=2).double(), last_integers(folded, images))
+
+
+def test_what_came_in_is_folded_saved_and_loaded(written, digits, tmp_path, capsys):
+    _, path, _ = written
+    student = from_nir(path, written_by="qsnn")
+    folded, name = qsnn.fold(student), "qsnn.export.nir_student:from_nir"
+    (side,) = {tuple(student.qsnn_recipe["input_shape"])}
+    frames = torch.randint(-3, 4, (5, 2, *side), generator=torch.Generator().manual_seed(0)).float()
+    for network, file in ((student, "student"), (folded, "folded")):
+        qsnn.save(network, tmp_path / file)
+        loaded = qsnn.load(tmp_path / file, model=from_nir)
+        assert loaded.folded == network.folded and loaded.timesteps == network.timesteps
+        with torch.no_grad():
+            assert torch.equal(loaded.step_logits(frames, timesteps=2), network.step_logits(frames, timesteps=2))
+        main(["info", str(tmp_path / file), "--model", name])
+        said = capsys.readouterr().out
+        assert "written by qsnn: reset soft, in the step of the spike; a neuron fires at v >= θ; dt = 0.0001 s" in said
 
 
 def drive(timesteps: int = 6) -> Tensor:

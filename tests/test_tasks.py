@@ -195,8 +195,8 @@ def test_batches_take_labels_of_every_shape() -> None:
             next(qsnn.batches([(images, wrong)]))
     with pytest.raises(ValueError, match="expected finite labels"):
         next(qsnn.batches([(images, torch.tensor([0.0, math.nan, 0.0, 0.0]))]))
-    with pytest.raises(ValueError, match="moves images, not their maps"):
-        maps = TensorDataset(images, torch.zeros(4, 2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="moves images, not these maps"):
+        maps = TensorDataset(images, torch.zeros(4, 2, 2))  # numbers: nothing says what the border is
         next(qsnn.batches(maps, augment="flip", generator=torch.Generator()))
 
 

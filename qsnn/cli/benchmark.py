@@ -11,14 +11,14 @@ from rich.console import Console
 from torch import nn
 
 from qsnn.checkpoint import check_data
-from qsnn.cli.inputs import data_of, loaded, refuse_idle
+from qsnn.cli.inputs import data_of, loaded, refuse_idle, set_task_
 from qsnn.data.images import Data
 from qsnn.data.memory import limit_memory
 from qsnn.files import as_path, output, target_of, write_atomic
 from qsnn.graph.recipe import recipe_of
 from qsnn.measure.benchmark import Benchmark
 from qsnn.measure.benchmark import benchmark as run_benchmark
-from qsnn.options import Share, Timesteps, check_option
+from qsnn.options import Share, TaskName, Timesteps, check_option
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
 from qsnn.report.records import Record, append, check_records, environment, now
@@ -37,6 +37,7 @@ def benchmark(
     exit_margin: float | None = None,
     model: tuple[str, ...] = (),
     data: str | None = None,
+    task: TaskName | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     memory: str | None = None,
@@ -54,6 +55,7 @@ def benchmark(
         exit_margin: Also answer early, once the class in front leads by so much (0 to 1).
         model: Functions that build networks of your own, package.module:function, where the files name them.
         data: Folder of images, where the files name one.
+        task: What the networks are asked; default as each file says, or found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         memory: What the images of one batch may take, like 512M or 4G; default 1G.
@@ -70,7 +72,7 @@ def benchmark(
     results = [
         run_benchmark(
             network.to(place), images.test, timesteps=timesteps, firing=firing, name=name,
-            exit_margin=exit_margin if hasattr(network, "firing") else None,
+            exit_margin=exit_margin if hasattr(network, "firing") else None, task=set_task_(network, task),
         )
         for name, network in models.items()
     ]  # fmt: skip
@@ -113,9 +115,7 @@ def _named(files: tuple[Path, ...], models: tuple[str, ...]) -> dict[str, nn.Mod
     return {name: loaded(file, models) for name, file in zip(names, files, strict=True)}
 
 
-def _common_data(
-    models: dict[str, nn.Module], files: tuple[Path, ...], root: Path | None, given: str | None
-) -> Data:
+def _common_data(models: dict[str, nn.Module], files: tuple[Path, ...], root: Path | None, given: str | None) -> Data:
     """The one data set that all these checkpoints were made for, of which each is checked."""
     recipes = {name: recipe_of(model) for name, model in models.items()}
     sets = {str(recipe.get("data", {}).get("name")) for recipe in recipes.values()}

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import tyro
 
+from qsnn.cli.inputs import load_trained_
 from qsnn.data.memory import limit_memory
 from qsnn.data.sources import load_data
 from qsnn.measure.check import check as run_check
 from qsnn.models.create import create_fitting
-from qsnn.models.weights import load_weights
+from qsnn.options import TaskName
 from qsnn.quant.quantize import QuantizeConfig
 from qsnn.training.processes import start
 
@@ -20,6 +21,7 @@ def check(
     data: str = "digits",
     weights: Path | None = None,
     key: str | None = None,
+    task: TaskName | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     frames: int | None = None,
@@ -36,7 +38,8 @@ def check(
         model: Name of the network, or your own as package.module:function.
         data: Data set by name, or a folder of images.
         weights: Trained float weights.
-        key: Which weights, where the file holds several.
+        key: Which weights, where the file holds several: a dictionary's key ("ema"), or the front of the names.
+        task: What the network is asked; default found from the labels and the answers.
         mean: Subtracted from each channel, of pixels on [0, 1]; default the data set's own.
         std: Each channel is divided by it; default the data set's own.
         frames: Frames of a recording of an event set, one for each time step; default 2.
@@ -50,9 +53,8 @@ def check(
     limit_memory(memory)
     place = start(device)
     network, found = create_fitting(model, load_data(data, root=data_root, timesteps=frames, mean=mean, std=std))
-    if weights is not None:
-        load_weights(network, weights, key=key)
-    result = run_check(network.to(place).eval(), found, config, timesteps=timesteps, seconds=seconds)
+    load_trained_(network, weights, key)
+    result = run_check(network.to(place).eval(), found, config, timesteps=timesteps, seconds=seconds, task=task)
     print(result)
     if not result.ready:
         raise ValueError("the network cannot be converted as it is; see above for what to write instead")

@@ -10,8 +10,18 @@ import tyro
 from rich.console import Console
 from torch import nn
 
-from qsnn.checkpoint import check_data, file_hash, load, load_weights, read_recipe, resume_file, save
-from qsnn.cli.inputs import data_of, finish, held_by_first, loaded, refuse_idle, show_ranges, write_model
+from qsnn.checkpoint import check_data, file_hash, load, read_recipe, resume_file, save
+from qsnn.cli.inputs import (
+    data_of,
+    finish,
+    held_by_first,
+    load_trained_,
+    loaded,
+    refuse_idle,
+    set_task_,
+    show_ranges,
+    write_model,
+)
 from qsnn.cli.run import RunConfig
 from qsnn.cli.run import run as run_flow
 from qsnn.data.fitting import describe
@@ -20,12 +30,14 @@ from qsnn.data.memory import limit_memory
 from qsnn.data.sources import NAMES, load_data
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
+from qsnn.export.nir_student import told_semantics
 from qsnn.files import output, shown
 from qsnn.folded.fold import fold as to_integers
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.measure.certify import certify
 from qsnn.measure.summary import summary
 from qsnn.models.create import create_fitting
+from qsnn.options import TaskName
 from qsnn.quant.quantize import QuantizeConfig
 from qsnn.quant.quantize import quantize as to_qann
 from qsnn.report.terminal import table
@@ -58,6 +70,8 @@ def train(
     out: Path,
     model: str = "vgg-small",
     weights: Path | None = None,
+    key: str | None = None,
+    task: TaskName | None = None,
     frames: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -77,6 +91,8 @@ def train(
         mean: Subtracted from each channel, of pixels on [0, 1]; default the data set's own.
         std: Each channel is divided by it; default the data set's own.
         weights: Trained float weights to start from; with --epochs 0 they are only wrapped into a checkpoint.
+        key: Which weights, where the file holds several: a dictionary's key ("ema"), or the front of the names.
+        task: What the network is asked; default found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         memory: What the images of one batch may take, like 512M or 4G; default 1G.
@@ -87,9 +103,9 @@ def train(
     place, out = start(device), output(out, weights)
     found = load_data(data, root=data_root, timesteps=frames, mean=mean, std=std)
     teacher, found = create_fitting(model, found, seed=config.seed)
-    if weights is not None:
-        load_weights(teacher, weights)
-    begun = None if weights is None else file_hash(weights)
+    load_trained_(teacher, weights, key)
+    set_task_(teacher, task)
+    begun = None if weights is None else (file_hash(weights), key)
     _fit(teacher.to(place), found, config, out, begun, label="teacher", tensorboard=tensorboard)
 
 
@@ -98,6 +114,7 @@ def quantize(
     out: Path,
     model: _MODELS = (),
     data: str | None = None,
+    task: TaskName | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     memory: str | None = None,
@@ -112,6 +129,7 @@ def quantize(
         out: File to write.
         model: Function that builds a network of your own, package.module:function, where the file names it.
         data: Folder of images, where the file names one.
+        task: What the network is asked; default as its file says, or found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         memory: What the images of one batch may take, like 512M or 4G; default 1G.
@@ -123,6 +141,7 @@ def quantize(
     place, out = start(device), output(out, file)
     refuse_idle(model, [file])
     teacher = loaded(file, model, ("teacher",))
+    set_task_(teacher, task)
     images = data_of(teacher, file, data_root, data)
     qann = to_qann(teacher.to(place), images, config)
     _fit(qann, images, training, out, label="QANN", teacher=teacher, tensorboard=tensorboard)
@@ -175,6 +194,7 @@ def distill(
     out: Path,
     model: _MODELS = (),
     data: str | None = None,
+    task: TaskName | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     memory: str | None = None,
@@ -189,6 +209,7 @@ def distill(
         out: File to write; with --mutual the teacher goes beside it, as NAME-teacher.
         model: Functions that build networks of your own, package.module:function, where the files name them.
         data: Folder of images, where the files name one.
+        task: What the networks are asked; default as the file says, or found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
         memory: What the images of one batch may take, like 512M or 4G; default 1G.
@@ -199,6 +220,7 @@ def distill(
     place, out = start(device), output(out, file, *teacher)
     refuse_idle(model, [file, *teacher])
     snn = loaded(file, model, ("snn", "student"))
+    asked = set_task_(snn, task)
     images = data_of(snn, file, data_root, data)
     experts = [loaded(path, model, ("teacher", "qann")).to(place) for path in teacher]
     for expert, path in zip(experts, teacher, strict=True):
@@ -207,7 +229,7 @@ def distill(
     state = resume_file(out, snn.qsnn_recipe, recipes, asdict(config))
     with held_by_first(out):
         student, taught = distill_together(
-            snn.to(place), experts, images, config, resume=state, tensorboard=tensorboard
+            snn.to(place), experts, images, config, resume=state, tensorboard=tensorboard, task=asked
         )  # fmt: skip
         write_model(student, out, images)
         if config.mutual:
@@ -248,13 +270,16 @@ def info(file: _FILE, model: _MODELS = (), parent: Path | None = None) -> None:
     recipe = read_recipe(file)
     for key, value in recipe.items():
         print(shown(f"{key}: {value}"))
+    semantics = told_semantics(recipe)
+    if semantics is not None:
+        print(shown(semantics))
     print(summary(load(file, model=model or None, parent=parent)))
 
 
 def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, begun: Any = None, **options: Any) -> None:
     state = resume_file(out, model.qsnn_recipe, asdict(config), begun)
     with held_by_first(out):
-        fit(model, data, config, resume=state, **options)
+        fit(model, data, config, resume=state, task=recipe_of(model).get("task"), **options)
         recipe = {**model.qsnn_recipe, "train": asdict(config)}  # type: ignore[dict-item]
         set_recipe(model, recipe)
         write_model(model, out, data)

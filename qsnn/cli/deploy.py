@@ -9,8 +9,7 @@ import tyro
 
 from qsnn.export.runtime import OnnxNetwork, image_files, show
 from qsnn.export.runtime import predict as answers
-from qsnn.export.write import FORMATS
-from qsnn.export.write import export as write
+from qsnn.export.write import format_named, written
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,28 +26,51 @@ def export(
     firing: str | None = None,
     input: str | None = None,
     kernels: str | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    batch: int | None = None,
+    repo_id: str | None = None,
+    push: bool = False,
+    model: tuple[str, ...] = (),
 ) -> None:
     """Write a folded network to a file that runs without qsnn.
 
     Args:
-        file: Checkpoint that qsnn fold wrote.
-        out: File to write.
+        file: Checkpoint that qsnn fold wrote; for qonnx that qsnn quantize wrote, for hub any.
+        out: File to write; for hub a folder.
         format: onnx, nir, c, qonnx or hub.
-        timesteps: Time steps T; default what the network is made for.
-        firing: online (an answer after every step) or deferred (one integer pass); default what it is made for.
-        input: float (normalised images) or uint8 (raw pixels, normalisation inside); default float.
-        kernels: int8, or float for runtimes without 8-bit products (OpenVINO); default int8.
+        timesteps: (onnx, nir, c) Time steps T; default what the network is made for.
+        firing: (onnx, c) online (an answer after every step) or deferred (one pass); default what it is made for.
+        input: (onnx) float (normalised images) or uint8 (raw pixels, normalisation inside); default float.
+        kernels: (onnx) int8, or float for runtimes without 8-bit products (OpenVINO); default int8.
+        mean: (c) Of each channel, of pixels on [0, 1]; default as the file says.
+        std: (c) Of each channel, of pixels on [0, 1]; default as the file says.
+        batch: (qonnx) Images of a call; default 1, as FPGA tools want it.
+        repo_id: (hub) user/name, named in the card; needed to push.
+        push: (hub) Upload the folder; needs a login.
+        model: Function that builds a network of your own, package.module:function, where the file names it.
     """
-    from qsnn.checkpoint import load
+    from qsnn.cli.inputs import loaded, refuse_idle
     from qsnn.graph.recipe import recipe_of
 
-    chosen = {"timesteps": timesteps, "firing": firing, "input": input, "kernels": kernels}
-    folded: Any = load(file)
-    if FORMATS.get(format, FORMATS["onnx"])[3] and not getattr(folded, "folded", False):
-        kind = recipe_of(folded).get("kind")
+    given = {
+        "timesteps": timesteps, "firing": firing, "input": input, "kernels": kernels, "mean": mean, "std": std,
+        "batch": batch, "repo_id": repo_id, "push": push or None,
+    }  # fmt: skip
+    options, known = {name: value for name, value in given.items() if value is not None}, format_named(format)
+    unknown = [f"--{name.replace('_', '-')}" for name in options if name not in known.options]
+    if unknown:
+        takes = ", ".join(f"--{name.replace('_', '-')}" for name in given if name in known.options)
+        raise ValueError(f"--format {format} has no {', '.join(unknown)}; it takes {takes}; leave it away")
+    refuse_idle(model, [file])
+    network: Any = loaded(file, model)
+    if known.folded and not getattr(network, "folded", False):
+        kind = recipe_of(network).get("kind")
         raise ValueError(f"{file} holds a {kind!r}; expected 'folded': qsnn fold {file} --out folded.safetensors first")
-    write(folded, out, format=format, **{k: v for k, v in chosen.items() if v is not None})
+    found = written(network, out, format, options)
     print(f"wrote {out}" + (f" ({out.stat().st_size:,} bytes)" if out.is_file() else ""))
+    if found is not None:
+        print(found)
 
 
 def predict(

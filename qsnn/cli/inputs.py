@@ -14,9 +14,10 @@ from qsnn.checkpoint import check_data, load, read_recipe, save
 from qsnn.data.images import Data
 from qsnn.data.sources import NAMES, load_recorded
 from qsnn.files import held, shown
-from qsnn.graph.recipe import recipe_of
+from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.measure.accuracy import score
-from qsnn.options import hints_of, shown_range
+from qsnn.models.weights import load_weights
+from qsnn.options import TaskName, hints_of, shown_range
 from qsnn.training.processes import is_main, wait
 
 
@@ -72,6 +73,27 @@ def data_of(model: nn.Module, file: Path, root: Path | None, given: str | None =
     return data
 
 
+def load_trained_(model: nn.Module, weights: Path | None, key: str | None) -> bool:
+    """Load a stranger's weights into a network, in place, where there are some; return whether there are.
+
+    Raises:
+        ValueError: see :func:`qsnn.load_weights`; or a key without a file.
+    """
+    if weights is None:
+        if key is not None:
+            raise ValueError(f"--key {key} says which of several weights in a file is meant; add --weights FILE")
+        return False
+    load_weights(model, weights, key=key)
+    return True
+
+
+def set_task_(model: nn.Module, task: TaskName | None) -> TaskName | None:
+    """Record on a network what it is asked, where that is said; return what is recorded."""
+    if task is not None:
+        set_recipe(model, {**recipe_of(model), "task": task})
+    return recipe_of(model).get("task")
+
+
 def show_ranges(*configs: type) -> None:
     """Let --help show the range of each number in the place of its type: "1..255" for INT."""
     for config in configs:
@@ -90,7 +112,7 @@ def write_model(model: nn.Module, out: Path, data: Data) -> None:
     """Write the file, from the first process, and say so."""
     if is_main():
         save(model, out)
-        print(f"wrote {out} (validation {score(model, data.val)})")
+        print(f"wrote {out} (validation {score(model, data.val, recipe_of(model).get('task'))})")
 
 
 def finish(state: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 from torch import nn
 
-from qsnn.checkpoint import check_data, file_hash, load_weights
-from qsnn.cli.inputs import held_by_first
+from qsnn.checkpoint import check_data, file_hash
+from qsnn.cli.inputs import held_by_first, load_trained_, set_task_
 from qsnn.data.events import EVENTS
-from qsnn.data.images import Data
+from qsnn.data.images import Data, first_of
 from qsnn.data.memory import within
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill
@@ -24,7 +24,19 @@ from qsnn.graph.recipe import recipe_of
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
 from qsnn.models.create import create_fitting
-from qsnn.options import Epochs, Levels, Part, Seed, Timesteps, WeightBits, as_bytes, check_options
+from qsnn.options import (
+    BatchSize,
+    Epochs,
+    Images,
+    Levels,
+    Part,
+    Seed,
+    TaskName,
+    Timesteps,
+    WeightBits,
+    as_bytes,
+    check_options,
+)
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
@@ -69,6 +81,16 @@ class RunConfig:
     """Largest T of the benchmark."""
     label_smoothing: Part = 0.1
     """Label smoothing of the student's cross entropy."""
+    task: TaskName | None = None
+    """"classification", "binary", "segmentation" or "regression"; by default found from the labels and the answers."""
+    key: str | None = None
+    """Which weights, where the file holds several: a dictionary's key, or the front of the names."""
+    train_images: Images | None = None
+    """Use only the first so many training images."""
+    test_images: Images | None = None
+    """Certify and measure on only the first so many test images."""
+    batch_size: BatchSize = 128
+    """Images a step."""
     epochs: tuple[Epochs, Epochs, Epochs] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
     budget: str | None = None
@@ -121,6 +143,8 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
     """
     frames = config.timesteps if config.data in EVENTS else None  # of a recording, one a step
     data = load_data(config.data, root=config.data_root, timesteps=frames, mean=config.mean, std=config.std)
+    if config.test_images is not None:
+        data = replace(data, test=first_of(data.test, config.test_images))
     _, data = create_fitting(config.model, data, seed=config.seed)
     flow = _Flow(config, data, say)
     with held_by_first(flow.out / "run"), within(config.memory):
@@ -147,14 +171,22 @@ class _Flow:
     def _configure(self, epochs: tuple[int, int, int]) -> None:
         """Set how each stage trains."""
         config = self.config
-        self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
-        self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed)
+        few: dict[str, Any] = {"train_images": config.train_images, "batch_size": config.batch_size}
+        self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed, **few)
+        self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed, **few)
         if config.weight_bits == 1:  # signs flip more readily under AdamW
             self.qat_config = replace(self.qat_config, optimizer="adamw", lr=0.01, weight_decay=0.0)
         self.quantize_config = QuantizeConfig(weight_bits=config.weight_bits, levels=config.levels)
+        if config.train_images is not None:
+            most = min(self.quantize_config.calibration_images, config.train_images)
+            self.quantize_config = replace(self.quantize_config, calibration_images=most)
         self.convert_config = ConvertConfig(timesteps=config.timesteps, firing="online")
         self.distill_config = DistillConfig(
-            timesteps=config.timesteps, epochs=epochs[2], label_smoothing=config.label_smoothing, seed=config.seed
+            timesteps=config.timesteps,
+            epochs=epochs[2],
+            label_smoothing=config.label_smoothing,
+            seed=config.seed,
+            **few,
         )
 
     def _planned(self, budget: str) -> tuple[int, int, int]:
@@ -162,7 +194,8 @@ class _Flow:
 
         The stages share the time as their usual epochs do.
         """
-        plan, names = self.out / "plan.json", ("data", "model", "weights", "weight_bits", "levels", "timesteps")
+        plan = self.out / "plan.json"
+        names = "data model weights weight_bits levels timesteps train_images batch_size".split()
         about = _plain({"budget": budget, **{name: getattr(self.config, name) for name in names}})
         found = read_plan(plan) if not self.config.fresh else {}
         if found.get("about") != about:
@@ -179,20 +212,23 @@ class _Flow:
     def _measured(self) -> dict[str, Stage]:
         """What an epoch of each stage takes that will be trained."""
         self.say("measuring a few steps of each stage")
+        task, data = self.config.task, self.data
+        if self.config.train_images is not None:
+            data = replace(data, train=first_of(data.train, self.config.train_images))
         teacher = create_fitting(self.config.model, self.data, seed=self.config.seed)[0].to(self.device).eval()
         qann = quantize(teacher, self.data, self.quantize_config)
         snn = convert(qann, self.convert_config)
         first, second = (replace(config, epochs=1) for config in (self.teacher_config, self.qat_config))
         third = replace(self.distill_config, epochs=1)
         trains: dict[str, Callable[[Data], Any]] = {
-            "teacher": lambda part: fit(copy.deepcopy(teacher), part, first),
-            "QANN": lambda part: fit(copy.deepcopy(qann), part, second, teacher=teacher),
-            "student": lambda part: distill(snn, qann, part, third),
+            "teacher": lambda part: fit(copy.deepcopy(teacher), part, first, task=task),
+            "QANN": lambda part: fit(copy.deepcopy(qann), part, second, teacher=teacher, task=task),
+            "student": lambda part: distill(snn, qann, part, third, task=task),
         }
         usual: tuple[TrainConfig | DistillConfig, ...] = (self.teacher_config, self.qat_config, self.distill_config)
         return {
             name: Stage(
-                seconds=epoch_seconds(train, self.data, batch_size=config.batch_size), share=float(config.epochs)
+                seconds=epoch_seconds(train, data, batch_size=config.batch_size), share=float(config.epochs)
             )
             for (name, train), config in zip(trains.items(), usual, strict=True)
             if name != "teacher" or self.config.weights is None
@@ -203,9 +239,11 @@ class _Flow:
         if self.config.budget is not None:
             self._configure(self._planned(self.config.budget))
         weights = None if self.config.weights is None else file_hash(self.config.weights)
+        said: dict[str, Any] = {"key": self.config.key, "task": self.config.task}
         teacher = self.stages.run(
             "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,
             train=asdict(self.teacher_config), normalisation=[list(self.data.mean), list(self.data.std)],
+            **{option: value for option, value in said.items() if value is not None},
         )  # fmt: skip
         qann = self.stages.run(
             "qann", lambda state: self._qann(teacher, state), parent=teacher,
@@ -218,7 +256,7 @@ class _Flow:
         proved_on = f"deferred, T = {certificate.timesteps}, {certificate.images:,} test images"
         self.say(f"certificate: {certificate.verdict} ({proved_on})")
         student = cast(SNN, self.stages.run(
-            "student", lambda state: distill(snn, qann, self.data, self.distill_config, resume=state), parent=snn,
+            "student", lambda state: self._student(snn, qann, state), parent=snn,
             distill=asdict(self.distill_config),
         ))  # fmt: skip
         folded = cast(SNN, self.stages.run("folded", lambda _: fold(student), parent=student))
@@ -229,29 +267,34 @@ class _Flow:
 
     def _teacher(self, state: Path) -> nn.Module:
         teacher, _ = create_fitting(self.config.model, self.data, seed=self.config.seed)
-        if self.config.weights is not None:
-            load_weights(teacher, self.config.weights)
+        task = set_task_(teacher, self.config.task)
+        if load_trained_(teacher, self.config.weights, self.config.key):
             return teacher.eval()
         teacher.to(self.device)
-        fit(teacher, self.data, self.teacher_config, resume=state, label="teacher")
+        fit(teacher, self.data, self.teacher_config, resume=state, label="teacher", task=task)
         return teacher
 
     def _qann(self, teacher: nn.Module, state: Path) -> nn.Module:
         qann = quantize(teacher, self.data, self.quantize_config)
-        fit(qann, self.data, self.qat_config, teacher=teacher, resume=state, label="QANN")
+        fit(qann, self.data, self.qat_config, teacher=teacher, resume=state, label="QANN", task=self.config.task)
         return qann
+
+    def _student(self, snn: nn.Module, qann: nn.Module, state: Path) -> nn.Module:
+        student: nn.Module = distill(snn, qann, self.data, self.distill_config, resume=state, task=self.config.task)
+        return student
 
     def _benchmark(self, teacher: nn.Module, qann: nn.Module, snn: SNN, student: SNN) -> tuple[Benchmark, ...]:
         started = time.perf_counter()
         test, steps = self.data.test, self.config.max_timesteps
         if self.data.frames is not None:
             steps = min(steps, self.data.frames)
+        said: dict[str, Any] = {"reference": qann, "task": self.config.task}
         results = (
-            benchmark(teacher, test, name="teacher", reference=qann),
-            benchmark(qann, test, name="QANN", reference=qann),
-            benchmark(snn, test, timesteps=steps, name="SNN online", reference=qann),
-            benchmark(snn, test, timesteps=steps, firing="deferred", name="SNN deferred", reference=qann),
-            benchmark(student, test, timesteps=steps, name="student", reference=qann),
+            benchmark(teacher, test, name="teacher", **said),
+            benchmark(qann, test, name="QANN", **said),
+            benchmark(snn, test, timesteps=steps, name="SNN online", **said),
+            benchmark(snn, test, timesteps=steps, firing="deferred", name="SNN deferred", **said),
+            benchmark(student, test, timesteps=steps, name="student", **said),
         )
         self.stages.seconds["benchmark"] = time.perf_counter() - started
         return results

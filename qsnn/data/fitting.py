@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, default_collate
 
 from qsnn.data.folders import with_channels
 from qsnn.data.images import Data
+from qsnn.data.masks import MaskSet
 from qsnn.graph.arrived import arrived, evaluating
 
 
@@ -41,14 +42,24 @@ def fitted(data: Data, model: nn.Module) -> Data:
             f"{type(model).__name__} does not take the images of {data.name}, {shape}; "
             f"{hint or ' '.join(str(error).split())[:200]}"
         ) from error
-    if isinstance(logits, Tensor) and logits.dim() == 2 and data.classes:
-        answers, classes = logits.shape[1], data.num_classes
-        if answers < classes and not (answers == 1 and classes == 2):  # one logit decides two classes by its sign
+    if isinstance(logits, Tensor) and logits.dim() > 1 and data.classes:
+        label = data.train[0][1]
+        size = tuple(label.shape) if isinstance(label, Tensor) else ()
+        if size and size not in (logits.shape[2:], logits.shape[1:]):
+            shown, want = (" x ".join(map(str, ("B", *shape))) for shape in (logits.shape[1:], ("K", *size)))
+            hint = "build a network with an answer a pixel, like --model unet" if len(size) == 2 else "make them agree"
+            raise ValueError(f"{type(model).__name__} answers {shown}, the labels of {data.name} want {want}; {hint}")
+        if not enough_outputs(logits.shape[1], data.num_classes):
             raise ValueError(
-                f"{type(model).__name__} gives {answers} outputs, {data.name} has {classes} classes "
-                f"({', '.join(data.classes[:3])}, ...); give its last layer {classes} outputs"
+                f"{type(model).__name__} gives {logits.shape[1]} outputs, {data.name} has {data.num_classes} classes "
+                f"({', '.join(data.classes[:3])}, ...); give its last layer {data.num_classes} outputs"
             )
     return data
+
+
+def enough_outputs(outputs: int, classes: int) -> bool:
+    """Whether a network of so many outputs tells so many classes: one an output, or two by the sign of one logit."""
+    return outputs >= classes or (outputs == 1 and classes == 2)
 
 
 def class_counts(part: Dataset[Any], classes: int) -> list[int] | None:
@@ -68,6 +79,8 @@ def describe(data: Data) -> str:
     if 1 <= len(data.mean) <= 4:
         numbers = [" ".join(f"{value:.4g}" for value in values) for values in (data.mean, data.std)]
         lines.append(f"normalised with mean {numbers[0]} and std {numbers[1]}")
+    if isinstance(data.train, MaskSet):
+        lines.append(data.train.told)
     parts = {name: class_counts(getattr(data, name), data.num_classes) for name in ("train", "val", "test")}
     counts = {name: found for name, found in parts.items() if found and sum(found)}
     if not data.classes or "train" not in counts:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,23 +32,21 @@ Samples = list[tuple[str, int]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FolderSet(Dataset[tuple[Tensor, int]]):
-    """Labelled image files, read one at a time; an item is normalised as in `ImageSet`.
+class ImageFiles(Dataset[tuple[Tensor, Any]]):
+    """Image files, read one at a time; an image is normalised as in `ImageSet`. What a label is, a subclass says.
 
     Args:
-        samples: (file, class) of each image.
+        samples: (file, label) of each image.
         size: height and width [pixel]; another size is scaled and cut at the centre, so the aspect ratio stays.
         mean, std: mean and standard deviation of each channel, of pixels on [0, 1]; one of each for grey, three for
             colours (a grey file then has three equal channels).
         full_scale: white in files of 16 or 32 bits.
         grey: no file holds colours, so that one channel and three hold the same.
-    Shape:
-        an item: (C, H, W) float32 and an int.
     Raises:
         ValueError: a file is not a readable image (when the item is asked for).
     """
 
-    samples: Samples
+    samples: Sequence[tuple[str, Any]]
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -58,25 +57,38 @@ class FolderSet(Dataset[tuple[Tensor, int]]):
         """Number of images N."""
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image, normalised, and its label."""
-        path, label = self.samples[index]
+    def image(self, index: int) -> Tensor:
+        """One image, normalised, (C, H, W) float32."""
+        path = self.samples[index][0]
         pixels = read_pixels(path, channels=len(self.mean), size=self.size, full_scale=self.full_scale)
-        return normalise(pixels, self.mean, self.std).contiguous(), label
+        return normalise(pixels, self.mean, self.std).contiguous()
 
     @property
     def black(self) -> Tensor:
         """A black pixel as an item has it, (C, 1, 1)."""
         return normalise(torch.zeros(len(self.mean), 1, 1), self.mean, self.std)
 
+    def head(self, n: int) -> ImageFiles:
+        """The first n images, or all of them if there are fewer."""
+        return replace(self, samples=self.samples[:n])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FolderSet(ImageFiles):
+    """Image files with a class each.
+
+    Shape:
+        an item: (C, H, W) float32 and an int.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image, normalised, and its class."""
+        return self.image(index), self.samples[index][1]
+
     @property
     def labels(self) -> Tensor:
         """Class of each image, (N,) int64."""
         return torch.tensor([label for _, label in self.samples])
-
-    def head(self, n: int) -> FolderSet:
-        """The first n images, or all of them if there are fewer."""
-        return replace(self, samples=self.samples[:n])
 
 
 def load_folder(
@@ -97,9 +109,8 @@ def load_folder(
         FileNotFoundError: there are no class folders, or one without images.
         ValueError: parts or classes that do not fit together, too few images, or a file that is no readable image.
     """
-    if folder.resolve() in (Path(folder.resolve().anchor), Path.home().resolve()):
-        raise ValueError(f"expected a folder of CLASS/*.png, {folder} is a whole disk or home; give the images' own")
-    parts = _parts(folder)
+    refuse_whole_disk(folder)
+    parts = parts_of(folder)
     samples, classes = {}, {}
     for part, where in parts.items():
         classes[part], files = _classes_in(where)
@@ -107,17 +118,45 @@ def load_folder(
         samples[part] = [files[i] for i in np.random.RandomState(0).permutation(len(files))]
     if len(set(classes.values())) > 1:
         raise ValueError(f"expected the same class folders in every part of {folder}, got {classes}; make them agree")
-    headers = _headers([path for files in samples.values() for path, _ in files])
+    headers = read_headers([path for files in samples.values() for path, _ in files])
+    train, val, test = _split(folder, samples, val_fraction, seed)
+    look = appearance(folder, headers, min(train)[0], image_size=image_size, mean=mean, std=std, channels=channels)
+    sets = [FolderSet(files, **look) for files in (train, val, test)]
+    return Data(
+        name=str(folder), train=sets[0], val=sets[1], test=sets[2],
+        mean=look["mean"], std=look["std"], classes=next(iter(classes.values())), augment="flip",
+    )  # fmt: skip
+
+
+def appearance(
+    folder: Path,
+    headers: dict[str, Header],
+    first: str,
+    *,
+    image_size: int | tuple[int, int] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    channels: int | None,
+) -> dict[str, Any]:
+    """Return how the images of a folder are shown to a network: what :class:`ImageFiles` takes beside its samples.
+
+    Args:
+        folder: what the line begins with that says what is taken otherwise than it is stored.
+        headers: of every image.
+        first: the image that gives the size, where none is asked for.
+        image_size, mean, std, channels: see :func:`qsnn.load_data`.
+    Raises:
+        ValueError: mean and std that do not fit the channels.
+    """
     deep = [path for path, header in headers.items() if header.deep]
     grey = all(header.grey for header in headers.values())
     _say_what_is_taken(folder, headers, scale := full_scale(deep) if deep else 65535.0)
-    train, val, test = _split(folder, samples, val_fraction, seed)
     if channels is None:
         given = len(mean or std or ())
         # 16 bits stay with three channels, as pretrained networks want them; a network of one channel gets one
         channels = given or (1 if grey and not deep else 3)
     if image_size is None:
-        size = headers[min(train)[0]].size
+        size = headers[first].size
     else:
         size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
     mean, std = mean or (MEAN if channels == 3 else GREY_MEAN), std or (STD if channels == 3 else GREY_STD)
@@ -125,16 +164,22 @@ def load_folder(
         raise ValueError(
             f"expected mean and std of 1 channel (grey) or 3, got mean={mean} and std={std} for {channels} channels"
         )
-    sets = [FolderSet(files, size, mean, std, scale, grey) for files in (train, val, test)]
-    return Data(
-        name=str(folder), train=sets[0], val=sets[1], test=sets[2],
-        mean=mean, std=std, classes=next(iter(classes.values())), augment="flip",
-    )  # fmt: skip
+    return {"size": size, "mean": mean, "std": std, "full_scale": scale, "grey": grey}
+
+
+def refuse_whole_disk(folder: Path) -> None:
+    """Refuse a disk or a home, whose every file would be looked at.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if folder.resolve() in (Path(folder.resolve().anchor), Path.home().resolve()):
+        raise ValueError(f"expected a folder of CLASS/*.png, {folder} is a whole disk or home; give the images' own")
 
 
 def with_channels(data: Data, channels: int) -> Data | None:
     """Return a folder's grey images in one channel or in three, as a network takes them; None for any other data."""
-    parts = [part for part in (data.train, data.val, data.test) if isinstance(part, FolderSet) and part.grey]
+    parts = [part for part in (data.train, data.val, data.test) if isinstance(part, ImageFiles) and part.grey]
     own = all((part.mean, part.std) in ((MEAN, STD), (GREY_MEAN, GREY_STD)) for part in parts)
     if len(parts) < 3 or channels not in (1, 3) or not own:  # numbers that were asked for stay
         return None
@@ -143,7 +188,7 @@ def with_channels(data: Data, channels: int) -> Data | None:
     return replace(data, train=train, val=val, test=test, mean=mean, std=std)
 
 
-def _parts(folder: Path) -> dict[str, Path]:
+def parts_of(folder: Path) -> dict[str, Path]:
     """The folders of the parts by name, or "." alone; spellings like Train/ and validation/ count where two agree."""
     there = sorted(entry for entry in folder.iterdir() if entry.is_dir())
     exact = {part: folder / part for part in _PARTS if folder / part in there}
@@ -171,7 +216,7 @@ def _classes_in(folder: Path) -> tuple[tuple[str, ...], Samples]:
         raise FileNotFoundError(f"expected CLASS/*.png in {folder}, got: {got}; lay it out so")
     samples: Samples = []
     for label, name in enumerate(classes):
-        files = list(_image_files(folder / name))
+        files = list(image_files(folder / name))
         if not files:
             raise FileNotFoundError(
                 f"expected CLASS/*.png in {folder}, got: no image in {name}/ ({', '.join(SUFFIXES)}); lay it out so"
@@ -180,7 +225,7 @@ def _classes_in(folder: Path) -> tuple[tuple[str, ...], Samples]:
     return tuple(classes), samples
 
 
-def _image_files(folder: Path) -> Iterator[str]:
+def image_files(folder: Path) -> Iterator[str]:
     """Every image file below a folder, links followed once, in the order of torchvision's ImageFolder."""
     images = others = 0
     seen: set[tuple[int, int]] = set()
@@ -205,7 +250,8 @@ def _image_files(folder: Path) -> Iterator[str]:
             )
 
 
-def _headers(paths: list[str]) -> dict[str, Header]:
+def read_headers(paths: list[str]) -> dict[str, Header]:
+    """Return the header of each image file."""
     with warnings.catch_warnings():  # Pillow warns of what read_header refuses, and of odd tags in a file
         warnings.simplefilter("ignore")
         return {path: read_header(path) for path in paths}

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Subset, default_collate
 
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import device_of, takes_frames
 from qsnn.options import BatchSize, check_option, seen
 
 AUGMENTS = ("none", "flip", "shift", "flip+shift")
+IGNORED = 255
+"""A pixel with this label, or one below 0, is not drawn into loss or score."""
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -120,11 +122,19 @@ class Data:
         """Number of classes K."""
         return len(self.classes)
 
+    @property
+    def outputs(self) -> int | None:
+        """Number of answers a network gives: one a class (of a map: for each pixel), or one a number to predict."""
+        label = self.train[0][1]
+        return self.num_classes or (label.numel() if isinstance(label, Tensor) and label.dim() < 2 else None)
+
     def __repr__(self) -> str:
         """Name, number of images, shape and classes, in one line."""
         sizes = ", ".join(f"{len(getattr(self, part)):,} {part}" for part in ("train", "val", "test"))
         what = {1: "vectors of", 2: "signals of"}.get(len(self.shape), "images of")
         what = what if self.frames is None else f"recordings of {self.frames} frames of"
+        label = self.train[0][1]
+        what = "images with masks of" if self.classes and isinstance(label, Tensor) and label.dim() > 1 else what
         answers = f"{self.num_classes} classes" if self.classes else "numbers to predict"
         return f"Data({self.name}: {sizes} {what} {'x'.join(map(str, self.shape))}, {answers})"
 
@@ -172,6 +182,11 @@ def split_by_class(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.n
     for label, count in zip(classes, take, strict=True):
         out[order[labels[order] == label][:count]] = True
     return order[~out[order]], order[out[order]]
+
+
+def first_of(part: Any, n: int) -> Any:
+    """The first n items of a data set, or all of them if there are fewer."""
+    return part.head(n) if hasattr(part, "head") else Subset(part, range(min(n, len(part))))
 
 
 def check_images(images: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> None:
@@ -226,23 +241,39 @@ def check_channels(images: Tensor, model: nn.Module | None) -> None:
         raise ValueError(f"expected images of shape {want}, as the network was made for, got {got}; use its own data")
 
 
-def _augment(images: Tensor, augment: str, generator: torch.Generator, black: Tensor | float) -> Tensor:
-    """Flip left-right with probability 1/2, then shift by up to p pixels each way; black fills the border."""
+def _augment(
+    images: Tensor, labels: Any, augment: str, generator: torch.Generator, black: Tensor | float
+) -> tuple[Tensor, Any]:
+    """Flip left-right with probability 1/2, then shift by up to p pixels each way; black fills the border.
+
+    A map of classes moves with its image; on its border nothing counts.
+    """
     if images.dim() == 5:  # all frames of a recording move together
-        return _augment(images.flatten(1, 2), augment, generator, black).unflatten(1, images.shape[1:3])
-    b, c, h, w = images.shape
+        moved, labels = _augment(images.flatten(1, 2), labels, augment, generator, black)
+        return moved.unflatten(1, images.shape[1:3]), labels
+    maps = isinstance(labels, Tensor) and labels.dim() == 3 and labels.shape[1:] == images.shape[2:]
+    maps = maps and not labels.is_floating_point()
+    if not maps and any(leaf.dim() > 2 and leaf.shape[-2:] == images.shape[-2:] for leaf in tree_leaves(labels)):
+        raise ValueError(f"augment={augment!r} moves images, not these maps; move both in your Dataset")
+    b, _, h, w = images.shape
     if "flip" in augment:
         flip = torch.rand(b, generator=generator, device=generator.device) < 0.5
         images = torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
+        labels = torch.where(flip.to(labels.device)[:, None, None], labels.flip(-1), labels) if maps else labels
     if "shift" in augment:
         p = 2 if min(h, w) == 28 else max(1, min(h, w) // 8)  # 1 px at 8x8, 4 px at 32x32; MNIST's objects fill 28x28
-        padded = images.new_empty(b, c, h + 2 * p, w + 2 * p)
-        padded[:] = black
-        padded[:, :, p : p + h, p : p + w] = images
         y, x = torch.randint(2 * p + 1, (2, b), generator=generator, device=generator.device).to(images.device)
-        windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # (B, C, 2p + 1, 2p + 1, H, W), a view
-        images = windows[torch.arange(b, device=images.device), :, y, x]
-    return images
+
+        def shifted(maps: Tensor, border: Tensor | float) -> Tensor:
+            padded = maps.new_empty(*maps.shape[:2], h + 2 * p, w + 2 * p)
+            padded[:] = border
+            padded[:, :, p : p + h, p : p + w] = maps
+            windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # (B, C, 2p + 1, 2p + 1, H, W), a view
+            return windows[torch.arange(b, device=images.device), :, y, x]
+
+        images = shifted(images, black)
+        labels = shifted(labels[:, None], IGNORED)[:, 0] if maps else labels
+    return images, labels
 
 
 def batch_sizes(n: int, batch_size: int, world: int = 1) -> list[int]:
@@ -330,10 +361,8 @@ def _batches(
         check_channels(images, model)
         images, labels = images.to(device), tree_map(lambda leaf: leaf.to(device), labels)
         if generator is not None and augment != "none":
-            if any(leaf.dim() > 2 and leaf.shape[-2:] == images.shape[-2:] for leaf in tree_leaves(labels)):
-                raise ValueError(f"augment={augment!r} moves images, not their maps; move both in your Dataset")
             # 0 is black in an ImageSet's bytes, and the mean colour in a normalised set that does not tell its black
-            images = _augment(images, augment, generator, getattr(data, "black", 0.0))
+            images, labels = _augment(images, labels, augment, generator, getattr(data, "black", 0.0))
         yield data.normalise(images) if isinstance(data, ImageSet) else images.float(), labels
     if batch is None:
         hint = "an iterator is used up after one pass: pass a list or a DataLoader"

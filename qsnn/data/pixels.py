@@ -14,7 +14,7 @@ from torch import Tensor
 MAX_PIXELS = 89_478_485
 """Largest image that is opened [pixel], 256 MiB of RGB: Pillow's own limit, above which it takes a file for a bomb."""
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 """Pillow's names for one channel of 16 or 32 bits; converted to 8 bits by Pillow they are cut off at 255."""
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 _FULL_SCALES = (255, 1023, 4095, 16383, 65535, 2**24 - 1, 2**31 - 1)
@@ -45,13 +45,13 @@ def read_header(path: str) -> Header:
     Raises:
         ValueError: no readable image, more than 89 megapixels, or a single pixel.
     """
-    with _opened(path) as image:
+    with opened_image(path) as image:
         mode, transparent = image.mode, "transparency" in image.info
         alpha = mode in _ALPHA or transparent
-        grey = mode in ("1", "L", "LA", "La", *_DEEP) or (mode == "P" and _grey_palette(image))
+        grey = mode in ("1", "L", "LA", "La", *DEEP) or (mode == "P" and _grey_palette(image))
         animated = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photograph and its preview
-        halved = mode not in _DEEP and any(";16" in str(tile[3]) for tile in image.tile)
-        return Header(image.size[::-1], grey, mode in _DEEP, alpha, bool(animated), halved)
+        halved = mode not in DEEP and any(";16" in str(tile[3]) for tile in image.tile)
+        return Header(image.size[::-1], grey, mode in DEEP, alpha, bool(animated), halved)
 
 
 def read_pixels(
@@ -74,8 +74,8 @@ def read_pixels(
     """
     from PIL import Image, ImageOps
 
-    with _opened(path) as image:
-        if image.mode in _DEEP:
+    with opened_image(path) as image:
+        if image.mode in DEEP:
             white = 1.0 if image.mode == "F" else full_scale
             pixels: Any = Image.fromarray(_deep_values(image) * np.float32(255.0 / white))
         else:
@@ -103,7 +103,7 @@ def full_scale(paths: list[str], most: int = 500) -> float:
     paths = sorted(paths)
     top = 0.0
     for path in paths[:: max(1, -(-len(paths) // most))]:
-        with _opened(path) as image:
+        with opened_image(path) as image:
             top = max(top, 0.0 if image.mode == "F" else float(_deep_values(image).max()))
     return next(scale for scale in _FULL_SCALES if scale >= min(top, _FULL_SCALES[-1]))
 
@@ -123,7 +123,7 @@ def _grey_palette(image: Any) -> bool:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def opened_image(path: str) -> Iterator[Any]:
     """The image of a file; every fault of the file, also one met while its pixels are read, is a line that names it."""
     from PIL import Image
 

@@ -15,6 +15,7 @@ import torch
 from qsnn.data.events import EVENTS, load_events
 from qsnn.data.folders import load_folder
 from qsnn.data.images import Data, ImageSet, hold_out
+from qsnn.data.masks import find_masks, load_masks
 from qsnn.data.tables import load_table
 from qsnn.options import Seed, as_numbers, check_option, expect, seen
 
@@ -53,6 +54,8 @@ def load_data(
     A folder holds ``train/CLASS/*`` and ``test/CLASS/*``, perhaps ``val/CLASS/*`` too; with ``val/`` but no ``test/``,
     ``val/`` is the test set. A folder of ``CLASS/*`` alone is split 80/10/10, each class alike. Images of 16 bits keep
     their content, transparency is laid on white, of an animation the first image counts; each is said once.
+    For segmentation a folder holds ``images/*`` and ``masks/*`` of equal names (both perhaps within ``train/`` and
+    ``test/``, or with these inside): grey or palette masks of class numbers, where 255 counts nowhere, or 0 and 255.
 
     Args:
         name: "digits" (comes with scikit-learn), "mnist", "fashion-mnist", "cifar10", the event sets "nmnist" and
@@ -102,14 +105,16 @@ def load_data(
         return _load_torchvision(str(name), folder_of_sets, val_fraction, seed, mean, std)
     path = Path(name).expanduser()
     if path.is_dir():
-        return load_folder(
-            path, image_size=image_size, val_fraction=val_fraction, seed=seed, mean=mean, std=std, channels=channels
-        )
+        options: dict[str, Any] = {"mean": mean, "std": std, "channels": channels, "image_size": image_size}
+        options |= {"val_fraction": val_fraction, "seed": seed}
+        pairs = find_masks(path)
+        return load_folder(path, **options) if pairs is None else load_masks(path, pairs, **options)
     if path.suffix == ".npz" and path.is_file() and not sizes and channels is None:
         return load_table(path, val_fraction=val_fraction or 0.1, seed=seed, mean=mean, std=std)
     raise ValueError(
         f"unknown data set {str(name)!r}, and no folder of that name; use one of {', '.join(NAMES)}, "
-        f"or the path of a folder with train/CLASS/*.png and test/CLASS/*.png, or of a .npz file of arrays"
+        f"or the path of a folder with train/CLASS/*.png and test/CLASS/*.png, or images/ and masks/, or of a .npz "
+        f"file of arrays"
     )
 
 

@@ -25,6 +25,7 @@ from qsnn.distillation.losses import (
 )
 from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
 from qsnn.distillation.rates import matches, rate_distance, teacher_layers
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.hooks import recorded
 from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
 from qsnn.measure.accuracy import find_task
@@ -255,9 +256,10 @@ def distill_together(
     expect(call, "data", data, "train val")
     config = DistillConfig() if config is None else config
     teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    student, *teachers = (arrived(one) if isinstance(one, nn.Module) else one for one in (student, *teachers))
     _check(student, teachers, config)
     pair = _Pair(copy.deepcopy(student), copy.deepcopy(teachers[0]) if config.mutual else None, config)
-    fixed = [] if config.mutual else [expert.eval() for expert in teachers]
+    fixed = [] if config.mutual else teachers
     limits = _prepared_neurons_(pair.student, config)
     pruned = start_pruning_(pair.student, config.sparsity) if config.sparsity else None
 
@@ -269,7 +271,8 @@ def distill_together(
 
     tasks = _tasks(pair, data, config, options.get("task"))
     fit_options: FitOptions = {"label": "student", **options, "task": tasks}
-    fit(pair, data, config.training(), loss=_Loss(config, fixed, tasks), after_step=after_step, **fit_options)
+    with evaluating(*fixed):
+        fit(pair, data, config.training(), loss=_Loss(config, fixed, tasks), after_step=after_step, **fit_options)
     finish_pruning_(pair.student)
     for parameter, _ in limits:
         parameter.requires_grad_(False)

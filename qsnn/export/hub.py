@@ -103,7 +103,7 @@ def from_pretrained(
 
 
 def write(model: nn.Module, path: str | Path, **options: Any) -> Path:
-    """:func:`save_pretrained` under the name that every format has; ``path`` is a folder."""
+    """Do what :func:`save_pretrained` does, under the name that every format has; ``path`` is a folder."""
     return save_pretrained(model, path, **options)
 
 

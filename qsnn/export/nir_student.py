@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,29 @@ def from_nir(
         recipe["input_shape"] = [int(side) for side in shape]
     set_recipe(found, recipe)
     return found.eval()
+
+
+def told_semantics(recipe: dict[str, Any]) -> str | None:
+    """Return what is taken of a network that came in by :func:`from_nir`, in one line; None for any other.
+
+    >>> told_semantics(dict(model=dict(name=f"{__name__}:from_nir", options=dict(path="a.nir", written_by="snntorch"))))
+    'read from a.nir, written by snntorch: reset soft, with the next step; a neuron fires at v > θ; dt = 0.0001 s'
+
+    Args:
+        recipe: of the network.
+    """
+    model = recipe.get("model", {})
+    if model.get("name") != f"{__name__}:from_nir":
+        return None
+    options = model.get("options", {})
+    names = [field.name for field in fields(Semantics)]
+    own = WRITERS.get(options.get("written_by"), Semantics())
+    meaning = replace(own, **{name: options[name] for name in names if name in options})
+    when = "with the next step" if meaning.late and meaning.reset == "soft" else "in the step of the spike"
+    return (
+        f"read from {options.get('path')}, written by {options.get('written_by')}: reset {meaning.reset}, {when}; a "
+        f"neuron fires at v {'>' if meaning.strict else '>='} θ; dt = {meaning.dt:g} s"
+    )
 
 
 def _network(graph: Any, meaning: Semantics, path: str | Path) -> fx.GraphModule:

@@ -16,6 +16,7 @@ from qsnn.folded.kinds import FOLD
 from qsnn.folded.layers import IntegerInput
 from qsnn.folded.neurons import CurrentIF, DynamicIF, IntegerIF, RealIF
 from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked
+from qsnn.graph.arrived import arrived
 from qsnn.graph.kinds import does
 from qsnn.graph.recipe import child_recipe, input_shape_of, set_recipe
 from qsnn.graph.trace import module_of, value_shapes
@@ -47,8 +48,10 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     >>> sorted({type(layer).__name__ for layer in qsnn.fold(snn).network.children()})
     ['Current', 'Flatten', 'IntegerIF', 'IntegerInput', 'IntegerLayer', 'Repeat', 'SumPool']
     """
-    if not isinstance(snn, SNN):
-        raise TypeError(f"expected an SNN from convert or distill, got {type(snn).__name__}")
+    model: Any = arrived(snn) if isinstance(snn, nn.Module) else snn
+    if not isinstance(model, SNN):
+        raise TypeError(f"expected an SNN from convert or distill, got {type(model).__name__}")
+    snn = model
     if snn.folded:
         raise ValueError("this network is folded already")
     shape = input_shape_of(snn)
@@ -58,6 +61,9 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     with torch.no_grad():
         folder = _Folder(network, value_shapes(network, shape), dtype)
         folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True, probes=snn.probes)
+        for module in folded.modules():  # a view of one value for all channels cannot be loaded into
+            for name, value in module._buffers.items():
+                module._buffers[name] = None if value is None else value.contiguous()
     folded.eval()
     set_recipe(folded, child_recipe(snn, "folded"))
     return folded

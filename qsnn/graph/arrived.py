@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from qsnn.graph.recipe import recipe_of, set_recipe
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """Modules that only run the one inside, as their ``module``; torch.compile's keeps it as ``_orig_mod``."""
+_FROZEN = "qsnn_frozen"
+"""Attribute of a batch norm that its owner had frozen; copies keep it."""
 _OURS = ("qsnn.snn", "qsnn.folded")
 """Networks of these rooms choose their own precision: integers in float64 are exact."""
 
@@ -81,11 +83,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
     ``model.train(was_training)`` would wake batch norms that their owner had frozen.
     """
-    with ExitStack() as stack:
-        for model in models:
-            stack.callback(set_training_flags_, model, training_flags(model))
-            model.eval()
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
         yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def training_flags(model: nn.Module) -> dict[str, bool]:
@@ -107,15 +112,30 @@ def set_training_flags_(model: nn.Module, flags: Mapping[str, bool]) -> None:
 
 
 def frozen_norms(model: nn.Module) -> list[str]:
-    """Return the names of the batch norms in eval mode whose holder is in training mode: frozen on purpose.
+    """Return the names of the batch norms that were frozen on purpose.
 
-    The flag of the model itself says nothing: a wrapper is in training mode when it is made, whatever it wraps.
+    Those are in eval mode while their holder is in training mode. The flag of the model itself says nothing: a wrapper
+    is in training mode when it is made, whatever it wraps. Where all is in eval mode, those that
+    :func:`mark_frozen_norms_` has seen frozen are.
     """
-    norms = nn.modules.batchnorm._NormBase
     return [
         name for name, module in model.named_modules()
-        if isinstance(module, norms) and not module.training and model.get_submodule(name.rpartition(".")[0]).training
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
+        and (model.get_submodule(name.rpartition(".")[0]).training or getattr(module, _FROZEN, False))
     ]  # fmt: skip
+
+
+def mark_frozen_norms_(model: nn.Module) -> list[str]:
+    """Do what :func:`frozen_norms` does, and mark them, so that they are found again when all is in eval mode.
+
+    A network that was trained or loaded is; copies, and what the verbs make of it, keep the marks. One that is put into
+    training mode loses its mark the next time.
+    """
+    frozen = frozen_norms(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.__dict__[_FROZEN] = name in frozen
+    return frozen
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
@@ -159,10 +179,12 @@ def _plain_(module: nn.Module) -> None:
     for hook in reversed(_hooks(module)):  # the last one that was put on is the outermost
         if isinstance(hook, prune.BasePruningMethod):
             prune.remove(module, hook._tensor_name)
-        elif isinstance(hook, WeightNorm):
-            remove_weight_norm(module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            remove_spectral_norm(module, hook.name)
+        elif isinstance(hook, WeightNorm | SpectralNorm):
+            parts = [f"{hook.name}{ending}" for ending in ("_g", "_v", "_orig")]
+            trained = any(module._parameters[part].requires_grad for part in parts if part in module._parameters)  # type: ignore[union-attr]
+            remove: Any = remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm
+            remove(module, hook.name)
+            getattr(module, hook.name).requires_grad_(trained)
     if parametrize.is_parametrized(module):
         flag, own = module.training, type(module)
         # torch gives a parametrized module a class of its own, which a copy shares, and takes properties off that class

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from qsnn.graph.hooks import kept_modes, recorded
+from qsnn.graph.arrived import evaluating
+from qsnn.graph.hooks import recorded
 from qsnn.graph.trace import SPELLED, call_nodes
 
 TOLERANCE = 1e-5
@@ -26,9 +27,7 @@ def same_answers(model: nn.Module, network: fx.GraphModule, images: Tensor) -> N
     Raises:
         ValueError: the answers differ; says where they begin to differ.
     """
-    with kept_modes(model, network):
-        model.eval()
-        network.eval()
+    with evaluating(model, network):
         again = _answers(model, images)
         wanted = _answers(model, images)
         if any(not torch.equal(a, b) for a, b in zip(again, wanted, strict=True)):

@@ -49,14 +49,3 @@ def recorded_inputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]
 
     with watching(modules, keep):
         yield found
-
-
-@contextmanager
-def kept_modes(*models: nn.Module) -> Iterator[None]:
-    """Give every module of these networks its own training flag back after the block: frozen layers stay frozen."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.graph.arrived import evaluating
 from qsnn.graph.call import Call, calling
-from qsnn.graph.hooks import kept_modes
 from qsnn.graph.kinds import CLASSES, does, kind_of, refused
 
 SPELLED = "qsnn_ending"
@@ -77,8 +77,7 @@ def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict
                 found[n.name] = tuple(value.shape)
             return value
 
-    with torch.no_grad(), calling(Call()), kept_modes(network):
-        network.eval()
+    with torch.no_grad(), calling(Call()), evaluating(network):
         _Shapes(network).run(torch.zeros(1, *shape, device=weight.device, dtype=weight.dtype))
     return found
 

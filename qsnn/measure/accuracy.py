@@ -59,9 +59,9 @@ def accuracy(
     return scores[""] if [*scores] == [""] else scores
 
 
-def score(model: nn.Module, source: Any) -> str:
+def score(model: nn.Module, source: Any, task: Asked = None) -> str:
     """The score in words, of each head: "accuracy 91.20 %"."""
-    tasks = find_task(model, source)
+    tasks = find_task(model, source, task)
     found = heads(accuracy(model, source, task=tasks))
     return ", ".join(told(task.metric, found[name]) for name, task in tasks.by_head.items())
 
@@ -134,4 +134,3 @@ def interval(correct_fraction: float, n: int) -> tuple[float, float]:
     half = math.sqrt(z2n * (p * (1 - p) + z2n / 4)) / (1 + z2n)
     # at p = 0 and p = 1 one bound is p itself, which rounding may miss by 1e-17
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
-

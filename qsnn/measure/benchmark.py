@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory, peak_of, within
 from qsnn.folded.fold import fold
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.recipe import recipe_of
 from qsnn.measure.accuracy import interval
 from qsnn.measure.counting import Counter
@@ -151,8 +152,27 @@ def benchmark(
     expect("benchmark(model, data.test, reference=qann)", "reference", reference, (nn.Module, type(None)))
     check_option("timesteps", timesteps, Timesteps)
     check_option("exit_margin", exit_margin, Share | None)
-    started = time.perf_counter()
     keep_freed_memory()
+    model = arrived(model)
+    reference = None if reference is None else arrived(reference)
+    with evaluating(model, *[] if reference is None else [reference]):
+        return _measured(model, loader, timesteps, firing, name, reference, exit_margin, batch_size, memory, task)
+
+
+def _measured(
+    model: nn.Module,
+    loader: Any,
+    timesteps: int,
+    firing: str | None,
+    name: str | None,
+    reference: nn.Module | None,
+    exit_margin: float | None,
+    batch_size: int | None,
+    memory: int | str | None,
+    task: Asked,
+) -> Benchmark:
+    """The work of :func:`benchmark`, on networks in eval mode."""
+    started = time.perf_counter()
     run = _Run(model, timesteps, firing)
     margins = _margins(exit_margin, run)
     if batch_size is None:
@@ -278,7 +298,7 @@ def _as_measured(model: nn.Module, timesteps: int) -> nn.Module:
     if isinstance(model, SNN):
         return model if model.folded else fold(model)
     if isinstance(model, TimeLoop) or not any(isinstance(m, base.MemoryModule) for m in model.modules()):
-        return model.eval()
+        return model
     return TimeLoop(model, timesteps).eval()
 
 

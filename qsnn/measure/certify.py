@@ -16,8 +16,9 @@ from qsnn.data.images import batches
 from qsnn.data.memory import batch_within, keep_freed_memory, within
 from qsnn.folded.fold import fold
 from qsnn.folded.kept import Kept
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.call import full_precision
-from qsnn.graph.hooks import kept_modes, recorded, watching
+from qsnn.graph.hooks import recorded, watching
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import takes_frames
 from qsnn.options import expect, seen
@@ -175,9 +176,12 @@ def certify(
     >>> qsnn.certify(qsnn.convert(qann), qann, data.test, images=20).verdict
     'EXACT'
     """
-    if not isinstance(snn, SNN):
-        raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(snn).__name__}")
+    model: Any = arrived(snn) if isinstance(snn, nn.Module) else snn
+    if not isinstance(model, SNN):
+        raise TypeError(f"expected certify(snn, qann, loader) with an SNN first, got {type(model).__name__}")
+    snn = model
     expect("certify(snn, qann, data.test)", "qann", qann, nn.Module)
+    qann = arrived(qann)
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
         raise ValueError(f"expected images >= 1, or None for all, got {seen(images)}: nothing proves nothing")
     folded = snn if snn.folded else fold(snn)
@@ -364,8 +368,7 @@ class _Reference:
         with watching(activations, keep), weights:
             logits = tree_leaves(self.model(images.double()))
         watched = {name: self.usual.get_submodule(name) for name in self.levels}
-        with kept_modes(self.usual), recorded(watched) as usual:
-            self.usual.eval()
+        with evaluating(self.usual), recorded(watched) as usual:
             self.usual_logits = [leaf.double() for leaf in tree_leaves(self.usual(images))]
         moved = {name: self._integers(name, value.double()) for name, value in usual.items()}
         return logits, integers, near, moved

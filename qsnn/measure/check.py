@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import Subset
 
 from qsnn.data.fitting import describe, fitted
-from qsnn.data.images import Data, batches
+from qsnn.data.images import Data, batches, first_of
 from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.hooks import recorded
@@ -21,7 +20,7 @@ from qsnn.graph.kinds import DOES, kind_of, refused
 from qsnn.graph.trace import call_nodes, device_of
 from qsnn.measure.accuracy import answer, interval
 from qsnn.measure.certify import certify
-from qsnn.measure.heads import Curve, Tasks, find_tasks, heads
+from qsnn.measure.heads import Asked, Curve, Tasks, find_tasks, heads
 from qsnn.measure.task import told
 from qsnn.options import Timesteps, check_option, expect, seen
 from qsnn.quant.activations import is_sign, level_quant
@@ -116,6 +115,7 @@ def check(
     timesteps: int = 2,
     seconds: float = 10.0,
     memory: int | str | None = None,
+    task: Asked = None,
 ) -> Check:
     """Run the whole front door without training: accuracy as loaded, quantize, convert, certify, and time a step.
 
@@ -126,9 +126,11 @@ def check(
         timesteps: T of the student whose training is timed.
         memory: what a batch may take, bytes or "512M"; default 1 GiB.
         seconds: the accuracy is measured on as many of the first test images as fit into so long [s].
+        task: "classification", "binary", "segmentation" or "regression", or one for each head; by default found from
+            the labels and the shape of the answers.
     Raises:
         TypeError: not a module, not a data set.
-        ValueError: the network and the data do not fit together.
+        ValueError: the network and the data do not fit together, or not to the task that is asked for.
 
     >>> from qsnn.data.sources import load_data
     >>> digits = load_data("digits")
@@ -146,22 +148,24 @@ def check(
     data = fitted(data, model)
     keep_freed_memory()
     with within(memory):
-        return _checked(model, data, config, timesteps, seconds)
+        return _checked(model, data, config, timesteps, seconds, task)
 
 
-def _checked(model: nn.Module, data: Data, config: QuantizeConfig | None, timesteps: int, seconds: float) -> Check:
-    loaded = _as_loaded(model, data, seconds)
+def _checked(
+    model: nn.Module, data: Data, config: QuantizeConfig | None, timesteps: int, seconds: float, task: Asked
+) -> Check:
+    loaded = _as_loaded(model, data, seconds, task)
     config = replace(config or QuantizeConfig(), calibration_images=_CALIBRATED)
     layers: tuple[LayerFate, ...] = ()
     refusals: list[str] = []
     verdict = qat = distill = None
     with torch.random.fork_rng(), evaluating(model):
         try:
-            few = _first(data.train, _CALIBRATED)
+            few = first_of(data.train, _CALIBRATED)
             qann = quantize(model, replace(data, train=few), config).eval()
             layers = fates(qann, next(batches(few, 2, device=device_of(model)))[0])
             snn = convert(qann, ConvertConfig(timesteps=timesteps))
-            verdict = certify(snn, qann, _first(data.test, _CERTIFIED)).verdict
+            verdict = certify(snn, qann, first_of(data.test, _CERTIFIED)).verdict
             if loaded.tasks is not None:
                 qat, distill = _epochs(model, qann, snn, data, timesteps, loaded.rate, loaded.tasks)
         except ValueError as error:  # each names all that it refuses, and what to write instead
@@ -245,9 +249,10 @@ class _Loaded:
 
 
 @torch.no_grad()
-def _as_loaded(model: nn.Module, data: Data, seconds: float) -> _Loaded:
+def _as_loaded(model: nn.Module, data: Data, seconds: float, task: Asked) -> _Loaded:
     """The score of as many of the first test images as fit into the time."""
-    seen, tasks, curve = 0, None, Curve(1)
+    seen, curve = 0, Curve(1)
+    tasks: Tasks | None = None
     device = device_of(model)
     size = 50 if device.type == "cpu" else 250  # what a core's cache holds is a fifth faster
     with evaluating(model):
@@ -258,8 +263,10 @@ def _as_loaded(model: nn.Module, data: Data, seconds: float) -> _Loaded:
             answers = answer(model, laid_out(images, torch.channels_last))
             seen += len(images)
             try:
-                tasks = find_tasks(answers, labels, tasks)
+                tasks = find_tasks(answers, labels, tasks or task)
             except ValueError:
+                if task is not None:
+                    raise
                 break
             curve.add(tasks, {name: each.unsqueeze(0) for name, each in heads(answers).items()}, heads(labels))
             if time.perf_counter() - begun > seconds:
@@ -273,7 +280,7 @@ def _epochs(
     teacher: nn.Module, qann: nn.Module, snn: nn.Module, data: Data, timesteps: int, rate: float, tasks: Tasks
 ) -> tuple[float, float]:
     """Seconds of an epoch of QAT and of distillation, validation included, from one step of a few images each."""
-    images, labels = next(batches(_first(data.train, _TIMED), _TIMED, device=device_of(qann)))
+    images, labels = next(batches(first_of(data.train, _TIMED), _TIMED, device=device_of(qann)))
 
     def qat(x: Tensor, y: Any) -> Tensor:
         return tasks.loss(heads(answer(qann, x)), heads(y))
@@ -302,10 +309,6 @@ def _step_seconds(network: nn.Module, loss: Callable[[Tensor, Any], Tensor], x: 
             torch.cuda.synchronize()
         times.append((time.perf_counter() - begun) / len(x[:count]))
     return min(times[1:])
-
-
-def _first(part: Any, n: int) -> Any:
-    return part.head(n) if hasattr(part, "head") else Subset(part, range(min(n, len(part))))
 
 
 def _told(seconds: float) -> str:

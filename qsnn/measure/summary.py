@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from qsnn.folded.gates import CurrentGate, IntegerGate
 from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
 from qsnn.folded.neurons import Current, IntegerIF
+from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.call import Call, calling
-from qsnn.graph.hooks import kept_modes, watching
+from qsnn.graph.hooks import watching
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gating
 from qsnn.graph.recipe import input_shape_of
@@ -132,6 +133,7 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     (True, {'W32A32': 452224})
     """
     expect("summary(model)", "model", model, nn.Module)
+    model = arrived(model)
     shape = shape or input_shape_of(model)
     if shape is None:
         raise ValueError("summary needs the image shape: summary(model, (C, H, W))")
@@ -159,8 +161,7 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
 
     image = torch.zeros(1, *shape, device=device_of(model))
     layers = {name: module for name, module in network.named_modules() if name}
-    with kept_modes(network), watching(layers, record), calling(Call()):
-        network.eval()
+    with evaluating(network), watching(layers, record), calling(Call()):
         _ = model(image, timesteps=1) if isinstance(model, TimeLoop) else network(image)
     return Summary(tuple(rows), _other_parameters(network))
 

@@ -65,7 +65,7 @@ class Tally:
         tasks, found, wanted = self.tasks, heads(answers), heads(labels)
         self.curve.add(tasks, found, wanted)
         if reference is not None:
-            others = heads(answer(reference.eval(), images))
+            others = heads(answer(reference, images))
             for t, sums in enumerate(self.agreeing):
                 sums += tasks.agreeing({name: each[t] for name, each in found.items()}, others)
         self._classes(next(iter(found.values())), next(iter(wanted.values())))

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = 255
-"""A pixel with this label, or one below 0, is not drawn into loss or score."""
+from qsnn.data.images import IGNORED as IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,6 +147,44 @@ class CifarResNet(nn.Module):
         return logits
 
 
+class UNet(nn.Module):
+    """Two levels down by max pooling, two up by nearest upsampling, skips by concatenation: K answers a pixel.
+
+    Args:
+        in_channels: C of the images.
+        num_classes: K.
+        width: channels of the first level; each level down has twice as many.
+    Shape:
+        images: (B, C, H, W), H and W multiples of 4; answers: (B, K, H, W).
+    Source:
+        Ronneberger et al., "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, width: int = 16) -> None:
+        super().__init__()
+        self.down1, self.down2 = self._level(in_channels, width), self._level(width, 2 * width)
+        self.bottom = self._level(2 * width, 4 * width)
+        self.up2, self.up1 = self._level(6 * width, 2 * width), self._level(3 * width, width)
+        self.head = nn.Conv2d(width, num_classes, 1)
+
+    @staticmethod
+    def _level(in_channels: int, channels: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for inputs in (in_channels, channels):
+            layers += [nn.Conv2d(inputs, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images to answers."""
+        high = self.down1(x)
+        low = self.down2(F.max_pool2d(high, 2))
+        x = self.bottom(F.max_pool2d(low, 2))
+        x = self.up2(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), low], 1))
+        x = self.up1(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), high], 1))
+        answers: torch.Tensor = self.head(x)
+        return answers
+
+
 def _vgg_small(shape: tuple[int, ...], num_classes: int, pooling: str = _AVERAGE) -> nn.Module:
     side = shape[-1]
     stages = [[24, 24], [48, 48]] if side <= 12 else [[32], [48, 48], [96, 96]]
@@ -175,6 +213,12 @@ def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
 def _vgg16(shape: tuple[int, ...], num_classes: int, pooling: str = _AVERAGE) -> nn.Module:
     stages = [[64, 64], [128, 128], [256, 256, 256], [512, 512, 512], [512, 512, 512]]
     return VggSmall(shape[0], num_classes, stages, pooling)
+
+
+def _unet(shape: tuple[int, ...], num_classes: int, width: int = 16) -> nn.Module:
+    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+        raise ValueError(f"unet takes images whose sides are multiples of 4, got {shape}; scale them")
+    return UNet(shape[0], num_classes, width)
 
 
 def _mlp(shape: tuple[int, ...], num_classes: int, width: int = 128) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import nn
 from qsnn.data.fitting import fitted
 from qsnn.data.images import Data
 from qsnn.graph.recipe import data_recipe, recipe_of, set_recipe
-from qsnn.models.ann import _cifar_resnet, _mlp, _resnet18, _resnet_small, _study, _vgg16, _vgg_small
+from qsnn.models.ann import _cifar_resnet, _mlp, _resnet18, _resnet_small, _study, _unet, _vgg16, _vgg_small
 from qsnn.models.attention import convnext, qkformer
 from qsnn.models.libraries import LIBRARIES, build_from_library
 from qsnn.models.spiking import SPIKING, build_spiking
@@ -32,6 +32,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": _cifar_resnet(56),
     "vgg16": _vgg16,
     "mlp": _mlp,
+    "unet": _unet,
     "qkformer": qkformer,
     "convnext": convnext,
 }
@@ -44,12 +45,12 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
         name: "vgg-small" (0.03 to 0.2 M parameters by image size), "study" (16-16-32-32-64 channels), "resnet-small",
             "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images), "resnet20", "resnet32",
             "resnet44" and "resnet56" (16-32-64 channels, 0.27 to 0.85 M parameters), "mlp" (two layers of 128),
-            "qkformer" (attention that is exact as spikes), "convnext" (``groups``, ``expand``, ``blocks``); a spiking
-            network from scratch (:func:`qsnn.models.spiking.build_spiking`): "spiking-resnet", "sew-resnet",
-            "ms-resnet", "spiking-qkformer", "spiking-convnext"; "timm:NAME" and "torchvision:NAME" of those libraries,
-            with their pretrained weights where these are on disk; or a function of your own as
-            ``package.module:function``; it is called with ``num_classes=K`` where it takes that, and may return any
-            model that torch.fx can follow.
+            "unet" (16-32-64 channels, an output a class and pixel; sides are multiples of 4), "qkformer" (attention
+            that is exact as spikes), "convnext" (``groups``, ``expand``, ``blocks``); a spiking network from scratch
+            (:func:`qsnn.models.spiking.build_spiking`): "spiking-resnet", "sew-resnet", "ms-resnet",
+            "spiking-qkformer", "spiking-convnext"; "timm:NAME" and "torchvision:NAME" of those libraries, with their
+            pretrained weights where these are on disk; or a function of your own as ``package.module:function``; it
+            is called with ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
         data: where the image shape and the number of classes come from. Our own models need it.
         seed: of the weights; the global random state is left as it was.
         options: passed on to the function, e.g. ``pooling="max"``.
@@ -63,7 +64,7 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
     expect("create_model('study', load_data('digits'))", "name", name, str)
     expect("create_model('study', load_data('digits'))", "data", data, (Data, type(None)))
     shape = None if data is None else tuple(data.shape)
-    classes = None if data is None else data.num_classes or None
+    classes = None if data is None else data.outputs
     model = build_model(name, shape, classes, seed=seed, pretrained=True, **options)
     set_recipe(model, {**recipe_of(model), "data": data_recipe(data)})
     return model

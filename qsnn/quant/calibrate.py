@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.data.images import batches
-from qsnn.graph.hooks import Watcher, kept_modes, watching
+from qsnn.graph.arrived import evaluating
+from qsnn.graph.hooks import Watcher, watching
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import call_nodes, called_once, module_of
 from qsnn.quant.activations import LevelQuant, level_quant
@@ -43,8 +44,8 @@ def calibrate_(qann: fx.GraphModule, images: Tensor, network: fx.GraphModule | N
     for quant in quants:
         quant.samples.clear()
         groups.setdefault(id(quant.samples), []).append(quant)
-    with kept_modes(qann), watching(layers, correct), watching(gates, level), _collecting(quants):
-        qann.eval()(images)
+    with evaluating(qann), watching(layers, correct), watching(gates, level), _collecting(quants):
+        qann(images)
         if any(len(group) > 1 for group in groups.values()):
             # the first layer of a shared step ran with a step that did not know the others yet: once more, with it
             for group in groups.values():
@@ -86,8 +87,8 @@ def _float_statistics(
     once = called_once(network)
     layers = {str(node.target): module for node, module in call_nodes(network) if str(node.target) in once}
     layers = {name: module for name, module in layers.items() if does(module) in ("weighs", "decides")}
-    with kept_modes(network), watching(layers, record):
-        network.eval()(images)
+    with evaluating(network), watching(layers, record):
+        network(images)
     return found, passed
 
 

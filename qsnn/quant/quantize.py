@@ -263,10 +263,9 @@ def _quantized_layer(layer: Any, name: str, weighted: list[str], config: Quantiz
         if transposed and options.get("weight_quant") is IntegerWeightQuant:
             options["weight_channel_dim"] = 1
         new = make(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
-    with torch.no_grad():
-        new.weight.copy_(layer.weight)
-        if layer.bias is not None:
-            new.bias.copy_(layer.bias)
+    for mine, given in ((new.weight, layer.weight), (new.bias, layer.bias)):
+        if given is not None:
+            mine.requires_grad_(given.requires_grad).data.copy_(given)  # what was frozen stays frozen
     quantized: nn.Module = new.to(layer.weight.device)
     return quantized
 

@@ -175,7 +175,8 @@ def _prepared(network: Any, config: ConvertConfig) -> tuple[fx.GraphModule, dict
         plain = does(layer) == "weighs" and not hasattr(layer, "weight_quant")
         if plain and layer.bias is None:  # a correction needs one; quantized layers keep theirs
             channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            layer.bias = nn.Parameter(layer.weight.new_zeros(cast(int, channels)))
+            zeros = layer.weight.new_zeros(cast(int, channels))
+            layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
     return network, moved
 
 

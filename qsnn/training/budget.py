@@ -12,9 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Subset
-
-from qsnn.data.images import Data
+from qsnn.data.images import Data, first_of
 from qsnn.files import write_atomic
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -107,7 +105,7 @@ def epoch_seconds(
     n = max(1, min(batch_size * batches, count // 2))
 
     def timed(images: int, checked: int) -> float:
-        few = replace(data, train=_first(data.train, images), val=_first(data.val, checked))
+        few = replace(data, train=first_of(data.train, images), val=first_of(data.val, checked))
         begun = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):  # the progress of a measurement tells nobody anything
             train(few)
@@ -119,10 +117,6 @@ def epoch_seconds(
     step = max(long - short, 0.2 * long) / n
     check = max(checked - short, 0.0) / max(1, some - 1)
     return step * count + check * held
-
-
-def _first(part: Any, n: int) -> Any:
-    return part.head(n) if hasattr(part, "head") else Subset(part, range(min(n, len(part))))
 
 
 def told(budget: float, stages: Mapping[str, Stage], epochs: Mapping[str, int]) -> str:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from qsnn.data.images import Data, batch_sizes, batches
+from qsnn.data.images import Data, batch_sizes, batches, first_of
 from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
-from qsnn.graph.arrived import frozen_norms, to_float32_
+from qsnn.graph.arrived import arrived, evaluating, mark_frozen_norms_, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import added_up, answer, find_task
@@ -115,6 +114,9 @@ def fit(
 ) -> list[Epoch]:
     r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` for each.
 
+    Parameters that are frozen (``requires_grad=False``) stay as they are, and so do batch norms in eval mode whose
+    holder is in training mode, also in what is made from the model and trained again.
+
     The loss is the cross entropy, or with a teacher
     :math:`(1-\lambda)\,CE + \lambda\,\tau^2\,KL(p_\tau^{teacher}\,\|\,p_\tau)`, or ``loss(model, images, labels)``.
     Of one logit CE and KL are those of a Bernoulli variable, of maps the mean over the pixels, of numbers mean squared
@@ -142,7 +144,7 @@ def fit(
     Raises:
         FloatingPointError: the loss is NaN, infinite or far above where it began; says in which step, which state was
             the last good one, and what to try.
-        ValueError: ``resume`` belongs to another run, or labels that do not belong to the answers.
+        ValueError: ``resume`` belongs to another run, labels that do not belong to the answers, or nothing to train.
     Source:
         Hinton et al., "Distilling the Knowledge in a Neural Network", 2015 (the KL term).
 
@@ -164,7 +166,8 @@ def fit(
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
     to_float32_(model)
-    frozen = frozen_norms(model)
+    teacher = None if teacher is None else arrived(teacher)
+    frozen = mark_frozen_norms_(model)
     loader = _Loader(data, config, model)
     state = read_state(resume, asdict(config))
     if state is not None:
@@ -178,8 +181,6 @@ def fit(
         model.eval()
         return done.history
     _leave_file(model)
-    if teacher is not None:
-        teacher.eval()
     keep_freed_memory()
     tasks = _tasks(model, data, task, loss)
     step = _Step(model, loss or _default_loss(config, teacher, tasks), config.precision)
@@ -192,7 +193,7 @@ def fit(
             path, model, optimizer, scheduler, asdict(config), done, {} if average is None else average.weights
         ),
     )  # fmt: skip
-    with bar, torch.random.fork_rng(), board:
+    with bar, torch.random.fork_rng(), board, evaluating(*[] if teacher is None else [teacher]):
         for epoch in range(len(done.history), config.epochs):
             # convolutions and batch norm run faster in channels-last on a CPU
             lay_out_(_awake_(model, frozen), torch.channels_last)
@@ -236,8 +237,7 @@ class _Loader:
     def __init__(self, data: Data, config: TrainConfig, model: nn.Module) -> None:
         train: Any = data.train
         if config.train_images is not None:
-            few = config.train_images
-            train = train.head(few) if hasattr(train, "head") else Subset(train, range(few))
+            train = first_of(train, config.train_images)
         if not hasattr(train, "__len__"):
             raise ValueError("data.train must be a Dataset with a length")
         self.train, self.config, self.model = train, config, model
@@ -327,9 +327,7 @@ class _Step(nn.Module):
         return total, {name: value.detach() for name, value in terms.items()}
 
 
-def _refuse_divergence(
-    loss: float, done: Progress, config: TrainConfig, label: str, resume: str | Path | None
-) -> None:
+def _refuse_divergence(loss: float, done: Progress, config: TrainConfig, label: str, resume: str | Path | None) -> None:
     limit = DIVERGED * max(done.history[0].loss, 0.1) if done.history else math.inf
     if math.isfinite(loss) and loss <= limit:
         return
@@ -362,6 +360,8 @@ def _default_loss(config: TrainConfig, teacher: nn.Module | None, tasks: Tasks |
 
 def _optimizer(model: nn.Module, config: TrainConfig, per_epoch: int) -> tuple[Any, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(f"every parameter of {type(model).__name__} is frozen; let one have requires_grad=True")
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},

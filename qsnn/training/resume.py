@@ -158,7 +158,10 @@ class State:
                     f"{self.path} is the state of another network: {name!r} is {found.get(name, 'missing')} there and "
                     f"{own.get(name, 'missing')} here; delete it to start over"
                 )
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.load_state_dict(self.model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained.get(name, True))
 
     def restore_(self, optimizer: Any, scheduler: Any) -> Progress:
         """Set optimizer and learning rate as they were, in place; return the progress.
