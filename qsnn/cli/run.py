@@ -19,6 +19,7 @@ from qsnn.distillation.distill import DistillConfig, distill
 from qsnn.files import as_path, target_of
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of
+from qsnn.graph.spell import trace
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
 from qsnn.models.create import create_fitting
@@ -29,7 +30,8 @@ from qsnn.report.page import write_report
 from qsnn.report.records import Record, append_once, check_records, environment, now
 from qsnn.snn.config import ConvertConfig
 from qsnn.snn.convert import convert
-from qsnn.snn.network import SNN
+from qsnn.snn.counts import refuse_online
+from qsnn.snn.network import SNN, TimeLoop
 from qsnn.training.fit import TrainConfig, fit
 from qsnn.training.processes import start
 from qsnn.training.stages import Stages
@@ -108,7 +110,10 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
     """
     frames = config.timesteps if config.data in EVENTS else None  # of a recording, one a step
     data = load_data(config.data, root=config.data_root, timesteps=frames, mean=config.mean, std=config.std)
-    _, data = create_fitting(config.model, data, seed=config.seed)
+    network, data = create_fitting(config.model, data, seed=config.seed)
+    if not isinstance(network, TimeLoop):
+        network.eval()
+        refuse_online(trace(network, tuple(data.shape)), "the student of `qsnn run`")
     flow = _Flow(config, data, say)
     with held_by_first(flow.out / "run"):
         result = flow.run()

@@ -59,7 +59,7 @@ class Builder:
     def current(self, value: Value, name: str) -> fx.Node:
         """A node that holds the value itself in float64."""
         (first, *rest) = value.terms
-        if not rest and value.bias is None and not first.factors and first.divisor == 1:
+        if not rest and value.bias is None and not first.factors and (first.divisor, first.steps) == (1, 0):
             return first.node
         module = Current(*current_arguments(value))
         return self.call(name.replace(".", "_"), module, *(term.node for term in value.terms))

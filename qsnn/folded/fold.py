@@ -112,7 +112,7 @@ class _Folder(Builder):
         name = str(node.target)
         threshold, initial = neuron.threshold.detach(), neuron.initial.detach()
         first = value.terms[0]
-        raw = len(value.terms) == 1 and not first.integer and not first.factors and first.divisor == 1
+        raw = len(value.terms) == 1 and not (first.integer or first.factors or first.steps) and first.divisor == 1
         if raw and value.bias is None and neuron.dynamics.plain:
             if unit := alone and self.absorbs(first.node):  # the layer then counts in units of θ
                 layer: Any = self.root.get_submodule(str(first.node.target))
@@ -130,7 +130,8 @@ class _Folder(Builder):
             flat = bias.expand(shape).reshape(-1) if bias.numel() > 1 else bias.reshape(1)
             if started.numel() > 1 and math.prod(shape) != started.numel():
                 initial = started.expand(shape).reshape(-1)
-            module = IntegerIF(factors, first.divisor, flat, threshold, initial, first.bound, shape)
+            bound, steps = first.bound, first.steps
+            module = IntegerIF(factors, first.divisor, flat, threshold, initial, bound, shape, steps=steps)
         else:
             currents = current_arguments(value)
             if neuron.dynamics.plain:
