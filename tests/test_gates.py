@@ -104,7 +104,8 @@ def test_gated_spikes_keep_their_levels_and_ties_are_exact(digits: qsnn.Data) ->
 
 NETS = [
     ("qkformer", {}, 4, 2), ("qkformer", {}, 1, 3), ("qkformer", {}, 16, 1), ("convnext", {}, 4, 2),
-    ("convnext", {"expand": False, "groups": 8}, 1, 2),
+    ("convnext", {"expand": False, "groups": 8}, 1, 2), ("qkformer", {"attention": "self"}, 4, 2),
+    ("qkformer", {"attention": "channel"}, 4, 2),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from qsnn.folded.builder import Builder
 from qsnn.folded.kinds import FOLD
 from qsnn.folded.layers import IntegerInput
 from qsnn.folded.neurons import CurrentIF, DynamicIF, IntegerIF, RealIF
-from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked
+from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked, steps_of
 from qsnn.graph.kinds import does
 from qsnn.graph.recipe import child_recipe, input_shape_of, set_recipe
 from qsnn.graph.trace import module_of, value_shapes
@@ -133,9 +133,9 @@ class _Folder(Builder):
             bound, steps = first.bound, first.steps
             module = IntegerIF(factors, first.divisor, flat, threshold, initial, bound, shape, steps=steps)
         else:
-            currents = current_arguments(value)
+            currents, powers = current_arguments(value), steps_of(value)
             if neuron.dynamics.plain:
-                module = CurrentIF(*currents, threshold, initial)
+                module = CurrentIF(*currents, threshold, initial, steps=powers)
             else:
-                module = DynamicIF(*currents, threshold, initial, neuron.dynamics, neuron.tau)
+                module = DynamicIF(*currents, threshold, initial, neuron.dynamics, neuron.tau, steps=powers)
         return Value((Term(self.call(name, module, *(term.node for term in value.terms)), spikes=True),))

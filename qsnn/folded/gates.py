@@ -123,10 +123,11 @@ class CurrentGate(Current):
         divisors: list[int],
         bias: Tensor,
         shapes: list[Shape],
-        steps: list[int],
         level: Tensor,
+        *,
+        steps: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(factors, divisors, bias, shapes, steps)
+        super().__init__(factors, divisors, bias, shapes, steps=steps)
         self.register_buffer("level", level.detach().double())
 
     def forward(self, *inputs: Tensor) -> Tensor:

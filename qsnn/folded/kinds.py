@@ -30,6 +30,7 @@ from qsnn.folded.terms import (
     sides,
     spread,
     stacked,
+    steps_of,
     summed_over,
     windows,
     worth,
@@ -205,7 +206,7 @@ def decides(folder: Builder, node: fx.Node, gate: Any, value: Value) -> Value:
             factors, first.divisor, flat, gate.level, shape, spikes=first.spikes, steps=first.steps
         )
     else:
-        module = CurrentGate(*current_arguments(value), gate.level)
+        module = CurrentGate(*current_arguments(value), gate.level, steps=steps_of(value))
     return Value((Term(folder.call(str(node.target), module, *(term.node for term in value.terms)), spikes=True),))
 
 
@@ -220,12 +221,12 @@ def gates(folder: Builder, node: fx.Node, module: nn.Module, gate: Value, value:
 
 def multiplies(folder: Builder, node: fx.Node, module: Any, first: Value, second: Value) -> Value:
     """A product of counts: integers where both are integers of one gain, else the means are multiplied in float64."""
-    name, (x, y) = str(node.target), node.args
+    name, (x, y) = str(node.target), [folder.shapes[a.name] for a in node.args if isinstance(a, fx.Node)]
     if not (first.spikes_only and second.spikes_only):
         currents = folder.current(first, f"{node.name}_first"), folder.current(second, f"{node.name}_second")
         return real(folder.call(name, CountProduct(module.equation, module.timed), *currents))
     (a,), (b,) = first.terms, second.terms
-    summed = module.summed(folder.shapes[x.name], folder.shapes[y.name])
+    summed = module.summed(x, y)
     steps = (a.steps + module.timed[0], b.steps + module.timed[1])
     whole = IntegerProduct(module, (a.bound, b.bound), steps, summed)
     call = folder.call(name, whole, a.node, b.node)
@@ -285,7 +286,8 @@ def shifts(folder: Builder, node: fx.Node, module: Any, value: Value) -> Value:
 
 FOLD: dict[str, Callable[..., Value]] = {
     "weighs": weighs, "normalises": normalises, "takes maxima": takes_maxima,
-    "decides": decides, "gates": gates, "multiplies": multiplies, "averages": averages, "passes": passes, "moves": moves, "adds": adds,
+    "decides": decides, "gates": gates, "multiplies": multiplies, "averages": averages,
+    "passes": passes, "moves": moves, "adds": adds,
     "joins": joins, "scales": scales, "shifts": shifts,
 }  # fmt: skip
 """What becomes of each kind that does not fire; activations have become neurons by then."""

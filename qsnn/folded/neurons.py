@@ -40,21 +40,27 @@ class Current(nn.Module):
         divisors: for each input the number of window elements of the pooling it went through.
         bias: b of each step, (n,) or (1,).
         shapes: in which the n values of each input's gain, and last those of the bias, broadcast against an image.
-        steps: for each input how many sums over time it is a product of.
+        steps: for each input how many sums over time it is a product of; () for none.
     """
 
     divisors: Tensor
     bias: Tensor
 
     def __init__(
-        self, factors: list[Tensor], divisors: list[int], bias: Tensor, shapes: list[Shape], steps: list[int]
+        self,
+        factors: list[Tensor],
+        divisors: list[int],
+        bias: Tensor,
+        shapes: list[Shape],
+        *,
+        steps: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         for index, factor in enumerate(factors):
             self.register_buffer(f"factors_{index}", factor)
         self.register_buffer("divisors", torch.tensor(divisors, dtype=torch.int64))
         self.register_buffer("bias", bias)
-        self.shapes, self.steps = shapes, steps
+        self.shapes, self.steps = shapes, steps or (0,) * len(factors)
 
     def gain(self, index: int, timesteps: int) -> Tensor:
         """g_j at T in float64, shaped to multiply an input."""
@@ -88,11 +94,12 @@ class CurrentIF(Current):
         divisors: list[int],
         bias: Tensor,
         shapes: list[Shape],
-        steps: list[int],
         threshold: Tensor,
         initial: Tensor | float,
+        *,
+        steps: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(factors, divisors, bias, shapes, steps)
+        super().__init__(factors, divisors, bias, shapes, steps=steps)
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
@@ -171,13 +178,14 @@ class DynamicIF(CurrentIF):
         divisors: list[int],
         bias: Tensor,
         shapes: list[Shape],
-        steps: list[int],
         threshold: Tensor,
         initial: Tensor | float,
         dynamics: Dynamics,
         tau: Tensor | None,
+        *,
+        steps: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(factors, divisors, bias, shapes, steps, threshold, initial)
+        super().__init__(factors, divisors, bias, shapes, threshold, initial, steps=steps)
         self.dynamics = dynamics
         self.register_buffer("tau", tau)
         self.overflows = 0

@@ -27,19 +27,15 @@ class IntegerProduct(CountProduct):
         Katharopoulos et al., ICML 2020 (linear attention).
     """
 
-    def __init__(
-        self, product: CountProduct, bounds: tuple[float, float], steps: tuple[int, int], summed: int
-    ) -> None:
+    def __init__(self, product: CountProduct, bounds: tuple[float, float], steps: tuple[int, int], summed: int) -> None:
         super().__init__(product.equation, product.timed)
         self.bounds, self.each_steps = bounds, steps
         self.bound, self.steps = bounds[0] * bounds[1] * summed, sum(steps)
 
     def bits(self, timesteps: int) -> tuple[int, int]:
         """Of the largest counts that are multiplied at T [bit]."""
-        first, second = (
-            int(bound * timesteps**steps).bit_length() for bound, steps in zip(self.bounds, self.each_steps, strict=True)
-        )
-        return first, second
+        (a, b), (first, second) = self.bounds, self.each_steps
+        return int(a * timesteps**first).bit_length(), int(b * timesteps**second).bit_length()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The product of the sums over T."""

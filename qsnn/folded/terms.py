@@ -20,7 +20,7 @@ from qsnn.graph.modules import Pad
 
 @dataclass(frozen=True)
 class Term:
-    """A node of the new graph and what one unit of it is worth: the product of ``factors`` over ``divisor``·T^``steps``.
+    """A node of the new graph, and what one unit is worth: the product of ``factors`` over ``divisor``·T^``steps``.
 
     Its integers are at most ``bound``·T^``steps``: spikes of one step have steps = 0; the product of two values that
     were each summed over time has 2, and so its own mean at any T.
@@ -228,10 +228,14 @@ def scaled(value: Value, factor: Tensor) -> Value:
     return Value(terms, None if value.bias is None else value.bias * factor)
 
 
-def current_arguments(value: Value) -> tuple[list[Tensor], list[int], Tensor, list[tuple[int, ...]], list[int]]:
-    """Factors (F, n), divisors, bias (n,), shapes and steps: what :class:`~qsnn.folded.neurons.Current` is made of."""
+def current_arguments(value: Value) -> tuple[list[Tensor], list[int], Tensor, list[tuple[int, ...]]]:
+    """Factors (F, n), divisors, bias (n,) and shapes: what :class:`~qsnn.folded.neurons.Current` is made of."""
     factors, shapes = zip(*(stacked(term.factors) for term in value.terms), strict=True)
     bias = bias_of(value)
     flat = bias.reshape(-1)
-    steps = [term.steps for term in value.terms]
-    return list(factors), [term.divisor for term in value.terms], flat, [*shapes, tuple(bias.shape)], steps
+    return list(factors), [term.divisor for term in value.terms], flat, [*shapes, tuple(bias.shape)]
+
+
+def steps_of(value: Value) -> tuple[int, ...]:
+    """Of each term how many sums over time it is a product of."""
+    return tuple(term.steps for term in value.terms)

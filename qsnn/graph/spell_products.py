@@ -59,7 +59,7 @@ def _matmul(call: Call) -> fx.Node:
         rank = len(call.shape(first))
         if rank < 3:
             raise Refused(f"{call.name} of two values of {rank} dimensions mixes the images of a batch")
-        front, (row, inner, column) = ascii_letters[: rank - 2], ascii_letters[rank - 2 : rank + 1]
+        front, (row, inner, column) = ascii_letters[: rank - 2], tuple(ascii_letters[rank - 2 : rank + 1])
         return _product(call, f"{front}{row}{inner},{front}{inner}{column}->{front}{row}{column}", first, second)
     if weight is None or weight.dim() != 2:
         raise Refused(f"{call.name} by numbers is taken as x @ W with a matrix W; write it as nn.Linear")

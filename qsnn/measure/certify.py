@@ -21,7 +21,7 @@ from qsnn.graph.trace import device_of, takes_frames
 from qsnn.options import expect
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
-from qsnn.snn.counts import ON_COUNTS, on_counts
+from qsnn.snn.counts import ON_COUNTS, counted_layers
 from qsnn.snn.network import SNN
 
 TIE = 1e-9
@@ -196,7 +196,7 @@ def certify(
         raise ValueError("expected at least one image, got none: of nothing nothing can be certified")
     return Certificate(
         tuple(found.checks.values()), found.seen, timesteps, firing, found.digest(), found.same_answers, found.answers,
-        found.same_logits, found.logits, found.largest, found.float32_answers, tuple(on_counts(folded.network)),
+        found.same_logits, found.logits, found.largest, found.float32_answers, tuple(counted_layers(folded.network)),
     )  # fmt: skip
 
 

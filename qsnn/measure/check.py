@@ -271,6 +271,7 @@ def _epochs(
     def student(x: Tensor, y: Any) -> Tensor:
         with torch.no_grad():
             target = heads(answer(teacher, x))
+        assert snn is not None
         return tasks.taught(heads(answer(snn, x, timesteps=timesteps)), target, 1.0)
 
     train, val = len(data.train), len(data.val)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qsnn.folded.layers import FloatLayer, IntegerLayer, layer_options, weighted_sum
 from qsnn.graph.hooks import watching
 from qsnn.graph.kinds import CLASSES
-from qsnn.snn.counts import on_counts
+from qsnn.snn.counts import counted_layers
 from qsnn.snn.network import SNN, TimeLoop
 
 _FINEST = 4096
@@ -116,7 +116,7 @@ class Counter:
             yield
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
-        counts = set(on_counts(self.model.network))
+        counts = set(counted_layers(self.model.network))
         for name, module in self.model.network.named_modules():
             if name in counts:
                 continue

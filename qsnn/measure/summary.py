@@ -154,19 +154,20 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     network = getattr(model, "network", model)
     spiking, loop = network is not model, isinstance(model, TimeLoop)
     inputs = _input_bits(network, getattr(model, "timesteps", 1))
-    counted, once = (set(on_counts(network)), _once(network)) if spiking else (set[str](), set[str]())
+    calls = _calls(network) if spiking else {}
     rows: list[LayerSummary] = []
     started = False
 
     def record(name: str, module: Any, args: Any, output: Tensor) -> None:
         nonlocal started
+        once, counted = calls[name].pop(0) if calls.get(name) else (False, False)
         started = started or hasattr(module, "threshold") or isinstance(module, BaseNode)
         started = started or (spiking and _gates(module))
         if _gates(module) and not loop:
             kind = "gating" if isinstance(module, Gating) else "gate"
             bits = inputs.get(name, _FLOAT_BITS)
-            static = spiking and (not started or name in once)
-            rows.append(LayerSummary(name, kind, tuple(output.shape[1:]), 0, bits, 0, 0, static, name in counted))
+            static = spiking and (not started or once)
+            rows.append(LayerSummary(name, kind, tuple(output.shape[1:]), 0, bits, 0, 0, static, counted))
         if isinstance(module, Product):
             first, second = inputs.get(f"{name}, first", _FLOAT_BITS), inputs.get(name, _FLOAT_BITS)
             macs = module.macs(args[0].shape, args[1].shape)
@@ -178,8 +179,8 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
         found = _row(name, layer, args[0], output, inputs.get(name, _FLOAT_BITS))
         again = any(row.name == name for row in rows)  # a layer that is called twice has its weights once
         parameters = 0 if again else found.parameters
-        static = spiking and (not started or name in once)
-        rows.append(replace(found, static=static, parameters=parameters, on_counts=name in counted))
+        static = spiking and (not started or once)
+        rows.append(replace(found, static=static, parameters=parameters, on_counts=counted))
 
     image = torch.zeros(1, *shape, device=device_of(model))
     layers = {name: module for name, module in network.named_modules() if name}
@@ -189,12 +190,14 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
     return Summary(tuple(rows), _other_parameters(network))
 
 
-def _once(network: Any) -> set[str]:
-    """Names of the layers that have one value for all steps."""
-    if not isinstance(network, fx.GraphModule):
-        return set()
-    in_time = timed(network)
-    return {str(node.target) for node, _ in call_nodes(network) if node not in in_time}
+def _calls(network: Any) -> dict[str, list[tuple[bool, bool]]]:
+    """For each layer, call by call: whether it has one value for all steps, and whether it is computed on counts."""
+    found: dict[str, list[tuple[bool, bool]]] = {}
+    if isinstance(network, fx.GraphModule):
+        in_time, counted = timed(network), on_counts(network)
+        for node, _ in call_nodes(network):
+            found.setdefault(str(node.target), []).append((node not in in_time, node in counted))
+    return found
 
 
 def _gates(module: Any) -> bool:

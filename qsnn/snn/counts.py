@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, fx, nn
 
@@ -11,7 +9,7 @@ from qsnn.graph.call import Call, current
 from qsnn.graph.kinds import does
 from qsnn.graph.product import Product
 from qsnn.graph.trace import call_nodes, module_of
-from qsnn.snn.neurons import GateNode, IFNode, Repeat
+from qsnn.snn.neurons import IFNode, Repeat
 
 ON_COUNTS = "computed on counts, not on spikes"
 """How every report calls these layers."""
@@ -70,32 +68,38 @@ def timed(network: fx.GraphModule) -> set[fx.Node]:
         module = module_of(network, node)
         if isinstance(module, CountProduct):
             continue
-        fires = getattr(module, "is_spiking", False) or isinstance(module, IFNode | GateNode | Repeat)
-        if fires or any(source in found for source in node.all_input_nodes):
+        begins = _fires(module) or isinstance(module, Repeat)
+        if begins or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 
 
-def on_counts(network: nn.Module) -> list[str]:
-    """Return the names of the layers that a spiking network computes on counts: products, and what sees them.
+def on_counts(network: fx.GraphModule) -> list[fx.Node]:
+    """Return the calls of layers that a spiking network computes on counts: of products, and of what sees them.
 
-    That is every layer with weights and every gate between a product and the next neuron.
+    That is every layer with weights, and every value that is gated, between a product and the next neuron.
     """
-    return list(dict.fromkeys(_on_counts(network))) if isinstance(network, fx.GraphModule) else []
-
-
-def _on_counts(network: fx.GraphModule) -> Iterator[str]:
     behind: set[fx.Node] = set()
-    for node in network.graph.nodes:
-        module = module_of(network, node)
+    found = []
+    for node, module in call_nodes(network):
         sees = any(source in behind for source in node.all_input_nodes)
-        fires = getattr(module, "is_spiking", False) or isinstance(module, IFNode | GateNode)
         multiplies = isinstance(module, CountProduct)
-        if multiplies or (sees and not fires):
+        if multiplies or (sees and not _fires(module)):
             behind.add(node)
-        weighs = does(module) in ("weighs", "gates") or hasattr(module, "weight_bits")
-        if multiplies or (sees and weighs):
-            yield str(node.target)
+        if multiplies or (sees and (does(module) in ("weighs", "gates") or hasattr(module, "weight_bits"))):
+            found.append(node)
+    return found
+
+
+def counted_layers(network: nn.Module) -> list[str]:
+    """Return the names of these layers, each once; of a network without a graph none."""
+    if not isinstance(network, fx.GraphModule):
+        return []
+    return list(dict.fromkeys(str(node.target) for node in on_counts(network)))
+
+
+def _fires(module: nn.Module | None) -> bool:
+    return getattr(module, "is_spiking", False) or isinstance(module, IFNode)
 
 
 def products(network: nn.Module) -> list[str]:
@@ -114,6 +118,6 @@ def refuse_online(network: nn.Module, what: str) -> None:
     names = products(network)
     if names:
         raise ValueError(
-            f"{what} fires online, but {', '.join(names)} multiplies counts, which are known only when every spike has "
+            f"{what} fires online, but {', '.join(names)} multiply counts, which are known only when every spike has "
             f"come; use firing='deferred'"
         )
