@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ class Attention(nn.Module):
     gates have an exact spiking form at every step; "relu" multiplies counts, and fires deferred alone.
 
     Args:
-        channels: C, a multiple of the channels of a head.
+        channels: C, a multiple of 16, the channels of a head.
         form: "self", "token", "channel" or "relu".
     Shape:
         x and y: (B, C, H, W); the gates: (B, C / 16, 1, H, W), or (B, C, 1, 1) of "channel".
     Raises:
-        ValueError: an unknown form.
+        ValueError: an unknown form, or channels that heads do not divide.
     Source:
         Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", NeurIPS 2024 ("token" and
         "channel", there of spikes); Katharopoulos et al., ICML 2020 ("relu").
@@ -52,6 +53,8 @@ class Attention(nn.Module):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"expected attention to be one of {', '.join(FORMS)}, got {form!r}")
+        if channels % HEAD:
+            raise ValueError(f"expected channels that heads of {HEAD} divide, got {channels}")
         self.form = form
         for name in FORMS[form]:
             self.add_module(name, nn.Sequential(*conv_norm(channels, channels, 1), nn.ReLU()))
@@ -168,11 +171,16 @@ class ConvNext(nn.Sequential):
 
 
 def qkformer(
-    shape: tuple[int, ...], num_classes: int, attention: str = "token", hidden: int | None = None
+    shape: tuple[int, ...],
+    num_classes: int,
+    attention: str = "token",
+    widths: Sequence[int] | None = None,
+    hidden: int | None = None,
 ) -> nn.Module:
     """Return the network for images (C, H, W): 32-64-128 channels, or 16-32 for images of at most 12 pixels."""
-    widths, wide = ([16, 32], 64) if shape[-1] <= 12 else ([32, 64, 128], 128)
-    return QKFormer(shape[0], num_classes, widths, wide if hidden is None else hidden, attention)
+    small = shape[-1] <= 12
+    chosen = list(widths or ([16, 32] if small else [32, 64, 128]))
+    return QKFormer(shape[0], num_classes, chosen, hidden or (64 if small else 128), attention)
 
 
 def convnext(
