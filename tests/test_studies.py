@@ -63,7 +63,7 @@ def test_rows_have_labels_and_configs_of_their_own(name):
     assert len({json.dumps([label, config]) for label, config, _ in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("name", filter(_recorded, studies.names()))
+@pytest.mark.parametrize("name", list(filter(_recorded, studies.names())))
 def test_published_records_are_those_of_rows_of_today(name):
     """A row that is renamed, or whose config changes, loses its records: it would be trained again."""
     records = read(BENCHMARKS / f"records/study-{name}.jsonl")
@@ -136,7 +136,7 @@ def test_heads_of_several_tasks_stand_side_by_side():
     assert sorted({int(label) // 10 for label in data.test.labels}) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", filter(_recorded, studies.names()))
+@pytest.mark.parametrize("name", list(filter(_recorded, studies.names())))
 def test_recorded_studies_end_with_a_sentence_a_table_and_a_figure(name):
     records, found = lookup.published(BENCHMARKS / "records"), studies.find(name)
     assert found.answer is not None
