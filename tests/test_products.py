@@ -19,12 +19,14 @@ from test_random_nets import SETTINGS, awkward
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.cli.run import RunConfig, run
 from qsnn.folded.layers import IntegerLayer, exact_dtype
 from qsnn.folded.products import IntegerProduct
 from qsnn.graph.call import Call, calling
 from qsnn.graph.product import Product
 from qsnn.graph.spell import trace
 from qsnn.measure.check import check
+from qsnn.models.attention import QKFormer
 from qsnn.report.page import write_report
 from qsnn.report.terminal import table
 from qsnn.snn.counts import CountProduct, counted_layers, products
@@ -175,6 +177,15 @@ def test_every_random_attention_is_exact(blocks: list[dict], weight_bits: int, l
     assert certificate.exact, str(certificate)
 
 
+def test_a_file_holds_the_same_network(digits: qsnn.Data, images: Tensor, tmp_path: Path) -> None:
+    net = scramble(qsnn.create_model("qkformer", digits, attention="relu"))
+    qann = qsnn.quantize(net, digits).eval()
+    snn = qsnn.convert(qann, DEFERRED)
+    for model in (qann, snn, qsnn.fold(snn)):
+        qsnn.save(model, tmp_path / "a.safetensors")
+        assert torch.equal(qsnn.load(tmp_path / "a.safetensors")(images), model(images))
+
+
 def test_frames_are_summed_before_they_are_multiplied() -> None:
     snn = made("with a branch of the image")[1]
     folded = qsnn.fold(snn)
@@ -304,6 +315,17 @@ def test_online_is_refused_in_one_line(digits: qsnn.Data, tmp_path: Path) -> Non
         with pytest.raises(ValueError, match=message) as error:
             refused()
         assert "\n" not in str(error.value)
+
+
+def linear_attention(num_classes: int) -> nn.Module:
+    """A network of one's own, for `qsnn run`."""
+    return QKFormer(1, num_classes, [16, 32], 32, "relu")
+
+
+def test_run_refuses_before_it_trains(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the student of `qsnn run` fires online, but .* multiply counts"):
+        run(RunConfig(data="digits", model="test_products:linear_attention", out=tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", ["nir", "c"])
