@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -137,13 +138,18 @@ def run_table(data: str, records: Sequence[Record]) -> str:
     return flow_table(flow(records, "run", FLOW, data), f"qsnn run --data {data}", f"run-{data}")
 
 
+def _cifar10_flow(records: Sequence[Record], net: str) -> dict[str, list[Record]]:
+    names = {r.name for r in records}
+    models = ("teacher", "QANN", "QANN on", "SNN online", "student")
+    return flow(records, f"cifar10/{net}", [m for m in models if f"cifar10/{net}/{m}" in names], "cifar10")
+
+
 def cifar10_tables(records: Sequence[Record]) -> str:
     """A table for every network that scripts/reproduce_cifar10.py was run on."""
-    models = tuple(model for model in FLOW if model != "SNN deferred")
     texts = []
     for net in dict.fromkeys(r.name.split("/")[1] for r in records if r.name.startswith("cifar10/")):
         option = "--quick" if net.endswith("-quick") else f"--model {net}"
-        chosen = flow(records, f"cifar10/{net}", models, "cifar10")
+        chosen = _cifar10_flow(records, net)
         texts.append(flow_table(chosen, f"python scripts/reproduce_cifar10.py {option}"))
     return "\n\n".join(texts) or EMPTY
 
@@ -390,8 +396,27 @@ def headline(records: Sequence[Record]) -> str:
         f"{count_of(len(by['W4']), 'seed')}): with 4-bit weights and two time steps **{mean('W4', 'T=2')}**; the "
         f"quantized network it learned from has {mean('W4', 'qann')}, trained on for as long "
         f"{mean('W4', 'qann on')}; SpikingJelly's best conversion recipe, which trains nothing, has "
-        f"{mean(peer, 'T=2')}. A training step takes {ratios[0]} of the time, and {ratios[1]} of the memory, of the "
-        f"same networks in SpikingJelly."
+        f"{mean(peer, 'T=2')}. {_on_cifar10(records)}A training step takes {ratios[0]} of the time, and {ratios[1]} of "
+        f"the memory, of the same networks in SpikingJelly."
+    )
+
+
+def _on_cifar10(records: Sequence[Record]) -> str:
+    """The sentence on the ResNet-20 of 0.27 M weights; "" where it has no records."""
+    chosen = _cifar10_flow(records, "resnet20")
+    if "student" not in chosen:
+        return ""
+
+    def at(model: str, t: int) -> str:
+        return number(fmean(accuracies(chosen[model], t) or [math.nan]), 1)
+
+    student, config = chosen["student"], chosen["student"][0].config
+    longer = f", trained on {at('QANN on', 1)} %" if "QANN on" in chosen else ""
+    return (
+        f"On cifar10, a ResNet-20 of 0.27 M {config['quantize']['weight_bits']}-bit weights "
+        f"({count_of(len(student), 'seed')}) has {at('student', 1)} % in one step, {at('student', 2)} % in two and "
+        f"{at('student', 4)} % in four, its quantized network {at('QANN', 1)} %{longer}, the float one "
+        f"{at('teacher', 1)} %; published for two steps: 82.3 % (SlipReLU, which is trained for it). "
     )
 
 

@@ -28,11 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes runs where it is asked for: ``pytest -m fuzz``."""
-    if "fuzz" not in str(config.getoption("markexpr")):
-        long = [item for item in items if item.get_closest_marker("fuzz")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    """What takes minutes, or a GPU, runs where it is asked for: ``pytest -m fuzz``, ``pytest -m gpu``."""
+    for mark in ("fuzz", "gpu"):
+        if mark not in str(config.getoption("markexpr")):
+            left = [item for item in items if item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

@@ -169,6 +169,23 @@ def test_a_flow_that_was_stopped_ends_with_the_same_weights(
     assert files(stopped) == files(tmp_path / "whole" / "flow") and len(files(stopped)) == 5
 
 
+def test_a_budget_becomes_epochs_once(
+    tiny: str, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "flow"
+    run = ("run", "--model", tiny, "--budget", "4s", "--max-timesteps", 2, "--out", out)
+    steps.of(*run)
+    shown = capsys.readouterr().out
+    assert "budget 0 min: teacher" in shown and "measuring" in shown
+    plan = json.loads((out / "plan.json").read_text())
+    assert sorted(plan["epochs"]) == ["QANN", "student", "teacher"] and min(plan["epochs"].values()) >= 1
+    assert steps.of(*run) == 0  # not measured again, so that every stage is found done
+    (out / "plan.json").write_text('{"about": {}, "epochs": {"QANN": -1}}')
+    with pytest.raises(SystemExit) as left:
+        qsnn_command(*run)
+    assert left.value.code == 2 and "is no plan of epochs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "quantize", "distill"])
 def test_a_command_that_was_stopped_ends_with_the_same_file(
     command: str, chain: Path, tmp_path: Path, steps: Steps, images: torch.Tensor
@@ -435,6 +452,8 @@ def test_numbers_out_of_range(chain: Path, tmp_path: Path, refused: Callable[...
         (("run", "--max-timesteps", 0), "max_timesteps must be a whole number from 1 to 4,096, got 0"),
         (("run", "--weight-bits", 0), "weight_bits must be a whole number from 1 to 32, got 0"),
         (("run", "--levels", 0), "levels must be a whole number from 1 to 255"),
+        (("run", "--budget", "2d"), "expected a time like 90s, 110m, 2h or 1h30m, got '2d'"),
+        (("run", "--budget", "2h", "--epochs", 1, 1, 1), "expected epochs or budget, got both"),
         (("run", "--epochs", 1, 1, -1), "epochs must be 3 values in a tuple, each a whole number from 0"),
         (("quantize", chain / "teacher", "--weight-bits", 0), "weight_bits must be a whole number from 1 to 32, got 0"),
         (("quantize", chain / "teacher", "--weight-bits", 9), "weight bits must be 1 to 8, 16 (fp16) or 32"),

@@ -112,7 +112,8 @@ def test_rate_matching_pulls_rates_to_the_activations(nets: tuple, digits: qsnn.
         rates = {name: spikes[name].unflatten(0, (2, -1)).mean(0) * theta for name, theta in thetas.items()}
         return float(losses.rate_matching(rates, activations, thetas))
 
-    options = {"epochs": 4, "batch_size": 16, "ce_weight": 0.0, "kd_weight": 0.0, "rate_weight": 1.0, "lr": 0.01}
+    rates_alone = {"ce_weight": 0.0, "step_ce_weight": 0.0, "kd_weight": 0.0, "rate_weight": 1.0}
+    options = {"epochs": 4, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "train_threshold": "", **rates_alone}
     student = qsnn.distill(snn, qann, digits, config(**options))
     assert distance(student) < 0.8 * distance(snn)
 
@@ -182,7 +183,7 @@ def test_mutual_learning_trains_both(nets: tuple, digits: qsnn.Data) -> None:
 
 def test_a_pruned_student_folds_and_certifies(nets: tuple, digits: qsnn.Data) -> None:
     _, qann, snn = nets
-    student = qsnn.distill(snn, qann, digits, config(sparsity=0.8, epochs=2))
+    student = qsnn.distill(snn, qann, digits, config(sparsity=0.8, epochs=2, train_threshold="", train_initial=""))
     assert zero_weights(snn) < 0.5
     assert zero_weights(student) == pytest.approx(0.8, abs=0.01) == zero_weights(qsnn.fold(student))
     assert qsnn.certify(student, qsnn.as_qann(student, qann), digits.test).exact

@@ -85,11 +85,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
-def test_stopped_within_an_epoch(at: int, digits: qsnn.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at", "ema"), [(1, 0.0), (3, 0.0), (5, 0.0), (1, 0.9), (5, 0.9), (8, 0.9)])
+def test_stopped_within_an_epoch(
+    at: int, ema: float, digits: qsnn.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A state after every batch: the order, augmentation, dropout and learning rate go on where they were."""
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1.0)
-    config = qsnn.TrainConfig(epochs=3, lr=0.05, train_images=384, augment="flip+shift")  # three batches an epoch
+    config = qsnn.TrainConfig(epochs=3, lr=0.05, train_images=384, augment="flip+shift", ema=ema)  # 3 batches an epoch
 
     def model() -> nn.Module:
         torch.manual_seed(0)

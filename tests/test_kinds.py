@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ FORMS: dict[str, Forward] = {
     "relu6": lambda n, x: F.relu6(b(n, a(n, x))),
     "threshold": lambda n, x: F.threshold(b(n, a(n, x)), 0, 0),
     "maximum with 0": lambda n, x: torch.maximum(b(n, a(n, x)), torch.zeros(())),
+    "a ReLU at the input": lambda n, x: F.relu(n.stem(F.relu(x))),
+    # maxima
+    "clamp(-0.4, 0.6)": lambda n, x: F.relu(b(n, n.stem(x).clamp(-0.4, 0.6))),
+    "hardtanh from -1": lambda n, x: F.hardtanh(b(n, a(n, x))),
+    "clamp(max)": lambda n, x: F.relu(b(n, a(n, x).clamp(max=0.7))),
+    "maximum with a map": lambda n, x: F.relu(b(n, torch.maximum(n.stem(x), n.position))),
+    "maximum of two": lambda n, x: torch.maximum(y := a(n, x), F.relu(b(n, y))),
+    "minimum of currents": lambda n, x: F.relu(b(n, torch.minimum(n.stem(x), n.norm(n.stem(x))))),
+    "maxout": lambda n, x: F.relu(b(n, torch.cat([torch.max(*n.stem(x).chunk(2, 1))] * 2, 1))),
+    "absolute": lambda n, x: F.relu(b(n, n.stem(x).abs())),
+    "amax over the map": lambda n, x: F.relu(b(n, a(n, x))).amax((2, 3)),
+    "adaptive max pool": lambda n, x: F.relu(b(n, F.adaptive_max_pool2d(a(n, x), (4, None)))),
     # sizes
     "shape read": _shapes,
     "view(n, -1)": lambda n, x: F.relu(b(n, a(n, x))).view(x.size(0), -1),
@@ -199,6 +212,57 @@ def test_every_form_is_exact_or_keeps_its_answer(form: str) -> None:
     float_snn = qsnn.convert(net, DATA, qsnn.ConvertConfig(timesteps=2, correction="none"))
     qsnn.fold(float_snn)(IMAGES)
     qsnn.summary(qann)
+
+
+class Leaky(nn.Module):
+    """LeakyReLU as a module and as a function, PReLU with a slope for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3)
+        self.leaky, self.slopes = nn.LeakyReLU(0.2), nn.PReLU(8)
+        self.slopes.weight.data.uniform_(0, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, 8, 8) -> (B, 4)."""
+        x = self.slopes(self.second(self.leaky(self.first(x))))
+        return F.leaky_relu(self.third(x), 0.1).mean((2, 3))
+
+
+def test_leaky_activations_have_levels_of_both_signs_where_asked(tmp_path: Path) -> None:
+    net = Leaky().eval()
+    with pytest.raises(ValueError, match=r"signed levels.*QuantizeConfig\(signed=True\)"):
+        qsnn.quantize(net, DATA)
+    config = qsnn.QuantizeConfig(weight_bits=8, levels=255, signed=True)
+    qann = qsnn.quantize(net, DATA, config)
+    assert float((qann(IMAGES) - net(IMAGES)).detach().std() / net(IMAGES).detach().std()) < 0.1
+    assert qsnn.certify(qsnn.convert(qann), qann, DATA[:1]).exact
+    assert any(parameter.shape == (8, 1, 1) for parameter in qann.parameters()), "slopes are trained on"
+    qsnn.save(qann, tmp_path / "qann", model_name="test_kinds:Leaky")
+    assert torch.equal(qsnn.load(tmp_path / "qann", model=Leaky)(IMAGES), qann.eval()(IMAGES))
+
+
+def test_what_gives_values_within_values_is_named() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.last = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.cell(x)[0][:, -1]))
+
+    with pytest.raises(ValueError, match=r"cell \(LSTM: a recurrent layer has its own time"):
+        qsnn.quantize(Recurrent(), [(torch.randn(4, 5, 8), torch.zeros(4, dtype=torch.int64))])
+
+
+def test_a_named_tuple_of_heads_goes_by_its_names() -> None:
+    class Heads(NamedTuple):
+        map: Tensor
+        points: Tensor
+
+    net = Net(lambda n, x: Heads(b(n, y := a(n, x)), n.last(torch.flatten(y, 1))))
+    assert list(qsnn.quantize(net, DATA)(IMAGES)) == ["map", "points"]
 
 
 SHAPES = {

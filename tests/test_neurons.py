@@ -180,10 +180,11 @@ def test_the_rate_gradient_is_that_of_the_activation() -> None:
 
 @pytest.mark.parametrize("leak", [None, 2.5])
 @pytest.mark.parametrize("channels", [None, 3])
-def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak):
+@pytest.mark.parametrize("seen", ["spikes", "v", "y", "spikes v", "v y", "spikes v y"])
+def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak, seen):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 3, 5, 5, generator=generator)
-    weight = torch.randn(x.shape, generator=generator)
+    weights = {part: torch.randn(x.shape, generator=generator) for part in ("spikes", "v", "y")}
     found = []
     for fused in (True, False):
         theta = torch.tensor([0.7, 1.0, 1.4]) if channels else torch.tensor(0.8)
@@ -193,11 +194,13 @@ def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak):
         current.requires_grad_()
         if fused:
             keep = None if slow is None else torch.exp(-1 / slow)
-            spikes, v = IFFunction.apply(current, shaped, start, 0, keep)
+            spikes, v, y = IFFunction.apply(current, shaped, start, 0, keep, None)
         else:
             spikes, v, _ = simulate(current, shaped, start, Dynamics(), slow)
-        ((spikes * weight).sum() + (v * weight[0]).sum()).backward()
-        found.append([spikes, v, current.grad, theta.grad, start.grad] + ([] if tau is None else [tau.grad]))
+            y = shaped * spikes
+        outputs = {"spikes": spikes, "v": v, "y": y}
+        sum((outputs[part] * weights[part][: len(outputs[part])]).sum() for part in seen.split()).backward()
+        found.append([spikes, v, y, current.grad, theta.grad, start.grad] + ([] if tau is None else [tau.grad]))
     for ours, wanted in zip(*found, strict=True):
         assert torch.allclose(ours, wanted, atol=1e-4, rtol=1e-4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import qsnn
 from qsnn.distillation.distill import distillation_loss
 from qsnn.distillation.losses import smoothed_cross_entropy, step_divergence
 from qsnn.measure.task import kl_divergence
+from qsnn.training.averaging import WeightAverage, estimate_norms_
 
 SHORT = qsnn.TrainConfig(epochs=3, lr=0.05, train_images=256)
 
@@ -33,6 +35,54 @@ def test_the_same_seed_gives_the_same_weights(digits: qsnn.Data) -> None:
     assert equal(first, second) and not equal(first, other)
     assert [epoch.epoch for epoch in history] == [1, 2, 3]
     assert not first.training
+
+
+def test_the_average_of_weights_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(1.0)
+    average = WeightAverage(model, 0.25)
+    for step, value in ((1, 2.0), (2, 4.0)):  # decays min(1/4, 2/11) and min(1/4, 3/12)
+        model.weight.data.fill_(value)
+        average.update_(model, step)
+    average.apply_(model)
+    assert model.weight.item() == pytest.approx(0.25 * (2 / 11 * 1.0 + 9 / 11 * 2.0) + 0.75 * 4.0)
+    with pytest.raises(ValueError, match="averages of other weights"):
+        average.restore_({"weight": torch.zeros(2, 1)})
+
+
+def test_norms_are_estimated_anew_but_for_frozen_ones() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5), nn.BatchNorm1d(2))
+    parts = [torch.randn(8, 2) + 3, torch.randn(8, 2) * 2]
+    estimate_norms_(model, iter(parts), ["2"])
+    norm = model[0]
+    assert torch.allclose(norm.running_mean, (parts[0].mean(0) + parts[1].mean(0)) / 2, atol=1e-6)
+    assert torch.allclose(norm.running_var, (parts[0].var(0) + parts[1].var(0)) / 2, atol=1e-5)
+    assert norm.momentum == 0.1 and not any(module.training for module in model.modules())
+    assert model[2].running_mean.eq(0).all() and model[2].num_batches_tracked == 0
+
+
+def test_a_run_ends_with_its_average(digits: qsnn.Data) -> None:
+    """The same steps, other weights at the end, and the last epoch's score is theirs."""
+    last, averaged, again = fresh(digits), fresh(digits), fresh(digits)
+    qsnn.fit(last, digits, SHORT)
+    history = qsnn.fit(averaged, digits, replace(SHORT, ema=0.9))
+    assert not equal(last, averaged)
+    assert qsnn.accuracy(averaged, digits.val) == pytest.approx(history[-1].val_accuracy)
+    qsnn.fit(again, digits, replace(SHORT, ema=0.9))
+    assert equal(again, averaged)
+
+
+def test_a_student_ends_with_its_average(digits: qsnn.Data) -> None:
+    qann = qsnn.quantize(fresh(digits), digits)
+    options = {"epochs": 2, "train_images": 256, "train_threshold": "channel", "optimizer": "adamw", "lr": 0.002}
+    last, averaged = (
+        qsnn.distill(qsnn.convert(qann), qann, digits, qsnn.DistillConfig(ema=ema, **options)) for ema in (0.0, 0.8)
+    )
+    assert not equal(last, averaged)
+    images = torch.stack([digits.val[i][0] for i in range(20)])
+    with torch.no_grad():
+        wanted = averaged.double()(images.double()).argmax(-1)
+        assert torch.equal(qsnn.fold(averaged)(images).argmax(-1), wanted)
 
 
 def test_training_learns(digits: qsnn.Data) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,8 +33,9 @@ from qsnn.snn.config import ConvertConfig
 from qsnn.snn.convert import convert
 from qsnn.snn.counts import refuse_online
 from qsnn.snn.network import SNN, TimeLoop
+from qsnn.training.budget import Stage, epoch_seconds, read_plan, seconds_of, shared_epochs, told, write_plan
 from qsnn.training.fit import TrainConfig, fit
-from qsnn.training.processes import start
+from qsnn.training.processes import is_main, start, wait
 from qsnn.training.stages import Stages
 
 Say = Callable[[str], None]
@@ -70,6 +72,8 @@ class RunConfig:
     """Label smoothing of the student's cross entropy."""
     epochs: tuple[Epochs, Epochs, Epochs] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
+    budget: str | None = None
+    """Time for all training, as 90s, 110m or 2h: a few steps are measured, and epochs chosen that fit into it."""
     seed: Seed = 0
     """Of weights, order and augmentation."""
     data_root: Path | None = None
@@ -86,6 +90,10 @@ class RunConfig:
             ValueError: which option, and what it may be.
         """
         check_options(self)
+        if self.budget is not None:
+            seconds_of(self.budget)
+            if self.epochs is not None:
+                raise ValueError(f"expected epochs or budget, got both, {self.epochs} and {self.budget!r}; leave one")
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,11 @@ class _Flow:
             self.out, device=self.device, fresh=config.fresh, say=say, model=own,
             check=lambda model, path: check_data(recipe_of(model), data, path),
         )  # fmt: skip
-        epochs = config.epochs or _EPOCHS.get(config.data, (20, 15, 10))
+        self._configure(config.epochs or _EPOCHS.get(config.data, (20, 15, 10)))
+
+    def _configure(self, epochs: tuple[int, int, int]) -> None:
+        """Set how each stage trains."""
+        config = self.config
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed)
         self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed)
         if config.weight_bits == 1:  # signs flip more readily under AdamW
@@ -145,8 +157,51 @@ class _Flow:
             timesteps=config.timesteps, epochs=epochs[2], label_smoothing=config.label_smoothing, seed=config.seed
         )
 
+    def _planned(self, budget: str) -> tuple[int, int, int]:
+        """The epochs that fit into a budget, from the time of a few steps; measured once, then kept beside the files.
+
+        The stages share the time as their usual epochs do.
+        """
+        plan, names = self.out / "plan.json", ("data", "model", "weights", "weight_bits", "levels", "timesteps")
+        about = _plain({"budget": budget, **{name: getattr(self.config, name) for name in names}})
+        found = read_plan(plan) if not self.config.fresh else {}
+        if found.get("about") != about:
+            stages = self._measured()
+            epochs = shared_epochs(seconds_of(budget), stages)
+            self.say(told(seconds_of(budget), stages, epochs))
+            if is_main():  # whose clock decides for all
+                write_plan(plan, about, epochs)
+            wait()
+            found = read_plan(plan)
+        chosen = found["epochs"]
+        return chosen.get("teacher", 0), chosen["QANN"], chosen["student"]
+
+    def _measured(self) -> dict[str, Stage]:
+        """What an epoch of each stage takes that will be trained."""
+        self.say("measuring a few steps of each stage")
+        teacher = create_fitting(self.config.model, self.data, seed=self.config.seed)[0].to(self.device).eval()
+        qann = quantize(teacher, self.data, self.quantize_config)
+        snn = convert(qann, self.convert_config)
+        first, second = (replace(config, epochs=1) for config in (self.teacher_config, self.qat_config))
+        third = replace(self.distill_config, epochs=1)
+        trains: dict[str, Callable[[Data], Any]] = {
+            "teacher": lambda part: fit(copy.deepcopy(teacher), part, first),
+            "QANN": lambda part: fit(copy.deepcopy(qann), part, second, teacher=teacher),
+            "student": lambda part: distill(snn, qann, part, third),
+        }
+        usual: tuple[TrainConfig | DistillConfig, ...] = (self.teacher_config, self.qat_config, self.distill_config)
+        return {
+            name: Stage(
+                seconds=epoch_seconds(train, self.data, batch_size=config.batch_size), share=float(config.epochs)
+            )
+            for (name, train), config in zip(trains.items(), usual, strict=True)
+            if name != "teacher" or self.config.weights is None
+        }
+
     def run(self) -> RunResult:
         started = time.perf_counter()
+        if self.config.budget is not None:
+            self._configure(self._planned(self.config.budget))
         weights = None if self.config.weights is None else file_hash(self.config.weights)
         teacher = self.stages.run(
             "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,

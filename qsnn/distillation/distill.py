@@ -45,11 +45,9 @@ from qsnn.options import (
 )
 from qsnn.snn.counts import refuse_online
 from qsnn.snn.equations import firing_function
-from qsnn.snn.network import SNN, TimeLoop, train_neurons_
+from qsnn.snn.network import SNN, TRAINED, TimeLoop, train_neurons_
 from qsnn.snn.neurons import IFNode
 from qsnn.training.fit import TrainConfig, fit
-
-_TRAINED = ("", "layer", "channel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +94,21 @@ class DistillConfig:
     """Layers whose rates are matched, "name" or "student name:teacher name"; by default all neurons."""
     kd_temperature: Factor = 1.0
     """Temperature τ of the KL terms [1]."""
-    train_threshold: str = ""
-    """Train the thresholds: one a "layer" or one a "channel"; "" leaves them as they are."""
-    train_initial: str = ""
+    train_threshold: str = "auto"
+    """Train the thresholds: one a "layer" or one a "channel"; "" leaves them as they are; "auto": one a channel, of an
+    SNN that knows the shape of its images."""
+    train_initial: str = "auto"
     """Train the initial potentials, likewise."""
     train_tau: str = ""
-    """Train the time constants of the leak, likewise."""
+    """Train the time constants of the leak, likewise; "auto" where there is a leak."""
     surrogate: str = "box"
     """Derivative of a spike: "box", "rate" (see :class:`qsnn.IFNode`), or one of SpikingJelly by name ("ATan")."""
     mutual: bool = False
     """Train the teacher too, which learns from the student; see :func:`distill_together`."""
     sparsity: Part = 0.0
     """Part of the weights that is pruned, by magnitude in every layer, growing during the training [1], in [0, 1)."""
+    ema: Part = 0.0
+    """Decay of the running mean of the weights that the student ends with [1]; see :class:`qsnn.TrainConfig`."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: Images | None = None
@@ -130,8 +131,10 @@ class DistillConfig:
         if not any(weights.values()):
             raise ValueError(f"every loss term has weight 0; give at least one of {', '.join(weights)}")
         for name in ("train_threshold", "train_initial", "train_tau"):
-            if getattr(self, name) not in _TRAINED:
-                raise ValueError(f"{name} must be '', 'layer' or 'channel', got {getattr(self, name)!r}")
+            if getattr(self, name) not in TRAINED:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, TRAINED))}, got {getattr(self, name)!r}")
+        if self.mutual and not self.kd_weight:
+            raise ValueError("mutual=True lets the teacher learn from the student by kd_weight, which is 0; give one")
         if self.rate_layers and not self.rate_weight:
             raise ValueError(
                 f"rate_layers={self.rate_layers} names layers to match, with rate_weight={self.rate_weight}; give a "
@@ -145,8 +148,8 @@ class DistillConfig:
         return TrainConfig(
             epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, batch_size=self.batch_size,
             weight_decay=self.weight_decay, label_smoothing=self.label_smoothing, augment=self.augment,
-            kd_temperature=self.kd_temperature, train_images=self.train_images, precision=self.precision,
-            compile=self.compile, seed=self.seed,
+            kd_temperature=self.kd_temperature, ema=self.ema, train_images=self.train_images,
+            precision=self.precision, compile=self.compile, seed=self.seed,
         )  # fmt: skip
 
 
@@ -303,7 +306,8 @@ def _check(student: nn.Module, teachers: list[nn.Module], config: DistillConfig)
         refuse_online(student.network, "a student")
     if config.mutual and len(teachers) != 1:
         raise ValueError(f"mutual learning is between a student and one teacher, got {len(teachers)} teachers")
-    if not isinstance(student, SNN) and (config.train_threshold or config.train_initial or config.train_tau):
+    asked = {config.train_threshold, config.train_initial, config.train_tau} - {"", "auto"}
+    if not isinstance(student, SNN) and asked:
         raise ValueError("train_threshold, train_initial and train_tau are for an SNN from convert")
     if config.sparsity:
         prunable(student)

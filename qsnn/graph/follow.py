@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _orig_module_call
 from torch.utils._pytree import tree_leaves
 
-from qsnn.graph.kinds import kind_of
+from qsnn.graph.kinds import kind_of, refused
 
 _BATCHES = (2, 3)
 """Images of the two batches that a network is followed on: what differs between them is the batch size."""
@@ -132,6 +132,9 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Return the node behind a value."""
+        fields = getattr(a, "_fields", None) if isinstance(a, tuple) else None
+        if fields is not None:  # heads go by name: fx would write a call of the class
+            return super().create_arg(dict(zip(fields, a, strict=True)))
         if type(a) is Following:
             if a.stale is not None:
                 raise ValueError(
@@ -149,6 +152,10 @@ class Tracer(fx.Tracer):
             if str(target).startswith("*"):
                 return {} if str(target).startswith("**") else ()
         value, changed = self._run(kind, target, args, kwargs)
+        if isinstance(value, tuple | list) and any(isinstance(part, tuple | list | dict) for part in value):
+            layer = self.root.get_submodule(target) if kind == "call_module" else None
+            reason = (layer is not None and refused(layer)) or "which gives values within values"
+            raise ValueError(f"cannot take {target} ({reason})")
         if not isinstance(value, Tensor) and not (
             isinstance(value, tuple | list) and value and all(isinstance(part, Tensor) for part in value)
         ):
@@ -160,9 +167,10 @@ class Tracer(fx.Tracer):
             self._follow_change(tensor, found)
         if isinstance(value, Tensor):
             return found
-        return tuple(  # of several results each is a value of its own, and the user's code holds them in a tuple
-            self.create_proxy("call_function", operator.getitem, (found, place), {}) for place in range(len(value))
-        )
+        # of several results each is a value of its own, and the user's code holds them in a tuple, or by their names
+        parts = [self.create_proxy("call_function", operator.getitem, (found, n), {}) for n in range(len(value))]
+        named = type(value) not in (tuple, list) and hasattr(value, "n_fields")  # torch.return_types
+        return type(value)(parts) if named else tuple(parts)
 
     def _run(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
         """What the step gives for the example, and which of its inputs it changed in place."""

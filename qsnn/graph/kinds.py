@@ -124,7 +124,8 @@ ADVICE = {
     ),
     **dict.fromkeys(
         ("LeakyReLU", "PReLU", "RReLU", "leaky_relu", "prelu"),
-        "its negative side would need signed levels; " + _RELU,
+        "its negative side needs signed levels, of a second neuron (not RReLU): quantize(model, data, "
+        "QuantizeConfig(signed=True)); or " + _RELU,
     ),
     **dict.fromkeys(
         ("LayerNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "RMSNorm", "LocalResponseNorm", "layer_norm",
@@ -142,7 +143,7 @@ ADVICE = {
         ("LPPool1d", "LPPool2d", "lp_pool2d", "FractionalMaxPool2d"), "use average pooling and train again"
     ),
     **dict.fromkeys(
-        ("AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "adaptive_max_pool2d"),
+        ("AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d"),
         "write it as nn.MaxPool2d with kernel and stride, behind the ReLU",
     ),
     **dict.fromkeys(("mul", "imul", "matmul", "bmm", "einsum"),

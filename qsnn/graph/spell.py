@@ -30,8 +30,10 @@ SPELLINGS = {**COMPUTES, **PRODUCTS, **MOVES}
 class Speller:
     """Walks the followed graph in order and writes the spelled one."""
 
-    def __init__(self, raw: fx.GraphModule, shapes: dict[str, tuple[Any, Any]], known: Known) -> None:
-        self.raw, self.shapes, self.known = raw, shapes, known
+    def __init__(
+        self, raw: fx.GraphModule, shapes: dict[str, tuple[Any, Any]], known: Known, signed: bool = False
+    ) -> None:
+        self.raw, self.shapes, self.known, self.signed = raw, shapes, known, signed
         self.graph = fx.Graph()
         self.written: dict[Any, Any] = {}
         self.places: list[str] = []
@@ -49,7 +51,9 @@ class Speller:
                 self._write(node)
             except Refused as reason:
                 self.places.append(f"{self._place(node)} ({reason})")
-                self.written[node] = self.written.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+                instead = self.written.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+                several = self.shapes[node.name][0]
+                self.written[node] = [instead] * len(several) if isinstance(several, list) else instead
         refuse(self.places, "take")
         self.graph.lint()
         return fx.GraphModule(self.raw, self.graph, type(self.raw).__name__)
@@ -139,13 +143,16 @@ class Speller:
         return isinstance(module, nn.Softmax | nn.LogSoftmax | nn.Sigmoid | nn.LogSigmoid) and ends(node)
 
 
-def trace(model: nn.Module, shape: Shape | None, known: Known = lambda module: False) -> fx.GraphModule:
+def trace(
+    model: nn.Module, shape: Shape | None, known: Known = lambda module: False, *, signed: bool = False
+) -> fx.GraphModule:
     """Return a copy of ``model`` as a graph of modules, one a kind; parameters are copied, names stay.
 
     Args:
         model: not changed. What quantize or convert made is spelled already, and is copied.
         shape: (C, H, W), or whatever one image has.
         known: whether a layer is taken that no row of the table names (a quantized activation).
+        signed: take LeakyReLU and PReLU, each as two activations.
     Raises:
         ValueError: its control flow depends on the values of an image, it takes more than one input, or steps of it
             have no spelling (all of them are named).
@@ -156,7 +163,7 @@ def trace(model: nn.Module, shape: Shape | None, known: Known = lambda module: F
         raise ValueError(f"the shape of an image is needed to follow {type(model).__name__}; give data")
     training = {name: module.training for name, module in model.named_modules()}
     raw, shapes = follow(model, shape)
-    speller = Speller(raw, shapes, known)
+    speller = Speller(raw, shapes, known, signed)
     network = speller.run()
     network.meta = {SPELLED: speller.ending}
     network.graph.eliminate_dead_code()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.graph.kinds import ADVICE
 from qsnn.graph.modules import Add, ClippedReLU, Mean, Scale, Shift, Sum
+from qsnn.graph.spell_maxima import MAXIMA, clipped
 from qsnn.graph.step import Call, Refused, Shape, Spelling
 
 
@@ -49,18 +49,12 @@ def _relu(call: Call) -> fx.Node:
     return call.put(nn.ReLU())
 
 
-def _clipped(low: Any, high: Any, call: Call) -> fx.Node:
-    if low is None or isinstance(low, fx.Node) or isinstance(high, fx.Node) or float(low) != 0.0:
-        raise Refused(f"{call.name} from {low} to {high}: only from 0 upwards, as a ReLU")
-    return call.put(nn.ReLU() if high is None or math.isinf(high) else ClippedReLU(float(high)))
-
-
 def _clamp(call: Call) -> fx.Node:
-    return _clipped(call.get(1, "min"), call.get(2, "max"), call)
+    return clipped(call, call.get(1, "min"), call.get(2, "max"))
 
 
 def _hardtanh(call: Call) -> fx.Node:
-    return _clipped(call.get(1, "min_val", -1.0), call.get(2, "max_val", 1.0), call)
+    return clipped(call, call.get(1, "min_val", -1.0), call.get(2, "max_val", 1.0))
 
 
 def _threshold(call: Call) -> fx.Node:
@@ -73,7 +67,7 @@ def _threshold(call: Call) -> fx.Node:
 def _hardtanh_module(call: Call) -> fx.Node:
     module: Any = call.speller.raw.get_submodule(str(call.node.target))
     if module.min_val != 0:
-        raise Refused(f"Hardtanh from {module.min_val} to {module.max_val}: only from 0 upwards, as a ReLU")
+        return clipped(call, module.min_val, module.max_val)
     return _same_place(call, ClippedReLU(float(module.max_val)))
 
 
@@ -245,24 +239,17 @@ def _batch_norm(call: Call) -> fx.Node:
     return call.put(norm if weight is None else with_values(norm, weight, bias))
 
 
-def _maximum(call: Call) -> fx.Node:
-    other = call.constant(call.get(1, "other"))
-    if other is None or bool((other != 0).any()):
-        raise Refused(f"{call.name}: {ADVICE['maximum']}")
-    return call.put(nn.ReLU())
-
-
 COMPUTES: dict[Any, Spelling] = {
+    **MAXIMA,
     **dict.fromkeys((F.relu, torch.relu, F.relu_, "relu", "relu_"), _relu),
     F.relu6: lambda call: call.put(ClippedReLU(6.0)),
     nn.ReLU6: lambda call: _same_place(call, ClippedReLU(6.0)),
     nn.Hardtanh: _hardtanh_module, nn.Threshold: _threshold_module,
     **dict.fromkeys((torch.clamp, torch.clip, "clamp", "clamp_", "clip", "clip_"), _clamp),
-    **dict.fromkeys((torch.clamp_min, "clamp_min", "clamp_min_"),
-                    lambda call: _clipped(call.get(1, "min"), None, call)),
+    **dict.fromkeys((torch.clamp_min, "clamp_min", "clamp_min_"), lambda call: clipped(call, call.get(1, "min"), None)),
+    **dict.fromkeys((torch.clamp_max, "clamp_max", "clamp_max_"), lambda call: clipped(call, None, call.get(1, "max"))),
     **dict.fromkeys((F.hardtanh, F.hardtanh_, "hardtanh", "hardtanh_"), _hardtanh),
     **dict.fromkeys((F.threshold, torch.threshold, torch.threshold_), _threshold),
-    **dict.fromkeys((torch.maximum, torch.max, "maximum", "max"), _maximum),
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
                     _dropout),
     **dict.fromkeys((F.softmax, torch.softmax, "softmax"), _ending(lambda call: nn.Softmax(call.get(1, "dim")))),

@@ -66,7 +66,8 @@ def value_shapes(network: fx.GraphModule, shape: tuple[int, ...] | None) -> dict
     """Return the shape of every node's value for one image, by name; nothing where the image shape is unknown."""
     if shape is None:
         return {}
-    weight = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    floats = [p for p in network.parameters() if p.is_floating_point()]  # thresholds have another dtype than weights
+    weight = next((p for p in floats if p.dim() > 1), floats[0] if floats else torch.zeros(()))
     found: dict[str, tuple[int, ...]] = {}
 
     class _Shapes(fx.Interpreter):

@@ -61,6 +61,8 @@ class QuantizeConfig:
     threshold_scale: Factor = 1.0
     """Factor on the activations' calibrated thresholds [1]: below 1 more of them saturate, the spikes of a converted
     network come more evenly in time, and few online steps lose less; the quantized network itself loses a little."""
+    signed: bool = False
+    """Take LeakyReLU and PReLU, slope α: as relu(x) - α·relu(-x), so that their negative side has levels of its own."""
     calibration_images: Images = 512
     """Training images that set the activation steps."""
 
@@ -126,7 +128,7 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     frames = calibration_images(getattr(data, "train", data), config.calibration_images)
     in_time = takes_frames(model, frames)
     images = frames.mean(1) if in_time else frames
-    network = spelled_copy(model, images)
+    network = spelled_copy(model, images, signed=config.signed)
     qann = _quantized(network, config)
     recipe = {**child_recipe(model, "qann", quantize=asdict(config)), "input_shape": list(images.shape[1:])}
     if data_recipe(data):
@@ -142,7 +144,7 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
 
 
 def spelled_copy(
-    model: nn.Module, images: Tensor, known: Callable[[nn.Module], bool] = lambda module: False
+    model: nn.Module, images: Tensor, known: Callable[[nn.Module], bool] = lambda module: False, *, signed: bool = False
 ) -> fx.GraphModule:
     """Return the graph of a user's network, checked: it answers these images as the network itself does.
 
@@ -150,17 +152,18 @@ def spelled_copy(
         model: not changed.
         images: (B, \\*).
         known: whether a layer is taken that no row of the table names.
+        signed: take LeakyReLU and PReLU, each as two activations.
     Raises:
         ValueError: it cannot be followed, holds layers without a spiking form, or answers otherwise.
     """
-    network = trace(model, tuple(images.shape[1:]), known)
+    network = trace(model, tuple(images.shape[1:]), known, signed=signed)
     same_answers(model, network, images[:8])
     return network
 
 
 def quantized_structure(model: nn.Module, config: QuantizeConfig, shape: tuple[int, ...]) -> fx.GraphModule:
     """Return the quantized copy with its activation steps still unset (NaN), as ``load`` needs it."""
-    network = trace(model, shape)
+    network = trace(model, shape, signed=config.signed)
     qann = _quantized(network, config)
     set_recipe(qann, child_recipe(model, "qann", quantize=asdict(config)))
     return qann

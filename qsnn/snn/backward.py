@@ -15,11 +15,6 @@ def _value(threshold: Tensor) -> Any:
     return threshold if threshold.dim() else float(threshold)
 
 
-def _minus(x: Tensor, y: Tensor, theta: Any) -> Tensor:
-    """x - θ·y in one pass."""
-    return torch.addcmul(x, y, theta, value=-1) if torch.is_tensor(theta) else torch.sub(x, y, alpha=theta)
-
-
 def _in_box(h: Tensor, theta: Any, scratch: Tensor) -> Tensor:
     """1.0 where θ/2 < h < 3θ/2, else 0.0, in ``scratch``.
 
@@ -37,27 +32,38 @@ class IFFunction(torch.autograd.Function):
     r"""T steps of the soft-reset IF neuron, with or without leak, with their own backward.
 
     Forward, :math:`h_t = d\,v_{t-1} + x_t` (d = 1 without leak), :math:`s_t = [h_t \ge \theta]`,
-    :math:`v_t = h_t - \theta s_t`. Backward, with :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the
-    place of the derivative of the step: a box of area 1 and width θ (Bengio et al. 2013). θ and d are one number, or
-    (C, 1, ...): one a channel.
+    :math:`v_t = h_t - \theta s_t`, and :math:`y_t = \theta s_t`, what the layers behind see. Backward, with
+    :math:`\sigma_t = [\,|h_t - \theta| < \theta/2\,]/\theta` in the place of the derivative of the step: a box of
+    area 1 and width θ (Bengio et al. 2013). θ and d are one number, or (C, 1, ...): one a channel.
+
+    A gradient that comes to y alone needs neither a division nor a multiplication by θ: with
+    :math:`g_t = \partial\ell/\partial y_t - \partial\ell/\partial v_t` and the box without its height,
+    :math:`b_t = \theta\sigma_t`,
+
+    .. math::
+        \frac{\partial\ell}{\partial h_t} = b_t\,g_t + \frac{\partial\ell}{\partial v_t}, \qquad
+        \frac{\partial\ell}{\partial\theta} = \sum_t (s_t - b_t)\,g_t .
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Spikes (T, B, *) and the last potential.
+        ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int, keep: Tensor | None, short: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Spikes (T, B, *), the last potential (B, *) and the amplified spikes y (T, B, *).
 
-        ``repeats`` > 0: x is one step, (B, *), that stands for so many; ``keep``: d, None without leak.
+        ``repeats`` > 0: x is one step, (B, *), that stands for so many; ``keep``: d, None without leak; ``short``: the
+        dtype of y, by default that of x.
         """
         ctx.set_materialize_grads(False)
         ctx.constant = repeats > 0
         theta = _value(threshold)
         current = x.expand(repeats, *x.shape) if ctx.constant else x
         spikes = empty_steps(current)
+        amplified = empty_steps(current, short)
         # where the derivative is not 0: a byte, while the potentials would keep four until the backward
-        near = empty_steps(current, torch.uint8)
-        # the potentials and the spikes are for the gradients of d and θ alone; without these they need not live on
+        # (signed, for a float becomes an unsigned byte ten times slower on a CPU)
+        near = empty_steps(current, torch.int8)
+        # the potentials are for the gradient of d alone; without it they need not live on
         potentials = []
         for t in range(len(current)):
             if ctx.needs_input_grad[4]:
@@ -69,28 +75,41 @@ class IFFunction(torch.autograd.Function):
             near[t] = _in_box(h, theta, scratch=spikes[t])
             torch.ge(h, theta, out=spikes[t])
             v = subtract_(h, spikes[t], theta)
-        ctx.save_for_backward(near, spikes if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
-        return spikes, v
+            if short is None:
+                torch.mul(spikes[t], theta, out=amplified[t])
+            else:
+                amplified[t] = spikes[t] * theta
+        # y is kept by the layer behind anyway, the spikes would be kept for this alone
+        ctx.save_for_backward(near, amplified if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
+        ctx.dtype = x.dtype
+        return spikes, v, amplified
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients to x, θ, the first potential and d."""
-        grad_spikes, grad_v = grads
-        near, spikes, threshold, keep, *potentials = ctx.saved_tensors
+        grad_spikes, grad_v, grad_y = grads
+        near, amplified, threshold, keep, *potentials = ctx.saved_tensors
         theta = _value(threshold)
-        if grad_spikes is None:
-            if grad_v is None:
-                return None, None, None, None, None
-            grad_spikes = grad_v.new_zeros(()).expand(near.shape)
-        wants_theta, wants_v, _, wants_keep = ctx.needs_input_grad[1:]
-        grad_x = None if ctx.constant else empty_steps(near, grad_spikes.dtype)
-        grad_theta, grad_keep, total = grad_spikes.new_zeros(threshold.shape), None, None
+        if grad_spikes is None and grad_v is None and grad_y is None:
+            return (None,) * 6
+        wants_theta, wants_v, _, wants_keep, _ = ctx.needs_input_grad[1:]
+        grad_x = None if ctx.constant else empty_steps(near, ctx.dtype)
+        grad_theta, grad_keep, total = threshold.new_zeros(threshold.shape), None, None
         for t in reversed(range(len(near))):
-            grad_s = grad_spikes[t] if grad_v is None else _minus(grad_spikes[t], grad_v, theta)
-            grad_h = torch.mul(grad_s, near[t], out=None if grad_x is None else grad_x[t]).div_(theta)
+            # one dtype in each operation: mixed ones are slower on a CPU than a copy before
+            outer = _difference(None if grad_y is None else grad_y[t].to(ctx.dtype), grad_v)
+            if wants_theta and outer is not None:
+                through_y = amplified[t].to(ctx.dtype) * outer
+                grad_theta += through_y.sum_to_size(threshold.shape) / threshold
+            if grad_spikes is not None:
+                inner = grad_spikes[t] / theta
+                outer = inner if outer is None else outer + inner
+            if outer is None:  # the last potential alone has a gradient
+                outer = near.new_zeros((), dtype=ctx.dtype).expand(near.shape[1:])
+            box = near[t].to(ctx.dtype) if grad_x is None else grad_x[t].copy_(near[t])
+            grad_h = box.mul_(outer)
             if wants_theta:
-                through_reset = grad_h if grad_v is None else torch.addcmul(grad_h, grad_v, spikes[t])
-                grad_theta -= through_reset.sum_to_size(threshold.shape)
+                grad_theta -= grad_h.sum_to_size(threshold.shape)
             if grad_v is not None:
                 grad_h.add_(grad_v)
             if wants_keep:
@@ -100,7 +119,14 @@ class IFFunction(torch.autograd.Function):
                 total = grad_h.clone() if total is None else total.add_(grad_h)
             grad_v = grad_h if keep is None else grad_h * keep
         grad_x = total if grad_x is None else grad_x
-        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None, grad_keep
+        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None, grad_keep, None
+
+
+def _difference(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """x - y (*), where None is 0."""
+    if x is None:
+        return None if y is None else -y
+    return x if y is None else x - y
 
 
 class RateFunction(torch.autograd.Function):

@@ -194,7 +194,10 @@ def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
         if isinstance(module, IFNode):
             quant = level_quant(twin.get_submodule(name))
             if not module.dynamics.plain or module.threshold.dim() or bool((module.initial != 0.5).any()):
-                raise ValueError(f"{name} is no IF neuron of one threshold and half of it at the start")
+                raise ValueError(
+                    f"{name} is no IF neuron of one threshold and half of it at the start, which the quantized network "
+                    f"has; distill with train_threshold and train_initial of '' (or the threshold by 'layer')"
+                )
             if quant is not None and float(quant.step.double() * quant.levels) != float(module.threshold):
                 quant.set_threshold_(module.threshold)
         elif does(module) in ("weighs", "normalises", "decides", "scales", "shifts") or level_quant(module) is not None:

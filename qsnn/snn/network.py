@@ -71,6 +71,8 @@ def time_loop(model: nn.Module) -> SNN | TimeLoop | None:
 
 
 FIRINGS = ("online", "deferred")
+TRAINED = ("", "layer", "channel", "auto")
+"""What may be trained of a neuron's threshold, initial potential and time constant: how many values a layer has."""
 
 
 class SNN(nn.Module):
@@ -182,7 +184,8 @@ def final_mean(z: Tensor) -> Tensor:
 def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tuple[nn.Parameter, Tensor | float]]:
     """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
 
-    Return these parameters, () or (C,), with the least value that each may take.
+    "auto" is one a channel where the number of channels is known, else one a layer; of a time constant where there is
+    a leak. Return these parameters, () or (C,), with the least value that each may take.
 
     Raises:
         ValueError: a time constant where there is no leak, or channels of an unknown number.
@@ -193,10 +196,10 @@ def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tup
     limits: list[tuple[nn.Parameter, Tensor | float]] = []
     for name, neuron in neurons:
         for what, each in (("threshold", threshold), ("initial", initial), ("tau", tau)):
-            if not each:
+            if not each or (each == "auto" and getattr(neuron, what) is None):
                 continue
             channels = None
-            if each == "channel":
+            if each == "channel" or (each == "auto" and nodes[name] in shapes):
                 if nodes[name] not in shapes:
                     raise ValueError("a value a channel needs the image shape; convert a network that has seen data")
                 channels = shapes[nodes[name]][1]

@@ -93,15 +93,15 @@ class IFNode(BaseNode):
         return self.dynamics.plain_but_leaky and self.surrogate in ("box", "rate")
 
     @torch.compiler.disable  # a function with its own backward: a compiler gains nothing, and warns
-    def _trained(self, x: Tensor, v: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
-        """The fused step."""
+    def _trained(self, x: Tensor, v: Tensor, repeats: int, short: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """The fused step: spikes, the last potential, and where it comes with them θ·spikes."""
         theta = self._theta(v) if self.threshold.dim() else self.threshold
-        found: tuple[Tensor, Tensor]
+        found: tuple[Tensor, ...]
         if self.surrogate == "rate" and self.tau is None:
             found = RateFunction.apply(x, theta, v, repeats)
         else:
             keep = None if self.tau is None else kept(per_channel(self.tau, v.dim()), x.dtype)
-            found = IFFunction.apply(x, theta, v, repeats, keep)
+            found = IFFunction.apply(x, theta, v, repeats, keep, short)
         return found
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,8 @@ class IFNode(BaseNode):
         if self.dynamics.plain and not torch.is_grad_enabled():
             return integrated(x, self._theta(x[0]), v)
         if self._fused and torch.is_grad_enabled():
-            return self._trained(x, v, 0)
+            spikes, v, *_ = self._trained(x, v, 0)
+            return spikes, v
         tau = None if self.tau is None else per_channel(self.tau, v.dim())
         fire = firing_function(self.surrogate)
         spikes, v, overflows = simulate(x, self._theta(x[0]), v, self.dynamics, tau, fire)
@@ -140,18 +141,30 @@ class IFNode(BaseNode):
 
     def forward(self, x: Tensor) -> Tensor:
         """Spikes {0, 1} of the shape of x."""
-        if x.dtype in (torch.bfloat16, torch.float16):  # under autocast: currents may be short, sums of them not
-            spikes: Tensor = self(x.float())
-            return spikes.to(x.dtype)
         call = current()
+        short = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else None
+        if short is not None:  # under autocast: currents may be short, sums of them not
+            x = x.float()
+        spikes: Tensor
         if call is None:
-            return super().forward(x)
-        if not self.constant_input or call.frames:
-            return self.fired(x.unflatten(0, (call.timesteps, -1)), call.firing).flatten(0, 1)
-        if call.firing == "online" and self._fused and torch.is_grad_enabled():
-            (v,) = self.materialize_states((x,), (0.0,), "s")
-            return self._trained(x, v, call.timesteps)[0].flatten(0, 1)
-        return self.fired(x.expand(call.timesteps, *x.shape), call.firing).flatten(0, 1)
+            spikes = super().forward(x)
+        elif call.firing == "online" and self._fused and torch.is_grad_enabled():
+            return self._in_training(x, call, short)
+        elif not self.constant_input or call.frames:
+            spikes = self.fired(x.unflatten(0, (call.timesteps, -1)), call.firing).flatten(0, 1)
+        else:
+            spikes = self.fired(x.expand(call.timesteps, *x.shape), call.firing).flatten(0, 1)
+        return spikes if short is None else spikes.to(short)
+
+    def _in_training(self, x: Tensor, call: Call, short: torch.dtype | None) -> Tensor:
+        """Spikes of the fused step, which carry θ·spikes with them for :func:`amplified`."""
+        once = self.constant_input and not call.frames
+        x = x if once else x.unflatten(0, (call.timesteps, -1))
+        (v,) = self.materialize_states((x,), (0.0,), "s" if once else "m")
+        spikes, _, *ready = (part.flatten(0, 1) for part in self._trained(x, v, call.timesteps * once, short))
+        if ready:
+            spikes.amplified = ready[0], spikes._version  # type: ignore[attr-defined]
+        return spikes
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``."""
@@ -177,7 +190,13 @@ class IFNode(BaseNode):
 
 
 def amplified(spikes: Tensor, threshold: Tensor) -> Tensor:
-    """θ·spikes (T·B, *), what the layers behind a neuron see; in the dtype of the spikes (mixed types are slow)."""
+    """θ·spikes (T·B, *), what the layers behind a neuron see; in the dtype of the spikes (mixed types are slow).
+
+    In training the neuron has made it along with its spikes, and both have one backward.
+    """
+    ready, version = getattr(spikes, "amplified", (None, -1))
+    if ready is not None and version == spikes._version:
+        return ready  # type: ignore[no-any-return]
     return spikes * per_channel(threshold.to(spikes.dtype), spikes.dim())
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
 
 from qsnn.data.images import Data
+from qsnn.files import write_atomic
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -127,3 +130,26 @@ def told(budget: float, stages: Mapping[str, Stage], epochs: Mapping[str, int]) 
     parts = [f"{name} {epochs[name]} epochs of {stage.seconds:.0f} s" for name, stage in stages.items()]
     total = sum(stage.seconds * epochs[name] for name, stage in stages.items())
     return f"budget {budget / 60:.0f} min: {', '.join(parts)}; together {total / 60:.0f} min"
+
+
+def write_plan(path: Path, about: Mapping[str, Any], epochs: Mapping[str, int]) -> None:
+    """Keep the chosen epochs beside what they were chosen for, so that a run that goes on does not choose again."""
+    write_atomic(path, json.dumps({"about": about, "epochs": epochs}))
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Return what :func:`write_plan` wrote; {} where there is no file.
+
+    Raises:
+        ValueError: the file is no plan.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        whole = all(isinstance(count, int) and count >= 0 for count in found["epochs"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole or not isinstance(found.get("about"), dict):
+        raise ValueError(f"{path} is no plan of epochs; delete it to measure again")
+    return found  # type: ignore[no-any-return]

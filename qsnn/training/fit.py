@@ -32,6 +32,7 @@ from qsnn.options import (
     check_options,
     expect,
 )
+from qsnn.training.averaging import NORM_IMAGES, WeightAverage, estimate_norms_
 from qsnn.training.processes import average_buffers_, is_main, rank_and_world, shared, total_of, wait
 from qsnn.training.progress import Bar, StateFile
 from qsnn.training.resume import Epoch, Progress, read_state, refuse_not_finite, save_state
@@ -69,6 +70,9 @@ class TrainConfig:
     """Where a teacher is given: weight of the KL term; the cross entropy has 1 - kd_weight [0, 1]."""
     kd_temperature: Factor = 1.0
     """Temperature τ of the KL term [1]."""
+    ema: Part = 0.0
+    """Decay of the running mean of the weights that the run ends with, by step, such as 0.999; 0: the last weights.
+    Batch norms are then estimated anew [1], in [0, 1)."""
     augment: str | None = None
     """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
     train_images: Images | None = None
@@ -162,6 +166,9 @@ def fit(
         state.load_(model)  # before the optimizer: Brevitas makes new parameters when it loads
     optimizer, scheduler = _optimizer(model, config, len(loader))
     done = Progress() if state is None else state.restore_(optimizer, scheduler)
+    average = WeightAverage(model, config.ema) if config.ema else None
+    if average is not None and state is not None:
+        average.restore_(state.average)
     if len(done.history) == config.epochs:
         model.eval()
         return done.history
@@ -175,8 +182,11 @@ def fit(
     bar = Bar(label, config.epochs, total, begun)
     board = Board(tensorboard if is_main() else None)
     kept = StateFile(
-        resume, CHECKPOINT_SECONDS, lambda path: save_state(path, model, optimizer, scheduler, asdict(config), done)
-    )
+        resume, CHECKPOINT_SECONDS,
+        lambda path: save_state(
+            path, model, optimizer, scheduler, asdict(config), done, {} if average is None else average.weights
+        ),
+    )  # fmt: skip
     with bar, torch.random.fork_rng(), board:
         for epoch in range(len(done.history), config.epochs):
             # convolutions and batch norm run faster in channels-last on a CPU
@@ -193,10 +203,15 @@ def fit(
                     scheduler.step()
                     if after_step is not None:
                         after_step(scheduler.last_epoch, total)
+                    if average is not None:
+                        average.update_(model, scheduler.last_epoch)
                     done.batch, done.total = done.batch + 1, done.total + number
                     board.step(scheduler.last_epoch, terms, scheduler.get_last_lr()[0])
                     bar.step()
                     kept.save_if_due()
+            if average is not None and epoch + 1 == config.epochs:
+                average.apply_(model)
+                estimate_norms_(model, loader.some(NORM_IMAGES), frozen)
             lay_out_(model.eval(), torch.contiguous_format)
             refuse_not_finite(model, _last_good(resume, len(done.history)))
             average_buffers_(model)
@@ -242,6 +257,14 @@ class _Loader:
             torch.manual_seed((seed * len(self) + batch) * self.world + self.rank)
             # DDP takes the mean over processes, whose shares of the batch may differ by one image
             yield laid_out(images, torch.channels_last), labels, len(images) * self.world / self.sizes[batch]
+
+
+    def some(self, images: int) -> Iterator[Tensor]:
+        """The first batches of an epoch's kind, about so many images, for batch norms."""
+        for seen, (batch, _, _) in enumerate(self.epoch(0, 0)):
+            if seen * self.config.batch_size >= images:
+                return
+            yield batch
 
 
 def _awake_(model: nn.Module, frozen: list[str]) -> nn.Module:

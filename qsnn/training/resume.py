@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -76,10 +78,24 @@ class Progress:
 
 
 def save_state(
-    path: str | Path, model: nn.Module, optimizer: Any, scheduler: Any, config: dict[str, Any], progress: Progress
+    path: str | Path,
+    model: nn.Module,
+    optimizer: Any,
+    scheduler: Any,
+    config: dict[str, Any],
+    progress: Progress,
+    average: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Write model, optimizer and progress beside the file and rename, so that a kill leaves the last good one.
+    """Write all that a run goes on from beside the file and rename, so that a kill leaves the last good one.
 
+    Args:
+        path: the file.
+        model: what is trained.
+        optimizer: with its state.
+        scheduler: of the learning rate.
+        config: options of the run.
+        progress: how far it is.
+        average: the running means of its weights, by name, where it keeps them.
     Raises:
         FloatingPointError: the last step left NaN or infinity in a weight; the file is left as it is.
     """
@@ -89,6 +105,7 @@ def save_state(
         for name, value in state.items():
             if value is not None:
                 tensors[f"optimizer.{index}.{name}"] = _plain(torch.as_tensor(value))
+    tensors |= {f"average.{name}": _plain(value) for name, value in average.items()}
     meta = {"config": config, "progress": asdict(progress), "step": scheduler.last_epoch}
     write_atomic(path, sealed(save_tensors(tensors, {_KEY: unsealed(meta)})))
 
@@ -124,6 +141,8 @@ class State:
     optimizer: dict[int, dict[str, Tensor]]
     step: int
     progress: Progress
+    average: dict[str, Tensor]
+    """The running means of the weights, by name; {} where the run keeps none."""
 
     def load_(self, model: nn.Module) -> None:
         """Give a network the weights it had, in place.
@@ -193,8 +212,8 @@ def read_state(path: str | Path | None, config: dict[str, Any]) -> State | None:
             if kind == "optimizer":
                 index, _, key = name.partition(".")
                 optimizer.setdefault(int(index), {})[key] = value
-            elif kind != "model":
-                raise ValueError(f"it holds {kind!r}, which is neither model nor optimizer")
+            elif kind not in ("model", "average"):
+                raise ValueError(f"it holds {kind!r}, which is neither model, optimizer nor average")
     except (SafetensorError, msgspec.ValidationError, ValueError) as error:
         raise ValueError(f"{path} is no state of a training run ({error}); delete it to start over") from error
     if meta["config"] != json.loads(json.dumps(config)):
@@ -203,5 +222,5 @@ def read_state(path: str | Path | None, config: dict[str, Any]) -> State | None:
     history = [Epoch(epoch.epoch, epoch.loss, epoch.val_accuracy, epoch.metric) for epoch in found.history]
     if [epoch.epoch for epoch in history] != list(range(1, len(history) + 1)):
         raise ValueError(f"{path} is no state of a training run (its epochs are no 1, 2, ...); delete it to start over")
-    model = {name: value for kind, _, name, value in named if kind == "model"}
-    return State(path, model, optimizer, known.step, Progress(history, found.batch, found.total))
+    model, average = ({name: value for kind, _, name, value in named if kind == part} for part in ("model", "average"))
+    return State(path, model, optimizer, known.step, Progress(history, found.batch, found.total), average)

@@ -1,0 +1,85 @@
+"""What brings a student of two steps up to its quantized teacher, each by itself; chosen on validation images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from figures import dots
+from setting import W4, Load, Row, Setting, mean_of, of_qann, qann_of, student_config, teacher_of
+from tables import by_steps
+
+import qsnn
+from qsnn.report.records import Record
+
+QUESTION = "What brings a student of two steps up to its teacher?"
+SIZE = "as `precision`, on validation images"
+TITLES = {"qann": "QANN [%]", "qann on": "trained on [%]", **by_steps(1, 2, 4)}
+NOTE = "Validation images, W4/L2. Trained on: the QANN, for as long as the student. Each row changes one thing."
+FIGURE = dots("T=1", "T=2")
+
+RECIPE = "label, each step"
+WAYS: dict[str, dict[str, Any]] = {
+    RECIPE: {},
+    "KL of the answer": {"ce_weight": 0.0, "kd_weight": 0.5},
+    "KL of the answer, both teachers": {"ce_weight": 0.0, "kd_weight": 0.5, "teachers": 2},
+    "KL of each step": {"step_ce_weight": 0.0, "step_weight": 0.5},
+    "KL and entropy of each step": {"step_ce_weight": 0.0, "step_weight": 0.5, "entropy_weight": 0.05},
+    "right steps teach": {"correct_weight": 0.5},
+    "strongest step teaches": {"strong_weight": 0.5},
+    "rates first, loop last": {"rates": 0.75},
+    "mean of weights": {"ema": 0.998},
+    "threshold x 0.7 in QAT": {"threshold_scale": 0.7},
+    "lr 0.003": {"lr": 0.003},
+}
+"""What differs from the recipe: options of DistillConfig; ``teachers`` that teach; ``rates``, the part of the epochs
+with the gradient of the rate; ``threshold_scale`` of the quantized network."""
+
+
+def rows(setting: Setting, load: Load) -> Iterator[Row]:
+    """The recipe, and each change of it."""
+    data = load(setting.data)
+    for label, way in WAYS.items():
+        yield label, of_qann(setting, way=way, distill=asdict(_config(setting, way))), partial(_row, setting, data, way)
+
+
+def _config(setting: Setting, way: dict[str, Any]) -> qsnn.DistillConfig:
+    ours = ("teachers", "rates", "threshold_scale")
+    return student_config(setting, **{name: value for name, value in way.items() if name not in ours})
+
+
+def _row(setting: Setting, data: qsnn.Data, way: dict[str, Any]) -> dict[str, Any]:
+    scale = {"threshold_scale": way["threshold_scale"]} if "threshold_scale" in way else {}
+    qann = qann_of(setting, data, {**W4, **scale})
+    config = _config(setting, way)
+    teachers = [qann] if way.get("teachers", 1) == 1 else [qann, teacher_of(setting, data)]
+    student = qsnn.convert(qann)
+    if "rates" in way:
+        first = round(way["rates"] * config.epochs)
+        student = qsnn.distill(student, teachers, data, replace(config, epochs=first, surrogate="rate"))
+        config = replace(config, epochs=config.epochs - first, lr=config.lr / 3)
+    student = qsnn.distill(student, teachers, data, config)
+    found = {"qann": qsnn.accuracy(qann, data.val)}
+    if not way:
+        qsnn.fit(qann, data, setting.low_bits(), label="QANN on")
+        found["qann on"] = qsnn.accuracy(qann, data.val)
+    curve = qsnn.benchmark(student, data.val, timesteps=4, firing="online").accuracy
+    return {**found, **{f"T={t}": curve[t - 1] for t in (1, 2, 4)}}
+
+
+def answer(records: Sequence[Record]) -> str:
+    """One sentence."""
+    base = {t: mean_of(records, RECIPE, f"T={t}") for t in (1, 2)}
+    gains = {
+        label: (mean_of(records, label, "T=2") - base[2], mean_of(records, label, "T=1") - base[1])
+        for label in WAYS if label != RECIPE and any(r.name.partition("/")[2] == label for r in records)
+    }  # fmt: skip
+    parts = [f"{label} {two:+.2f} ({one:+.2f})" for label, (two, one) in sorted(gains.items(), key=lambda g: -g[1][0])]
+    short = mean_of(records, RECIPE, "qann on") - base[2]
+    side = "below" if short > 0 else "above"
+    return (
+        f"The recipe's student is {abs(short):.2f} points {side} the QANN trained on; what each change brings at "
+        f"T = 2 (in brackets at T = 1): {', '.join(parts)}."
+    )
