@@ -104,7 +104,8 @@ def test_gated_spikes_keep_their_levels_and_ties_are_exact(digits: qsnn.Data) ->
 
 NETS = [
     ("qkformer", {}, 4, 2), ("qkformer", {}, 1, 3), ("qkformer", {}, 16, 1), ("convnext", {}, 4, 2),
-    ("convnext", {"expand": False, "groups": 8}, 1, 2),
+    ("convnext", {"expand": False, "groups": 8}, 1, 2), ("qkformer", {"attention": "self"}, 4, 2),
+    ("qkformer", {"attention": "channel"}, 4, 2),
 ]  # fmt: skip
 
 
@@ -214,7 +215,10 @@ def test_quantizing_keeps_how_often_a_gate_is_open(digits: qsnn.Data) -> None:
 def test_a_student_with_gates_has_a_twin_and_is_loaded_again(digits: qsnn.Data, images: Tensor, tmp_path: Path) -> None:
     net = attending(digits)
     qann = qsnn.quantize(net, digits)
-    config = qsnn.DistillConfig(timesteps=2, epochs=1, train_images=128, batch_size=32, rate_weight=0.1)
+    config = qsnn.DistillConfig(
+        timesteps=2, epochs=1, train_images=128, batch_size=32, rate_weight=0.1, train_threshold="layer",
+        train_initial="",
+    )  # fmt: skip
     student = qsnn.distill(qsnn.convert(qann), qann, digits, config)
     level = student.network.get_submodule("6.gate").level
     assert not torch.equal(level, qann.get_submodule("6.gate").level), "the level learns"

@@ -322,9 +322,14 @@ def test_one_activation_is_one_module() -> None:
 
 
 REFUSED: dict[str, tuple[Forward, str]] = {
-    "a product": (lambda n, x: F.relu(b(n, (y := a(n, x)) * y)), "mul: a product of two values"),
-    "attention": (lambda n, x: F.relu(b(n, (y := a(n, x)) @ y.mT)), r"matmul: a product .* qsnn\.Gate\(level\)\(x\)"),
-    "a mean of gates": (lambda n, x: F.relu(b(n, n.gate(y := a(n, x)).mean(1, keepdim=True) * y)), "a product of two"),
+    "a product": (lambda n, x: F.relu(b(n, b(n, y := a(n, x)) * y)), "mul: a product of two values"),
+    "attention": (lambda n, x: F.relu(b(n, b(n, y := a(n, x)) @ y.mT)), r"matmul: a product .* qsnn\.Gate\(level\)"),
+    "the image times itself": (lambda n, x: F.relu(n.stem(x * x)), "of quantized values alone: put nn.ReLU behind"),
+    "a product over the batch": (lambda n, x: (y := a(n, x).flatten(1)) @ y.T @ y, "moves the batch"),
+    "an einsum of three": (lambda n, x: torch.einsum("bchw,bchw,bchw->bchw", y := a(n, x), y, y), "takes two values"),
+    "a diagonal": (lambda n, x: torch.einsum("bcnn,bchw->bchw", y := a(n, x), y), "no letter twice"),
+    "softmax attention": (lambda n, x: (y := a(n, x)) @ (y @ y.mT).softmax(-1), r"relu\(q\) @ \(relu\(k\)\.mT"),
+    "an average by the image": (lambda n, x: (y := a(n, x)) / y.sum((1, 2, 3), keepdim=True), "divides by a value"),
     "a comparison": (lambda n, x: F.relu(b(n, (y := a(n, x)) * (y > 0.5))), r"gt: use qsnn\.Gate\(level\)"),
     "over the batch": (lambda n, x: F.relu(b(n, a(n, x) - a(n, x).mean(0, keepdim=True))), "dimension 0, the batch"),
     "a softmax inside": (lambda n, x: F.relu(b(n, a(n, x).softmax(1))), r"softmax: .*right before the output.*\.Gate"),

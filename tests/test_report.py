@@ -25,7 +25,7 @@ def ann(name, accuracy, **fields):
     """A benchmark of a model without time."""
     default = {
         "name": name, "n": 1000, "timesteps": (), "accuracy": (accuracy,), "metric": "accuracy", "heads": {},
-        "firing": None, "spike_rates": {},
+        "counts_said": "", "firing": None, "spike_rates": {},
         "spike_rate": None, "synops": None, "macs": 4.6e6, "weight_bytes": 2048, "confusion": None, "agreement": None,
         "seconds": 1.0, "exits": (), "state_bytes": 1024, "peak_bytes": 9000, "latency_ms": 0.5, "throughput": 2000.0,
         "weight_bytes_by_bits": {"4": 1024, "other": 1024}, "energy": estimates([COST], spike_rate=fields.get("rate")),

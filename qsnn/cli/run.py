@@ -21,6 +21,7 @@ from qsnn.distillation.distill import DistillConfig, distill
 from qsnn.files import as_path, target_of
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of
+from qsnn.graph.spell import trace
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
 from qsnn.models.create import create_fitting
@@ -43,7 +44,8 @@ from qsnn.report.page import write_report
 from qsnn.report.records import Record, append_once, check_records, environment, now
 from qsnn.snn.config import ConvertConfig
 from qsnn.snn.convert import convert
-from qsnn.snn.network import SNN
+from qsnn.snn.counts import refuse_online
+from qsnn.snn.network import SNN, TimeLoop
 from qsnn.training.budget import Stage, epoch_seconds, read_plan, seconds_of, shared_epochs, told, write_plan
 from qsnn.training.fit import TrainConfig, fit
 from qsnn.training.processes import is_main, start, wait
@@ -145,7 +147,10 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
     data = load_data(config.data, root=config.data_root, timesteps=frames, mean=config.mean, std=config.std)
     if config.test_images is not None:
         data = replace(data, test=first_of(data.test, config.test_images))
-    _, data = create_fitting(config.model, data, seed=config.seed)
+    network, data = create_fitting(config.model, data, seed=config.seed)
+    if not isinstance(network, TimeLoop):
+        network.eval()
+        refuse_online(trace(network, tuple(data.shape)), "the student of `qsnn run`")
     flow = _Flow(config, data, say)
     with held_by_first(flow.out / "run"), within(config.memory):
         result = flow.run()

@@ -44,6 +44,7 @@ from qsnn.options import (
     check_options,
     expect,
 )
+from qsnn.snn.counts import refuse_online
 from qsnn.snn.equations import firing_function
 from qsnn.snn.network import SNN, TRAINED, TimeLoop, train_neurons_
 from qsnn.snn.neurons import IFNode
@@ -306,6 +307,8 @@ def _check(student: nn.Module, teachers: list[nn.Module], config: DistillConfig)
         raise TypeError(f"expected distill(student, teacher, data) with networks, got {type(student).__name__}")
     if getattr(student, "folded", False):
         raise ValueError("a folded network cannot be trained; distill the one it was folded from, then fold")
+    if isinstance(student, SNN):
+        refuse_online(student.network, "a student")
     if config.mutual and len(teachers) != 1:
         raise ValueError(f"mutual learning is between a student and one teacher, got {len(teachers)} teachers")
     asked = {config.train_threshold, config.train_initial, config.train_tau} - {"", "auto"}

@@ -62,7 +62,7 @@ def limits_of(
             reach = 1 if firing == "deferred" else t
             limits.append(np.clip(alike(row, count), low * reach, high * reach + 1).astype(np.int64))
         return Limits(sign.astype(np.int64)[None], np.stack(limits))
-    given = [neuron.gain(j) for j in range(len(ranges))]
+    given = [neuron.gain(j, timesteps) for j in range(len(ranges))]
     given += [neuron.step_bias, *(per_channel(x, len(shape) + 1) for x in (1.0 - neuron.initial, neuron.threshold))]
     columns = [_columns(x.double().cpu().numpy().reshape(-1), tuple(x.shape), shape) for x in given]
     count = max(x.size for x in (*columns, *(a for pair in ranges for a in pair)))
@@ -202,7 +202,7 @@ def scores_of(readout: Current, ranges: Ranges, timesteps: int, firing: str, cla
     Raises:
         ValueError: a sum of a last layer that is too large for two words of 32 and 64 bit.
     """
-    gains = [readout.gain(j).double().cpu().numpy().reshape(-1) for j in range(len(ranges))]
+    gains = [readout.gain(j, timesteps).double().cpu().numpy().reshape(-1) for j in range(len(ranges))]
     gains = [np.broadcast_to(g, (classes,)) for g in gains]
     bias = np.broadcast_to(readout.bias.double().cpu().numpy().reshape(-1), (classes,))
     reach = 1 if firing == "deferred" else timesteps

@@ -290,7 +290,7 @@ def _readout(graph: Graph, node: fx.Node, module: Any) -> None:
     name = graph.linear(f"{node.target}_in", value, np.ones(1), None, np.zeros(1), relay=False)
     classes = value.shape[0]
     graph.metadata |= {
-        "gain": np.broadcast_to(module.gain(0).reshape(-1).double().cpu().numpy(), (classes,)).copy(),
+        "gain": np.broadcast_to(module.gain(0, graph.timesteps).reshape(-1).double().cpu().numpy(), (classes,)).copy(),
         "bias": np.broadcast_to(module.step_bias.double().reshape(-1).cpu().numpy(), (classes,)).copy(),
     }
     graph.add("output", graph.nir.Output(output_type={"output": np.array([classes])}), [name])

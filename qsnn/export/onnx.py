@@ -19,16 +19,19 @@ from qsnn.export.onnx_layers import float_layer, integer_input, integer_layer, w
 from qsnn.export.onnx_moves import MOVES
 from qsnn.export.onnx_neurons import current, current_if, dynamic_if, integer_if, real_if
 from qsnn.export.onnx_pools import average_pool, count_pool, max_pool, sum_pool
+from qsnn.export.onnx_products import integer_product, mean_product
 from qsnn.export.onnx_values import TYPES, CannotWriteError, Values, Wire
 from qsnn.files import write_atomic
 from qsnn.folded.gates import CurrentGate, IntegerGate
 from qsnn.folded.layers import CountPool, FloatLayer, IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.folded.products import IntegerProduct
 from qsnn.graph.kinds import CLASSES
 from qsnn.graph.modules import Gating
 from qsnn.graph.recipe import child_recipe, input_shape_of
 from qsnn.graph.trace import module_of, value_shapes
 from qsnn.options import seen
+from qsnn.snn.counts import CountProduct
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import PlusMinus, Repeat
 
@@ -80,6 +83,7 @@ MODULES: dict[tuple[type[nn.Module], ...], Callable[..., Wire]] = {
     (IntegerInput,): integer_input, (IntegerLayer,): integer_layer, (FloatLayer,): float_layer, (SumPool,): sum_pool,
     (IntegerIF,): integer_if, (DynamicIF,): dynamic_if, (CurrentIF,): current_if, (RealIF,): real_if,
     (IntegerGate,): integer_gate, (CurrentGate,): current_gate, (Gating,): gating,
+    (IntegerProduct,): integer_product, (CountProduct,): mean_product,
     (Current,): current, (Repeat,): _same, (PlusMinus,): _plus_minus, (CountPool,): count_pool, **MOVES,
     CLASSES["takes maxima"]: max_pool, CLASSES["averages"]: average_pool,
 }  # fmt: skip

@@ -61,9 +61,8 @@ def integer_input(values: Values, name: str, module: IntegerInput, shape: tuple[
 
 def integer_layer(values: Values, name: str, module: IntegerLayer, shape: tuple[int, ...], wire: Wire) -> Wire:
     """Keep the layer open: its neuron may take it whole; whoever else needs the sums has them written."""
-    return Wire(
-        (), "", shape, module.bound, static=wire.static, kind="sum", layer=module, source=wire, place=name
-    )  # fmt: skip
+    bound = module.bound * values.timesteps**module.steps
+    return Wire((), "", shape, bound, static=wire.static, kind="sum", layer=module, source=wire, place=name)
 
 
 def write_sum(values: Values, wire: Wire) -> Wire:
@@ -71,7 +70,7 @@ def write_sum(values: Values, wire: Wire) -> Wire:
     assert wire.layer is not None and wire.source is not None
     module, graph, name = wire.layer, values.graph, wire.place
     source = values.ready(wire.source)
-    most = module.bound * (1 if wire.static else values.timesteps)
+    most = wire.bound * (1 if wire.static else values.timesteps)
     weight, shape = array(module.weight), wire.shape
     small = weight.dtype == np.int8
     transposed = "output_padding" in module.options

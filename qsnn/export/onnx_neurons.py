@@ -181,8 +181,8 @@ def settled(values: Values, counts: list[str]) -> list[str]:
     return fired
 
 
-def _gains(module: Current, wires: tuple[Wire, ...]) -> list[NDArray[np.float64]]:
-    return [array(module.gain(index)) for index in range(len(wires))]
+def _gains(values: Values, module: Current, wires: tuple[Wire, ...]) -> list[NDArray[np.float64]]:
+    return [array(module.gain(index, values.timesteps)) for index in range(len(wires))]
 
 
 def _added(values: Values, terms: list[list[str]], gains: list[NDArray[np.float64]]) -> list[str]:
@@ -206,7 +206,7 @@ def current(values: Values, name: str, module: Current, shape: tuple[int, ...], 
     bias = array(module.step_bias)
     names = [
         values.graph.add("Add", total, values.graph.const(span * bias, "f64"))
-        for total, span in zip(_added(values, terms, _gains(module, wires)), spans, strict=True)
+        for total, span in zip(_added(values, terms, _gains(values, module, wires)), spans, strict=True)
     ]
     values.note(name, "real: float64 currents")
     return Wire(tuple(names), "f64", shape, real=True, static=static)
@@ -223,7 +223,7 @@ def summed_currents(values: Values, module: Current, wires: tuple[Wire, ...]) ->
     """Σ_j g_j·A_j + t·b in float64 over all steps up to each answer's."""
     graph, bias = values.graph, array(module.step_bias)
     wires = tuple(values.ready(wire) for wire in wires)
-    totals = _added(values, [values.summed(wire, "f64") for wire in wires], _gains(module, wires))
+    totals = _added(values, [values.summed(wire, "f64") for wire in wires], _gains(values, module, wires))
     return [
         graph.add("Add", total, graph.const(float(t) * bias, "f64"))
         for t, total in zip(values.steps, totals, strict=True)

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.folded.layers import FloatLayer
 from qsnn.folded.neurons import Current
-from qsnn.folded.terms import Value, current_arguments
+from qsnn.folded.terms import Value, current_arguments, steps_of
 
 
 class Builder:
@@ -59,7 +59,7 @@ class Builder:
     def current(self, value: Value, name: str) -> fx.Node:
         """A node that holds the value itself in float64."""
         (first, *rest) = value.terms
-        if not rest and value.bias is None and not first.factors and first.divisor == 1:
+        if not rest and value.bias is None and not first.factors and (first.divisor, first.steps) == (1, 0):
             return first.node
-        module = Current(*current_arguments(value))
+        module = Current(*current_arguments(value), steps=steps_of(value))
         return self.call(name.replace(".", "_"), module, *(term.node for term in value.terms))

@@ -15,7 +15,7 @@ from qsnn.folded.builder import Builder
 from qsnn.folded.kinds import FOLD
 from qsnn.folded.layers import IntegerInput
 from qsnn.folded.neurons import CurrentIF, DynamicIF, IntegerIF, RealIF
-from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked
+from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked, steps_of
 from qsnn.graph.arrived import arrived
 from qsnn.graph.kinds import does
 from qsnn.graph.recipe import child_recipe, input_shape_of, set_recipe
@@ -118,7 +118,7 @@ class _Folder(Builder):
         name = str(node.target)
         threshold, initial = neuron.threshold.detach(), neuron.initial.detach()
         first = value.terms[0]
-        raw = len(value.terms) == 1 and not first.integer and not first.factors and first.divisor == 1
+        raw = len(value.terms) == 1 and not (first.integer or first.factors or first.steps) and first.divisor == 1
         if raw and value.bias is None and neuron.dynamics.plain:
             if unit := alone and self.absorbs(first.node):  # the layer then counts in units of θ
                 layer: Any = self.root.get_submodule(str(first.node.target))
@@ -136,11 +136,12 @@ class _Folder(Builder):
             flat = bias.expand(shape).reshape(-1) if bias.numel() > 1 else bias.reshape(1)
             if started.numel() > 1 and math.prod(shape) != started.numel():
                 initial = started.expand(shape).reshape(-1)
-            module = IntegerIF(factors, first.divisor, flat, threshold, initial, first.bound, shape)
+            bound, steps = first.bound, first.steps
+            module = IntegerIF(factors, first.divisor, flat, threshold, initial, bound, shape, steps=steps)
         else:
-            currents = current_arguments(value)
+            currents, powers = current_arguments(value), steps_of(value)
             if neuron.dynamics.plain:
-                module = CurrentIF(*currents, threshold, initial)
+                module = CurrentIF(*currents, threshold, initial, steps=powers)
             else:
-                module = DynamicIF(*currents, threshold, initial, neuron.dynamics, neuron.tau)
+                module = DynamicIF(*currents, threshold, initial, neuron.dynamics, neuron.tau, steps=powers)
         return Value((Term(self.call(name, module, *(term.node for term in value.terms)), spikes=True),))

@@ -30,12 +30,13 @@ class IntegerGate(nn.Module):
     decides for all steps. It is the table of :class:`~qsnn.folded.neurons.IntegerIF` with one level and no reset.
 
     Args:
-        factors: numbers whose product over ``divisor`` is g, (F, n) or (F, 1) float64.
+        factors: numbers whose product over ``divisor``·T^``steps`` is g, (F, n) or (F, 1) float64.
         divisor: window elements of the pooling that the input went through.
         bias: b, (n,) or (1,) float64.
         level: λ, ().
         shape: in which the n values broadcast against an image; () for n = 1.
         spikes: whether the input are spikes, or sums of them: each is then counted as one accumulate.
+        steps: how many sums over time the input is a product of.
     Shape:
         input and output: (T·B, \*).
     """
@@ -47,10 +48,18 @@ class IntegerGate(nn.Module):
     level: Tensor
 
     def __init__(
-        self, factors: Tensor, divisor: int, bias: Tensor, level: Tensor, shape: Shape, *, spikes: bool = False
+        self,
+        factors: Tensor,
+        divisor: int,
+        bias: Tensor,
+        level: Tensor,
+        shape: Shape,
+        *,
+        spikes: bool = False,
+        steps: int = 0,
     ) -> None:
         super().__init__()
-        self.shape, self.spikes = shape, spikes
+        self.shape, self.spikes, self.steps = shape, spikes, steps
         channels = max(factors.shape[1], bias.shape[0])
         self.register_buffer("factors", factors.expand(-1, channels).clone())
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
@@ -72,7 +81,7 @@ class IntegerGate(nn.Module):
         return found
 
     def _exact_table(self, timesteps: int) -> Tensor:
-        level, divisor = Fraction(float(self.level)), int(self.divisor)
+        level, divisor = Fraction(float(self.level)), int(self.divisor) * timesteps**self.steps
         columns = [(*column, bias) for column, bias in zip(self.factors.T.tolist(), self.bias.tolist(), strict=True)]
         rows: dict[Any, list[float]] = {}
         for column in columns:
@@ -98,7 +107,7 @@ class CurrentGate(Current):
     r"""A gate where currents meet, or that sees a real one: :math:`\sum_{i\le t} x_i \ge t\,\lambda`, in float64.
 
     Args:
-        factors, divisors, bias, shapes: see :class:`~qsnn.folded.neurons.Current`.
+        factors, divisors, bias, shapes, steps: see :class:`~qsnn.folded.neurons.Current`.
         level: λ, ().
     Shape:
         inputs and output: (T·B, \*).
@@ -108,17 +117,24 @@ class CurrentGate(Current):
     level: Tensor
 
     def __init__(
-        self, factors: list[Tensor], divisors: list[int], bias: Tensor, shapes: list[Shape], level: Tensor
+        self,
+        factors: list[Tensor],
+        divisors: list[int],
+        bias: Tensor,
+        shapes: list[Shape],
+        level: Tensor,
+        *,
+        steps: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(factors, divisors, bias, shapes)
+        super().__init__(factors, divisors, bias, shapes, steps=steps)
         self.register_buffer("level", level.detach().double())
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Gates {0, 1} in float32, (T·B, *)."""
         call = current() or Call()
         sums = [x.double().unflatten(0, (call.timesteps, -1)).cumsum(0) for x in inputs]
-        total = self.gain(0) * sums[0]
+        total = self.gain(0, call.timesteps) * sums[0]
         for index, x in enumerate(sums[1:], 1):
-            total = total + self.gain(index) * x
+            total = total + self.gain(index, call.timesteps) * x
         time = torch.arange(1, call.timesteps + 1, device=total.device).view(-1, *[1] * (total.dim() - 1))
         return _held(total + time * self.step_bias >= time * self.level, call.firing)

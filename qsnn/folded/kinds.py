@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from qsnn.folded.builder import Builder
 from qsnn.folded.gates import CurrentGate, IntegerGate
 from qsnn.folded.layers import CountPool, FloatLayer, IntegerLayer, layer_options, weighted_sum
+from qsnn.folded.products import IntegerProduct
 from qsnn.folded.terms import (
     Term,
     Value,
@@ -29,12 +30,14 @@ from qsnn.folded.terms import (
     sides,
     spread,
     stacked,
+    steps_of,
     summed_over,
     windows,
     worth,
 )
 from qsnn.graph.modules import Add, Concat, Gating, Mean, Sum
 from qsnn.quant.weights import integer_weights, weight_bits
+from qsnn.snn.counts import CountProduct
 
 
 def weighs(folder: Builder, node: fx.Node, layer: Any, value: Value) -> Value:
@@ -79,9 +82,10 @@ def weighs(folder: Builder, node: fx.Node, layer: Any, value: Value) -> Value:
         seen = weighted_sum(added, integers.double() * scale.double(), layer_options(layer))[0]
         bias = compressed(seen if bias is None else seen + bias)
     stored = integers if integers.dtype == torch.int8 else (integers * 2.0**-24).half()
-    module = IntegerLayer(stored, layer, term.bound, weight_bits(layer))
+    module = IntegerLayer(stored, layer, term.bound, weight_bits(layer), term.steps)
     factors = (*term.factors, over_outputs(scale))
-    return Value((Term(folder.call(name, module, term.node), factors, term.divisor, True, module.bound),), bias)
+    call, bound = folder.call(name, module, term.node), module.bound
+    return Value((Term(call, factors, term.divisor, True, bound, steps=term.steps),), bias)
 
 
 def normalises(folder: Builder, node: fx.Node, norm: Any, value: Value) -> Value:
@@ -198,9 +202,11 @@ def decides(folder: Builder, node: fx.Node, gate: Any, value: Value) -> Value:
         shape, _ = spread(*first.factors, bias)
         factors, _ = stacked(first.factors, shape)
         flat = bias.expand(shape).reshape(-1) if bias.numel() > 1 else bias.reshape(1)
-        module: nn.Module = IntegerGate(factors, first.divisor, flat, gate.level, shape, spikes=first.spikes)
+        module: nn.Module = IntegerGate(
+            factors, first.divisor, flat, gate.level, shape, spikes=first.spikes, steps=first.steps
+        )
     else:
-        module = CurrentGate(*current_arguments(value), gate.level)
+        module = CurrentGate(*current_arguments(value), gate.level, steps=steps_of(value))
     return Value((Term(folder.call(str(node.target), module, *(term.node for term in value.terms)), spikes=True),))
 
 
@@ -211,6 +217,20 @@ def gates(folder: Builder, node: fx.Node, module: nn.Module, gate: Value, value:
         return real(folder.call(name, Gating(), opened.node, folder.current(value, f"{node.name}_input")))
     calls = [folder.call(name, Gating(spikes=term.spikes), opened.node, term.node) for term in value.terms]
     return Value(tuple(replace(term, node=call) for term, call in zip(value.terms, calls, strict=True)))
+
+
+def multiplies(folder: Builder, node: fx.Node, module: Any, first: Value, second: Value) -> Value:
+    """A product of counts: integers where both are integers of one gain, else the means are multiplied in float64."""
+    name, (x, y) = str(node.target), [folder.shapes[a.name] for a in node.args if isinstance(a, fx.Node)]
+    if not (first.spikes_only and second.spikes_only):
+        currents = folder.current(first, f"{node.name}_first"), folder.current(second, f"{node.name}_second")
+        return real(folder.call(name, CountProduct(module.equation, module.timed), *currents))
+    (a,), (b,) = first.terms, second.terms
+    summed = module.summed(x, y)
+    steps = (a.steps + module.timed[0], b.steps + module.timed[1])
+    whole = IntegerProduct(module, (a.bound, b.bound), steps, summed)
+    call = folder.call(name, whole, a.node, b.node)
+    return Value((Term(call, (*a.factors, *b.factors), a.divisor * b.divisor, True, whole.bound, steps=whole.steps),))
 
 
 def adds(folder: Builder, node: fx.Node, module: nn.Module, first: Value, second: Value) -> Value:
@@ -229,7 +249,8 @@ def joins(folder: Builder, node: fx.Node, module: Any, *parts: Value) -> Value:
     """Integers stand side by side, and so do their gains and biases."""
     name, sources = str(node.target), [a for a in node.args if isinstance(a, fx.Node)]
     shapes = [folder.shape(source) for source in sources]
-    if not all(part.integer for part in parts) or len({part.terms[0].divisor for part in parts}) > 1:
+    units = {(part.terms[0].divisor, part.terms[0].steps) for part in parts}
+    if not all(part.integer for part in parts) or len(units) > 1:
         currents = [folder.current(part, f"{node.name}_input") for part in parts]
         return real(folder.call(name, Concat(module.dim), *currents))
     terms = [part.terms[0] for part in parts]
@@ -250,7 +271,7 @@ def joins(folder: Builder, node: fx.Node, module: Any, *parts: Value) -> Value:
         bias = side_by_side([bias_of(part) for part in parts])
     call = folder.call(name, Concat(module.dim), *(term.node for term in terms))
     most, spikes = max(term.bound for term in terms), all(term.spikes for term in terms)
-    return Value((Term(call, factors, terms[0].divisor, True, most, spikes),), bias)
+    return Value((Term(call, factors, terms[0].divisor, True, most, spikes, terms[0].steps),), bias)
 
 
 def scales(folder: Builder, node: fx.Node, module: Any, value: Value) -> Value:
@@ -265,7 +286,8 @@ def shifts(folder: Builder, node: fx.Node, module: Any, value: Value) -> Value:
 
 FOLD: dict[str, Callable[..., Value]] = {
     "weighs": weighs, "normalises": normalises, "takes maxima": takes_maxima,
-    "decides": decides, "gates": gates, "averages": averages, "passes": passes, "moves": moves, "adds": adds,
+    "decides": decides, "gates": gates, "multiplies": multiplies, "averages": averages,
+    "passes": passes, "moves": moves, "adds": adds,
     "joins": joins, "scales": scales, "shifts": shifts,
 }  # fmt: skip
 """What becomes of each kind that does not fire; activations have become neurons by then."""

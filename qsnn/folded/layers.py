@@ -14,6 +14,8 @@ from qsnn.quant.activations import round_half_up
 
 EXACT_FLOAT32 = 2**23
 """Sums of integers below this are exact in float32, whatever the order of the additions, and can be rounded."""
+EXACT_FLOAT64 = 2**52
+"""Likewise in float64; integers of more bits are refused."""
 
 
 class IntegerInput(nn.Module):
@@ -49,27 +51,44 @@ def weighted_sum(x: Tensor, weight: Tensor, options: dict[str, Any], bias: Tenso
     return (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3](x, weight, bias, **options)
 
 
+def exact_dtype(most: float) -> torch.dtype:
+    """The float type that holds all integers up to ``most``.
+
+    Raises:
+        ValueError: none does.
+    """
+    if most >= EXACT_FLOAT64:
+        raise ValueError(
+            f"integers up to {most:.3g} behind a product of counts do not fit into the 53 bits of float64; take fewer "
+            f"time steps, or quantize what is multiplied again before it goes on"
+        )
+    return torch.float32 if most < EXACT_FLOAT32 else torch.float64
+
+
 class IntegerLayer(nn.Module):
     """A convolution or linear layer with integer weights W: integers in, their exact weighted sums out.
 
-    It runs in float32, rounded to the nearest integer, while bound · T < 2**23, else in float64.
+    It runs in float32, rounded to the nearest integer, while bound · T^(steps + 1) < 2**23, else in float64.
 
     Args:
         weight: int8, or float16 for IEEE-half weights, which count in units of 2**-24.
         layer: where kernel size, stride, padding, dilation and groups are read.
-        input_bound: largest absolute input.
+        input_bound: largest absolute input; times T^``steps``.
         weight_bits: precision of W [bit].
+        steps: how many sums over time the input is a product of; 0 for spikes.
     Shape:
         input and output: (T·B, *), integers in float32 or float64.
     """
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, layer: nn.Module, input_bound: float, weight_bits: int) -> None:
+    def __init__(
+        self, weight: Tensor, layer: nn.Module, input_bound: float, weight_bits: int, steps: int = 0
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.weight_bits = weight_bits
-        self.input_bound = input_bound
+        self.input_bound, self.steps = input_bound, steps
         self.options = layer_options(layer)
         self._prepared = Kept()
 
@@ -80,18 +99,25 @@ class IntegerLayer(nn.Module):
 
     @property
     def bound(self) -> float:
-        """max_c Σ|W_c| · (largest input)."""
+        """max_c Σ|W_c| · (largest input); times T^``steps``."""
         sizes = self.integers.abs()
         if "output_padding" in self.options:  # (C_in, C_out / groups, *)
             sizes = sizes.unflatten(0, (self.options["groups"], -1)).transpose(1, 2).flatten(0, 1)
         return float(sizes.flatten(1).sum(1).max()) * self.input_bound
 
     def ready(self, timesteps: int) -> Tensor:
-        """W in the dtype in which the sums of T steps are exact; kept until W changes."""
+        """W in the dtype in which the sums of T steps are exact; kept until W changes.
+
+        Raises:
+            ValueError: behind a product of counts, sums that no dtype holds exactly.
+        """
         prepared = self._prepared.of((self.weight,))
         if "bound" not in prepared:
             prepared["bound"] = self.bound
-        exact32 = self.weight.dtype == torch.int8 and prepared["bound"] * timesteps < EXACT_FLOAT32
+        most = prepared["bound"] * timesteps ** (self.steps + 1)
+        if self.steps:
+            exact_dtype(most)
+        exact32 = self.weight.dtype == torch.int8 and most < EXACT_FLOAT32
         dtype = torch.float32 if exact32 else torch.float64
         if dtype not in prepared:
             prepared[dtype] = self.integers.to(dtype)

@@ -38,27 +38,36 @@ class Current(nn.Module):
     r"""The real current of a step, :math:`\sum_j g_j A_j + b`, in float64, added in graph order.
 
     Args:
-        factors: for each input, the numbers whose product over ``divisor`` is g_j, (F, n) or (F, 1).
+        factors: for each input, the numbers whose product over ``divisor``·T^``steps`` is g_j, (F, n) or (F, 1).
         divisors: for each input the number of window elements of the pooling it went through.
         bias: b of each step, (n,) or (1,).
         shapes: in which the n values of each input's gain, and last those of the bias, broadcast against an image.
+        steps: for each input how many sums over time it is a product of; () for none.
     """
 
     divisors: Tensor
     bias: Tensor
 
-    def __init__(self, factors: list[Tensor], divisors: list[int], bias: Tensor, shapes: list[Shape]) -> None:
+    def __init__(
+        self,
+        factors: list[Tensor],
+        divisors: list[int],
+        bias: Tensor,
+        shapes: list[Shape],
+        *,
+        steps: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         for index, factor in enumerate(factors):
             self.register_buffer(f"factors_{index}", factor)
         self.register_buffer("divisors", torch.tensor(divisors, dtype=torch.int64))
         self.register_buffer("bias", bias)
-        self.shapes = shapes
+        self.shapes, self.steps = shapes, steps or (0,) * len(factors)
 
-    def gain(self, index: int) -> Tensor:
-        """g_j in float64, shaped to multiply an input."""
+    def gain(self, index: int, timesteps: int) -> Tensor:
+        """g_j at T in float64, shaped to multiply an input."""
         factors: Tensor = getattr(self, f"factors_{index}")
-        return shaped(factors.prod(0) / self.divisors[index], self.shapes[index])
+        return shaped(factors.prod(0) / (self.divisors[index] * timesteps ** self.steps[index]), self.shapes[index])
 
     @property
     def step_bias(self) -> Tensor:
@@ -67,9 +76,10 @@ class Current(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """(T·B, *) for each input -> (T·B, *)."""
-        total = self.gain(0) * inputs[0].double()
+        timesteps = _call().timesteps
+        total = self.gain(0, timesteps) * inputs[0].double()
         for index, x in enumerate(inputs[1:], 1):
-            total = total + self.gain(index) * x.double()
+            total = total + self.gain(index, timesteps) * x.double()
         return total + self.step_bias
 
 
@@ -88,8 +98,10 @@ class CurrentIF(Current):
         shapes: list[Shape],
         threshold: Tensor,
         initial: Tensor | float,
+        *,
+        steps: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(factors, divisors, bias, shapes)
+        super().__init__(factors, divisors, bias, shapes, steps=steps)
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
@@ -102,9 +114,9 @@ class CurrentIF(Current):
         call = _call()
         steps = call.timesteps
         sums = [x.double().unflatten(0, (steps, -1)).cumsum(0) for x in inputs]
-        total = self.gain(0) * sums[0]
+        total = self.gain(0, steps) * sums[0]
         for index, x in enumerate(sums[1:], 1):
-            total = total + self.gain(index) * x
+            total = total + self.gain(index, steps) * x
         dims = total.dim() - 1
         time = torch.arange(1, steps + 1, device=total.device).view(-1, *[1] * dims)
         total = total + time * self.step_bias
@@ -172,8 +184,10 @@ class DynamicIF(CurrentIF):
         initial: Tensor | float,
         dynamics: Dynamics,
         tau: Tensor | None,
+        *,
+        steps: tuple[int, ...] = (),
     ) -> None:
-        super().__init__(factors, divisors, bias, shapes, threshold, initial)
+        super().__init__(factors, divisors, bias, shapes, threshold, initial, steps=steps)
         self.dynamics = dynamics
         self.register_buffer("tau", tau)
         self.overflows = 0
@@ -200,13 +214,14 @@ class IntegerIF(nn.Module):
     bias alone: M is -∞ or ∞.
 
     Args:
-        factors: numbers whose product over ``divisor`` is g, (F, n) or (F, 1) float64.
+        factors: numbers whose product over ``divisor``·T^``steps`` is g, (F, n) or (F, 1) float64.
         divisor: window elements of the pooling that the input went through.
         bias: b, (n,) or (1,) float64.
         threshold: θ, scalar.
         initial: v₀ / θ, scalar or (n,).
-        input_bound: largest absolute input of a step.
+        input_bound: largest absolute input of a step; times T^``steps``.
         shape: in which the n values broadcast against an image; () for n = 1.
+        steps: how many sums over time the input is a product of.
     Shape:
         input and output: (T·B, *).
     """
@@ -228,9 +243,11 @@ class IntegerIF(nn.Module):
         initial: Tensor | float,
         input_bound: float,
         shape: Shape,
+        *,
+        steps: int = 0,
     ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.steps = shape, steps
         channels = max(factors.shape[1], bias.shape[0], torch.as_tensor(initial).numel())
         self.register_buffer("factors", factors.expand(-1, channels).clone())
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
@@ -263,7 +280,7 @@ class IntegerIF(nn.Module):
         if found is None:
             table = self._exact_table(timesteps, last_only).to(self.factors.device, dtype)
             found = prepared[timesteps, last_only, dtype] = table
-        return found, prepared["sign"], prepared["bound"] * timesteps >= EXACT_FLOAT32
+        return found, prepared["sign"], prepared["bound"] * timesteps ** (self.steps + 1) >= EXACT_FLOAT32
 
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
@@ -271,7 +288,7 @@ class IntegerIF(nn.Module):
         rows = [timesteps] if last_only else [*range(1, timesteps + 1)]
         refuse_many_steps(len(rows), timesteps, self.factors.shape[1])
         table = torch.empty(len(rows), timesteps, self.factors.shape[1], dtype=torch.float64)
-        divisor, biases = int(self.divisor), self.bias.tolist()
+        divisor, biases = int(self.divisor) * timesteps**self.steps, self.bias.tolist()
         known: dict[Any, int] = {}
         for c, column in enumerate(self.factors.T.tolist()):
             same = known.setdefault((*column, biases[c], starts[c]), c)

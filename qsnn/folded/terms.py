@@ -20,7 +20,11 @@ from qsnn.graph.modules import Pad
 
 @dataclass(frozen=True)
 class Term:
-    """A node of the new graph and what one unit of it is worth: the product of ``factors`` over ``divisor``."""
+    """A node of the new graph, and what one unit is worth: the product of ``factors`` over ``divisor``·T^``steps``.
+
+    Its integers are at most ``bound``·T^``steps``: spikes of one step have steps = 0; the product of two values that
+    were each summed over time has 2, and so its own mean at any T.
+    """
 
     node: fx.Node
     factors: tuple[Tensor, ...] = ()
@@ -29,6 +33,7 @@ class Term:
     bound: float = 1.0
     spikes: bool = False
     """Whether its integers are sums of spikes of one layer: what a layer of float weights can take as they are."""
+    steps: int = 0
 
     @property
     def per_tensor(self) -> bool:
@@ -69,10 +74,10 @@ class Value:
         return len(self.terms) == 1 and self.bias is None and self.terms[0].spikes and self.terms[0].per_channel
 
 
-def worth(value: Value) -> tuple[tuple[float, ...], int]:
+def worth(value: Value) -> tuple[tuple[float, ...], int, int]:
     """What a unit of a single per-tensor term is worth, to compare."""
     (term,) = value.terms
-    return tuple(sorted(float(factor) for factor in term.factors)), term.divisor
+    return tuple(sorted(float(factor) for factor in term.factors)), term.divisor, term.steps
 
 
 def product(factors: tuple[Tensor, ...]) -> Tensor:
@@ -229,3 +234,8 @@ def current_arguments(value: Value) -> tuple[list[Tensor], list[int], Tensor, li
     bias = bias_of(value)
     flat = bias.reshape(-1)
     return list(factors), [term.divisor for term in value.terms], flat, [*shapes, tuple(bias.shape)]
+
+
+def steps_of(value: Value) -> tuple[int, ...]:
+    """Of each term how many sums over time it is a product of."""
+    return tuple(term.steps for term in value.terms)

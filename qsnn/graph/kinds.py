@@ -29,6 +29,7 @@ from qsnn.graph.modules import (
     Upsample,
     View,
 )
+from qsnn.graph.product import Product
 
 DOES = {
     "weighs": "sums its inputs with weights: they are quantized, and become integers",
@@ -36,6 +37,7 @@ DOES = {
     "fires": "an activation: levels when quantized, a neuron when converted",
     "decides": "a step, 0 or 1: a neuron that compares the mean of what arrived with its level",
     "gates": "a 0 or 1 times a value: an AND with its spikes, in the value's own integers",
+    "multiplies": "a product of two quantized values: final counts times final counts, not spikes; deferred alone",
     "takes maxima": "a maximum over windows: exact on spikes of neurons that fire deferred",
     "averages": "a mean or sum over windows: sums of spikes, the divisor goes into thresholds",
     "passes": "hands values on as they are at inference",
@@ -85,6 +87,7 @@ KINDS = (
     Kind("clipped ReLU", "fires", (ClippedReLU, nn.ReLU6)),
     Kind("gate", "decides", (Gate,)),
     Kind("gating", "gates", (Gating,)),
+    Kind("product", "multiplies", (Product,)),
     Kind("max pool", "takes maxima", (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), _indices),
     Kind("average pool", "averages", (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)),
     Kind("adaptive average pool", "averages",
@@ -131,7 +134,8 @@ ADVICE = {
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "softmax", "log_softmax", "MultiheadAttention", "scaled_dot_product_attention"),
         "a softmax inside a network has no spiking form (one right before the output is taken off by itself); for "
-        "attention let a step decide: qsnn.Gate(level)(q.sum(...)) * k, as the network 'qkformer' does",
+        "attention let a step decide: qsnn.Gate(level)(q.sum(...)) * k, as the network 'qkformer' does; or leave the "
+        "softmax away: relu(q) @ (relu(k).mT @ relu(v)) / N, exact on counts, deferred",
     ),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), "a recurrent layer has its own time; use convolutions over time"),
     **dict.fromkeys(("Embedding", "embedding"), "feed the network with what the embedding gives"),
@@ -142,9 +146,10 @@ ADVICE = {
         ("AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d"),
         "write it as nn.MaxPool2d with kernel and stride, behind the ReLU",
     ),
-    **dict.fromkeys(("mul", "imul", "matmul", "bmm", "einsum", "baddbmm"),
-                    "a product of two values that depend on the image has no spiking form; scale by numbers, add, or "
-                    "let one of the two be 0 or 1: qsnn.Gate(level)(x) * y"),
+    **dict.fromkeys(("mul", "imul", "matmul", "bmm", "einsum"),
+                    "a product of two values that depend on the image is taken of quantized values alone: put nn.ReLU "
+                    "behind what it multiplies, or let one of the two be 0 or 1: qsnn.Gate(level)(x) * y"),
+    **dict.fromkeys(("baddbmm", "addbmm", "tensordot", "outer", "cross"), "write it as products x @ y and additions"),
     **dict.fromkeys(("sign", "heaviside", "gt", "ge", "lt", "le"),
                     "use qsnn.Gate(level), a step from 0 to 1 that can be trained"),
     **dict.fromkeys(("maximum", "minimum", "max", "min", "amax", "where"),

@@ -17,13 +17,14 @@ from qsnn.graph.follow import follow
 from qsnn.graph.kinds import ADVICE, kind_of, refused
 from qsnn.graph.spell_layers import COMPUTES, adaptive, covers, ends
 from qsnn.graph.spell_moves import MOVES
+from qsnn.graph.spell_products import PRODUCTS
 from qsnn.graph.step import Call, Refused, Shape
 from qsnn.graph.trace import SPELLED, add_module, module_of, refuse, spelled, unshare
 
 Known = Callable[[nn.Module], bool]
 
 
-SPELLINGS = {**COMPUTES, **MOVES}
+SPELLINGS = {**COMPUTES, **PRODUCTS, **MOVES}
 
 
 class Speller:

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qsnn.graph.gates import gives_gates
 from qsnn.graph.kinds import ADVICE
-from qsnn.graph.modules import Add, ClippedReLU, Gating, Mean, Scale, Shift, Sum
+from qsnn.graph.modules import Add, ClippedReLU, Mean, Scale, Shift, Sum
 from qsnn.graph.spell_maxima import MAXIMA, clipped
 from qsnn.graph.step import Call, Refused, Shape, Spelling
 
@@ -142,7 +141,8 @@ def _sum(call: Call) -> fx.Node:
     return call.put(Sum(call.dims(call.get(1, "dim")), bool(call.get(2, "keepdim", False))))
 
 
-def _scaled(call: Call, node: fx.Node, factor: Tensor) -> fx.Node:
+def scaled(call: Call, node: fx.Node, factor: Tensor) -> fx.Node:
+    """Write a node's value times numbers."""
     return call.put(Scale(_fits(call, factor)), node)
 
 
@@ -160,7 +160,7 @@ def _sum_of(call: Call, sign: int, first: Any, second: Any, alpha: Any = 1) -> f
         kept = b if factor == 1 else b.detach() * factor
         nothing = not isinstance(kept, nn.Parameter) and not bool((kept != 0).any())
         return call.at(first) if nothing else call.put(Shift(_fits(call, kept)), call.at(first))
-    other = call.at(second) if factor == 1 else _scaled(call, call.at(second), torch.tensor(factor))
+    other = call.at(second) if factor == 1 else scaled(call, call.at(second), torch.tensor(factor))
     if a is not None:
         return call.put(Shift(_fits(call, a)), other)
     if len(call.shape(first)) != len(call.shape(second)):
@@ -180,37 +180,15 @@ def _rsub(call: Call) -> fx.Node:
     return _sum_of(call, -1, call.get(1, "other"), call.get(0, "input"), call.node.kwargs.get("alpha", 1))
 
 
-def _mul(call: Call) -> fx.Node:
-    first, second = call.get(0, "input"), call.get(1, "other")
-    a, b = call.constant(first), call.constant(second)
-    if a is None and b is None:
-        return _gated(call, first, second)
-    node, factor = (first, b) if b is not None else (second, a)
-    assert factor is not None
-    return _scaled(call, call.at(node), factor)
-
-
-def _gated(call: Call, first: fx.Node, second: fx.Node) -> fx.Node:
-    """A product of two values of which one is 0 or 1."""
-    gates = [gives_gates(call.speller.raw, call.at(node)) for node in (first, second)]
-    if not any(gates):
-        raise Refused(f"{call.name}: {ADVICE['mul']}")
-    shapes = call.shape(first), call.shape(second)
-    if len(shapes[0]) != len(shapes[1]) or shapes[0][0] != shapes[1][0]:
-        raise Refused(f"multiplies a gate and a value of shapes {shapes[0]} and {shapes[1]}: give both all dimensions")
-    gate, value = (first, second) if gates[0] else (second, first)
-    return call.put(Gating(), call.at(gate), call.at(value))
-
-
 def _div(call: Call) -> fx.Node:
     factor = call.constant(call.get(1, "other"))
     if factor is None or call.node.kwargs.get("rounding_mode"):
         raise Refused("divides by a value that depends on the image, or rounds")
-    return _scaled(call, call.at(call.get(0, "input")), 1.0 / factor.detach())
+    return scaled(call, call.at(call.get(0, "input")), 1.0 / factor.detach())
 
 
 def _neg(call: Call) -> fx.Node:
-    return _scaled(call, call.at(call.x), torch.tensor(-1.0))
+    return scaled(call, call.at(call.x), torch.tensor(-1.0))
 
 
 def _convolution(call: Call) -> fx.Node:
@@ -228,24 +206,18 @@ def _convolution(call: Call) -> fx.Node:
     width = weight.shape[1] * options["groups"]
     channels = (weight.shape[0], width) if transposed else (width, weight.shape[0])
     layer = kinds[dims, transposed](*channels, tuple(weight.shape[2:]), bias=bias is not None, **options)
-    return call.put(_with(layer, weight, bias))
+    return call.put(with_values(layer, weight, bias))
 
 
 def _linear(call: Call) -> fx.Node:
     weight, bias = call.constant(call.get(1, "weight")), call.constant(call.get(2, "bias"))
     if weight is None:
         raise Refused("weights that depend on the image")
-    return call.put(_with(nn.Linear(weight.shape[1], weight.shape[0], bias is not None), weight, bias))
+    return call.put(with_values(nn.Linear(weight.shape[1], weight.shape[0], bias is not None), weight, bias))
 
 
-def _matmul(call: Call) -> fx.Node:
-    weight = call.constant(call.get(1, "other"))
-    if weight is None or weight.dim() != 2:
-        raise Refused(f"{call.name}: {ADVICE['matmul']}")
-    return call.put(_with(nn.Linear(weight.shape[0], weight.shape[1], False), weight.detach().T, None))
-
-
-def _with(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def with_values(layer: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer with these weights and bias, on their device."""
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:
@@ -264,7 +236,7 @@ def _batch_norm(call: Call) -> fx.Node:
     norm: Any = kind(len(mean), eps=call.get(7, "eps", 1e-5), affine=weight is not None)
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(var)
-    return call.put(norm if weight is None else _with(norm, weight, bias))
+    return call.put(norm if weight is None else with_values(norm, weight, bias))
 
 
 COMPUTES: dict[Any, Spelling] = {
@@ -294,11 +266,10 @@ COMPUTES: dict[Any, Spelling] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract"), _sub),
     **dict.fromkeys((torch.rsub, "rsub"), _rsub),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"), _mul),
     **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "div_",
                      "divide", "true_divide"), _div),
     **dict.fromkeys((operator.neg, torch.neg, torch.negative, "neg", "neg_", "negative"), _neg),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d), _convolution),
-    F.linear: _linear, **dict.fromkeys((operator.matmul, torch.matmul, "matmul"), _matmul), F.batch_norm: _batch_norm,
+    F.linear: _linear, F.batch_norm: _batch_norm,
 }  # fmt: skip
 """Functions, method names and modules of torch.nn that compute, each with how it is spelled."""

@@ -24,6 +24,7 @@ from qsnn.measure.heads import Asked
 from qsnn.measure.summary import LayerSummary, Summary, summary
 from qsnn.measure.tally import MARGINS, Exit, Tally
 from qsnn.options import Share, Timesteps, check_option, expect
+from qsnn.snn.counts import ON_COUNTS
 from qsnn.snn.network import SNN, TimeLoop
 
 _STATE_BITS = {"int8": 8, "int16": 16, "fp16": 16}
@@ -86,6 +87,8 @@ class Benchmark:
     """Time of the whole measurement [s]."""
     metric: str = "accuracy"
     """"accuracy" [%], "mean IoU" [%] or "mean squared error"."""
+    on_counts: tuple[str, ...] = ()
+    """Layers of a spiking network that are computed on counts, not on spikes; their MACs are among ``macs``."""
     heads: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Of several heads the score of each for each T, by name and metric ("1, mean squared error"); else empty."""
 
@@ -95,6 +98,14 @@ class Benchmark:
         if self.metric != "accuracy":
             return ()
         return tuple((100 * low, 100 * high) for low, high in (interval(a / 100, self.n) for a in self.accuracy))
+
+    @property
+    def counts_said(self) -> str:
+        """Which layers are computed on counts, for a report; empty where none is."""
+        if not self.on_counts:
+            return ""
+        macs = sum(layer.macs for layer in self.layers if layer.name in self.on_counts)
+        return f"{self.name}: {ON_COUNTS}: {', '.join(self.on_counts)} ({macs:,.0f} MACs an image)"
 
     def metrics(self) -> dict[str, Any]:
         """Return the numbers as plain types, for a record; the score stands under the name of its metric."""
@@ -222,6 +233,7 @@ def _measured(
         overflows=run.overflows(),
         seconds=time.perf_counter() - started,
         metric=tally.tasks.first.metric,
+        on_counts=weigh.on_counts,
         heads={} if len(scores) == 1 else {f"{name}, {tasks[name].metric}": values for name, values in scores.items()},
     )  # fmt: skip
 

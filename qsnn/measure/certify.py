@@ -24,6 +24,7 @@ from qsnn.graph.trace import takes_frames
 from qsnn.options import expect, seen
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
+from qsnn.snn.counts import ON_COUNTS, counted_layers
 from qsnn.snn.network import SNN
 
 TIE = 1e-9
@@ -75,6 +76,8 @@ class Certificate:
     """Largest difference of two logits [units of the logits]."""
     float32_answers: int
     """Answers that the quantized network gives otherwise in float32."""
+    on_counts: tuple[str, ...] = ()
+    """Layers that the spiking network computes on counts, not on spikes."""
 
     @property
     def exact(self) -> bool:
@@ -125,6 +128,8 @@ class Certificate:
             f"{layer.name:<{width}}  {layer.elements:>12,}  {layer.equal:>12,}  {layer.largest:>12}  {layer.ties:>8,}"
             for layer in self.layers
         ]
+        if self.on_counts:
+            lines.append(f"{ON_COUNTS}: {', '.join(self.on_counts)}")
         elements = sum(layer.elements for layer in self.layers)
         moved = sum(layer.float32 for layer in self.layers)
         lines += [
@@ -232,7 +237,7 @@ def certify(
         raise ValueError("expected at least one image, got none: of nothing nothing can be certified")
     return Certificate(
         tuple(found.checks.values()), found.seen, timesteps, firing, found.digest(), found.same_answers, found.answers,
-        found.same_logits, found.logits, found.largest, found.float32_answers,
+        found.same_logits, found.logits, found.largest, found.float32_answers, tuple(counted_layers(folded.network)),
     )  # fmt: skip
 
 

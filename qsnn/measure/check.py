@@ -28,6 +28,7 @@ from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.quant.weights import weight_bits
 from qsnn.snn.config import ConvertConfig
 from qsnn.snn.convert import convert
+from qsnn.snn.counts import products
 
 _CALIBRATED, _CERTIFIED, _TIMED = 64, 8, 32
 """Images that set the steps, that are certified, and that are timed."""
@@ -63,7 +64,7 @@ class Check:
     qat_seconds: float | None
     """One epoch of quantization-aware training on this machine [s]."""
     distill_seconds: float | None
-    """One epoch of distillation at T time steps on this machine [s]."""
+    """One epoch of distillation at T time steps on this machine [s]; None where no online student can be."""
     timesteps: int
     """T."""
     metric: str = "accuracy"
@@ -99,11 +100,13 @@ class Check:
         lines += [f"refused: {reason}" for reason in self.refused]
         if self.certificate is not None:
             lines.append(f"certificate before training (deferred, {_CERTIFIED} images): {self.certificate}")
-        if self.qat_seconds is not None and self.distill_seconds is not None:
-            lines.append(
-                f"on this machine an epoch of quantization-aware training takes about {_told(self.qat_seconds)}, an "
-                f"epoch of distillation at T = {self.timesteps} about {_told(self.distill_seconds)}"
-            )
+        if self.qat_seconds is not None:
+            text = f"on this machine an epoch of quantization-aware training takes about {_told(self.qat_seconds)}, "
+            if self.distill_seconds is None:
+                text += "and there is no online student: products of counts fire deferred alone"
+            else:
+                text += f"an epoch of distillation at T = {self.timesteps} about {_told(self.distill_seconds)}"
+            lines.append(text)
         return "\n".join(lines)
 
 
@@ -164,10 +167,11 @@ def _checked(
             few = first_of(data.train, _CALIBRATED)
             qann = quantize(model, replace(data, train=few), config).eval()
             layers = fates(qann, next(batches(few, 2, device=device_of(model)))[0])
-            snn = convert(qann, ConvertConfig(timesteps=timesteps))
+            online = not products(qann)
+            snn = convert(qann, ConvertConfig(timesteps=timesteps, firing="online" if online else "deferred"))
             verdict = certify(snn, qann, first_of(data.test, _CERTIFIED)).verdict
             if loaded.tasks is not None:
-                qat, distill = _epochs(model, qann, snn, data, timesteps, loaded.rate, loaded.tasks)
+                qat, distill = _epochs(model, qann, snn if online else None, data, timesteps, loaded.rate, loaded.tasks)
         except ValueError as error:  # each names all that it refuses, and what to write instead
             refusals.append(" ".join(str(error).split()))
             layers = layers or _as_they_come(model, refusals[0])
@@ -277,8 +281,8 @@ def _as_loaded(model: nn.Module, data: Data, seconds: float, task: Asked) -> _Lo
 
 
 def _epochs(
-    teacher: nn.Module, qann: nn.Module, snn: nn.Module, data: Data, timesteps: int, rate: float, tasks: Tasks
-) -> tuple[float, float]:
+    teacher: nn.Module, qann: nn.Module, snn: nn.Module | None, data: Data, timesteps: int, rate: float, tasks: Tasks
+) -> tuple[float, float | None]:
     """Seconds of an epoch of QAT and of distillation, validation included, from one step of a few images each."""
     images, labels = next(batches(first_of(data.train, _TIMED), _TIMED, device=device_of(qann)))
 
@@ -288,11 +292,14 @@ def _epochs(
     def student(x: Tensor, y: Any) -> Tensor:
         with torch.no_grad():
             target = heads(answer(teacher, x))
+        assert snn is not None
         return tasks.taught(heads(answer(snn, x, timesteps=timesteps)), target, 1.0)
 
-    steps = [_step_seconds(network, loss, images, labels) for network, loss in ((qann, qat), (snn, student))]
     train, val = len(data.train), len(data.val)  # type: ignore[arg-type]
-    return steps[0] * train + rate * val, steps[1] * train + timesteps * rate * val
+    first = _step_seconds(qann, qat, images, labels) * train + rate * val
+    if snn is None:
+        return first, None
+    return first, _step_seconds(snn, student, images, labels) * train + timesteps * rate * val
 
 
 def _step_seconds(network: nn.Module, loss: Callable[[Tensor, Any], Tensor], x: Tensor, y: Any) -> float:

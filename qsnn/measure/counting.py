@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qsnn.folded.layers import FloatLayer, IntegerLayer, layer_options, weighted_sum
 from qsnn.graph.hooks import watching
 from qsnn.graph.kinds import CLASSES
+from qsnn.snn.counts import counted_layers
 from qsnn.snn.network import SNN, TimeLoop
 
 _FINEST = 4096
@@ -29,7 +30,8 @@ class Counter:
 
     A gate adds up what it sees, one accumulate for each spike; where it multiplies spikes, each spike that arrives
     costs one AND, counted as one accumulate, which is more than an AND of two bits costs. Behind it only the spikes
-    that it lets pass count.
+    that it lets pass count. What is computed on counts, a product of two quantized values and the layers behind it,
+    sees no spikes: its multiply-accumulates are counted (:func:`qsnn.summary`), and none of them here.
 
     Args:
         model: a folded SNN, or a :class:`~qsnn.snn.network.TimeLoop`.
@@ -114,7 +116,10 @@ class Counter:
             yield
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        counts = set(counted_layers(self.model.network))
         for name, module in self.model.network.named_modules():
+            if name in counts:
+                continue
             if isinstance(self.model, TimeLoop):
                 if isinstance(module, CLASSES["weighs"]):
                     yield name, module

@@ -12,19 +12,24 @@ from torch import Tensor, fx, nn
 from qsnn.folded.gates import CurrentGate, IntegerGate
 from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
 from qsnn.folded.neurons import Current, IntegerIF
+from qsnn.folded.products import IntegerProduct
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.call import Call, calling
 from qsnn.graph.hooks import watching
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gating
+from qsnn.graph.product import Product
 from qsnn.graph.recipe import input_shape_of
-from qsnn.graph.trace import device_of, module_of
+from qsnn.graph.trace import call_nodes, device_of, module_of
 from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
 from qsnn.quant.weights import weight_bits
+from qsnn.snn.counts import ON_COUNTS, CountProduct, on_counts, timed
 from qsnn.snn.network import TimeLoop
 
 _FLOAT_BITS = 32
+PRODUCT = "product"
+"""The kind of a layer that multiplies two quantized values; it has no weights, and multiply-accumulates."""
 _WEIGHTED = (*CLASSES["weighs"], IntegerLayer, FloatLayer)
 
 
@@ -37,7 +42,8 @@ class LayerSummary:
     shape: tuple[int, ...]
     """Of the output, without the batch."""
     weight_bits: int
-    """0 of a gate, and of what a gate multiplies: they have no weights, and no multiply-accumulates."""
+    """0 of a gate, and of what a gate multiplies: they have no weights, and no multiply-accumulates. Of a product of
+    two quantized values the bits of the second."""
     input_bits: int
     """32 where the input is not quantized, 1 for spikes."""
     parameters: int
@@ -45,7 +51,9 @@ class LayerSummary:
     macs: int
     """Multiply-accumulates for one image, or for one time step."""
     static: bool
-    """In a spiking network: whether the layer runs once, before time begins."""
+    """In a spiking network: whether the layer runs once an image, before time begins or on counts."""
+    on_counts: bool = False
+    """In a spiking network: whether it is computed on counts, not on spikes."""
 
     @property
     def bytes(self) -> float:
@@ -69,7 +77,7 @@ class Summary:
     @property
     def weight_bytes_by_bits(self) -> dict[str, int]:
         """Memory by the bits of the weights; all other parameters as "other" [byte]."""
-        bits = sorted({layer.weight_bits for layer in self.layers if layer.weight_bits})
+        bits = sorted({layer.weight_bits for layer in self.layers if layer.weight_bits and layer.kind != PRODUCT})
         found = {str(b): round(sum(layer.bytes for layer in self.layers if layer.weight_bits == b)) for b in bits}
         return {**found, "other": 4 * self.other_parameters}
 
@@ -84,13 +92,18 @@ class Summary:
         return sum(layer.macs for layer in self.layers)
 
     @property
+    def on_counts(self) -> tuple[str, ...]:
+        """The layers of a spiking network that are computed on counts, not on spikes."""
+        return tuple(layer.name for layer in self.layers if layer.on_counts)
+
+    @property
     def macs_by_precision(self) -> dict[str, int]:
-        """MACs by "W<weight bits>A<input bits>"."""
+        """MACs by "W<weight bits>A<input bits>"; those of products of two quantized values by "A<bits>A<bits>"."""
         found: dict[str, int] = {}
         for layer in self.layers:
             if not layer.weight_bits:
                 continue
-            key = f"W{layer.weight_bits}A{layer.input_bits}"
+            key = f"{'A' if layer.kind == PRODUCT else 'W'}{layer.weight_bits}A{layer.input_bits}"
             found[key] = found.get(key, 0) + layer.macs
         return found
 
@@ -113,12 +126,15 @@ class Summary:
             f"memory: {self.weight_bytes / 1024:.2f} KiB, float32 {self.float_bytes / 1024:.2f} KiB ({ratio:.1f} x)"
         )
         lines.append(f"MACs by precision: {precision}")
+        if self.on_counts:
+            macs = sum(layer.macs for layer in self.layers if layer.on_counts)
+            lines.append(f"{ON_COUNTS}: {', '.join(self.on_counts)} ({macs:,} MACs)")
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
-    """Return memory and operations of every layer with weights, and of every gate.
+    """Return memory and operations of every layer with weights, and of every gate and product.
 
     Args:
         model: a float network, a QANN, an SNN or its folded form, or a :class:`~qsnn.snn.network.TimeLoop`. It is run
@@ -139,31 +155,50 @@ def summary(model: nn.Module, shape: tuple[int, ...] | None = None) -> Summary:
         raise ValueError("summary needs the image shape: summary(model, (C, H, W))")
     network = getattr(model, "network", model)
     spiking, loop = network is not model, isinstance(model, TimeLoop)
-    inputs = _input_bits(network)
+    inputs = _input_bits(network, getattr(model, "timesteps", 1))
+    calls = _calls(network) if spiking else {}
     rows: list[LayerSummary] = []
     started = False
 
     def record(name: str, module: Any, args: Any, output: Tensor) -> None:
         nonlocal started
+        once, counted = calls[name].pop(0) if calls.get(name) else (False, False)
         started = started or hasattr(module, "threshold") or isinstance(module, BaseNode)
         started = started or (spiking and _gates(module))
         if _gates(module) and not loop:
             kind = "gating" if isinstance(module, Gating) else "gate"
             bits = inputs.get(name, _FLOAT_BITS)
-            rows.append(LayerSummary(name, kind, tuple(output.shape[1:]), 0, bits, 0, 0, spiking and not started))
+            static = spiking and (not started or once)
+            rows.append(LayerSummary(name, kind, tuple(output.shape[1:]), 0, bits, 0, 0, static, counted))
+        if isinstance(module, Product):
+            first, second = inputs.get(f"{name}, first", _FLOAT_BITS), inputs.get(name, _FLOAT_BITS)
+            macs = module.macs(args[0].shape, args[1].shape)
+            rows.append(LayerSummary(name, PRODUCT, tuple(output.shape[1:]), second, first, 0, macs, spiking, spiking))
         if not isinstance(module, _WEIGHTED) or (loop and any(row.name == name for row in rows)):
             return  # single steps call a layer at every step
         layer: Any = module
         output = output[0] if loop and output.dim() > layer.weight.dim() else output  # of one step
         found = _row(name, layer, args[0], output, inputs.get(name, _FLOAT_BITS))
         again = any(row.name == name for row in rows)  # a layer that is called twice has its weights once
-        rows.append(replace(found, static=spiking and not started, parameters=0 if again else found.parameters))
+        parameters = 0 if again else found.parameters
+        static = spiking and (not started or once)
+        rows.append(replace(found, static=static, parameters=parameters, on_counts=counted))
 
     image = torch.zeros(1, *shape, device=device_of(model))
     layers = {name: module for name, module in network.named_modules() if name}
     with evaluating(network), watching(layers, record), calling(Call()):
         _ = model(image, timesteps=1) if isinstance(model, TimeLoop) else network(image)
     return Summary(tuple(rows), _other_parameters(network))
+
+
+def _calls(network: Any) -> dict[str, list[tuple[bool, bool]]]:
+    """For each layer, call by call: whether it has one value for all steps, and whether it is computed on counts."""
+    found: dict[str, list[tuple[bool, bool]]] = {}
+    if isinstance(network, fx.GraphModule):
+        in_time, counted = timed(network), on_counts(network)
+        for node, _ in call_nodes(network):
+            found.setdefault(str(node.target), []).append((node not in in_time, node in counted))
+    return found
 
 
 def _gates(module: Any) -> bool:
@@ -188,10 +223,12 @@ def _row(name: str, module: Any, x: Tensor, output: Tensor, input_bits: int) -> 
     )
 
 
-def _input_bits(network: nn.Module) -> dict[str, int]:
+def _input_bits(network: nn.Module, timesteps: int) -> dict[str, int]:
     """The bits of what each layer with weights sees, by its name: found by walking back from it along the graph.
 
-    Through what moves or pools values the bits stay; a current (behind a layer, a batch norm, a sum) is float.
+    Through what moves or pools values the bits stay; a current (behind a layer, a batch norm, a sum) is float. What
+    multiplies counts of T steps sees more bits than its spikes have; of a product the second value stands under its
+    name, the first one under "name, first".
     """
     if not isinstance(network, fx.GraphModule):
         return {}
@@ -212,11 +249,24 @@ def _input_bits(network: nn.Module) -> dict[str, int]:
         elif _gates(module):  # of a product the bits of the value; the gate stands first
             found[str(node.target)] = before[-1]
             bits[node] = before[-1] if isinstance(module, Gating) else 1
+        elif isinstance(module, Product):
+            first, second = _count_bits(module, before[0], before[-1], timesteps)
+            found[f"{node.target}, first"], found[str(node.target)] = first, second
+        elif isinstance(module, IntegerLayer) and module.steps:
+            found[str(node.target)] = int(module.input_bound * timesteps**module.steps).bit_length()
         elif isinstance(module, _WEIGHTED):
             found[str(node.target)] = before[0]
         elif before and not (does(module) in ("normalises", "adds", "scales", "shifts") or isinstance(module, Current)):
             bits[node] = max(before)
     return found
+
+
+def _count_bits(product: Product, first: int, second: int, timesteps: int) -> tuple[int, int]:
+    """The bits of the two values that a product multiplies; spikes are counted over T steps first."""
+    if isinstance(product, IntegerProduct):
+        return product.bits(timesteps)
+    spans = timesteps.bit_length() if isinstance(product, CountProduct) else 1
+    return (spans if first == 1 else first), (spans if second == 1 else second)
 
 
 def _other_parameters(network: nn.Module) -> int:

@@ -1,7 +1,8 @@
-"""ANNs that convert exactly although they attend, or group their convolutions: Q-K token attention, ConvNeXt blocks."""
+"""ANNs that convert exactly although they attend, or group their convolutions: attention forms, ConvNeXt blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from qsnn.graph.modules import Gate
 
 HEAD = 16
 """Channels of an attention head."""
+FORMS = {"self": ("key",), "token": ("query", "key"), "channel": ("query", "key"), "relu": ("query", "key", "value")}
+"""The forms of attention, each with its matrices."""
 GROUPS = 32
 """Groups of a residual block's 3x3 convolutions."""
 
@@ -20,40 +23,65 @@ def conv_norm(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, group
     return [convolution, nn.BatchNorm2d(outputs)]
 
 
-class TokenAttention(nn.Module):
-    r"""Q-K token attention with a shortcut: each head decides for every token whether its keys pass. There is no V.
+class Attention(nn.Module):
+    r"""Attention without a softmax, with a shortcut: :math:`y = \mathrm{ReLU}(x + \mathrm{BN}(W_p\,z))`.
 
-    .. math::
-        q = \mathrm{ReLU}(\mathrm{BN}(W_q x)), \quad k = \mathrm{ReLU}(\mathrm{BN}(W_k x)), \quad
-        a_{h,n} = \Big[\sum_{c \in h} q_{c,n} \ge \lambda\Big], \quad
-        y = \mathrm{ReLU}(x + \mathrm{BN}(W_p\,(a \odot k)))
+    Of :math:`q, k, v = \mathrm{ReLU}(\mathrm{BN}(W_{q,k,v}\,x))`, with 1x1 convolutions W, by the number of matrices:
 
-    with 1x1 convolutions W, and one learned level λ (:class:`qsnn.Gate`). Its cost grows with the number of tokens,
-    not with its square; without a softmax and without a product of two real values its spiking form is exact.
+    * "self", one: :math:`z = [\sum_{c \in h} k_{c,n} \ge \lambda]\, k`, each head decides by its own keys which
+      tokens pass;
+    * "token", two: :math:`z = [\sum_{c \in h} q_{c,n} \ge \lambda]\, k`, each head decides for every token;
+    * "channel", two: :math:`z = [\frac1N \sum_n q_{c,n} \ge \lambda]\, k`, each channel for all N tokens;
+    * "relu", three: :math:`z_{c,n} = \frac1N \sum_{d \in h} q_{d,n} \sum_m k_{d,m} v_{c,m}`, linear attention.
+
+    λ is one learned level (:class:`qsnn.Gate`). The cost grows with the number of tokens, not with its square. The
+    gates have an exact spiking form at every step; "relu" multiplies counts, and fires deferred alone.
 
     Args:
-        channels: C, a multiple of the channels of a head.
+        channels: C, a multiple of 16, the channels of a head.
+        form: "self", "token", "channel" or "relu".
     Shape:
-        x and y: (B, C, H, W); a: (B, C / 16, 1, H, W).
+        x and y: (B, C, H, W); the gates: (B, C / 16, 1, H, W), or (B, C, 1, 1) of "channel".
+    Raises:
+        ValueError: an unknown form, or channels that heads do not divide.
     Source:
-        Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", NeurIPS 2024 (there of spikes).
+        Zhou et al., "QKFormer: Hierarchical Spiking Transformer using Q-K Attention", NeurIPS 2024 ("token" and
+        "channel", there of spikes); Katharopoulos et al., ICML 2020 ("relu").
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, form: str = "token") -> None:
         super().__init__()
-        self.query = nn.Sequential(*conv_norm(channels, channels, 1), nn.ReLU())
-        self.key = nn.Sequential(*conv_norm(channels, channels, 1), nn.ReLU())
-        # a rectified standard normal has the mean 0.4: at first about half of the tokens pass
-        self.gate = Gate(level=0.4 * HEAD, width=0.5 * HEAD)
+        if form not in FORMS:
+            raise ValueError(f"expected attention to be one of {', '.join(FORMS)}, got {form!r}")
+        if channels % HEAD:
+            raise ValueError(f"expected channels that heads of {HEAD} divide, got {channels}")
+        self.form = form
+        for name in FORMS[form]:
+            self.add_module(name, nn.Sequential(*conv_norm(channels, channels, 1), nn.ReLU()))
+        if form != "relu":
+            # a rectified standard normal has the mean 0.4: at first about half of the tokens pass
+            several = 1 if form == "channel" else HEAD
+            self.gate = Gate(level=0.4 * several, width=0.5 * several)
         self.projection = nn.Sequential(*conv_norm(channels, channels, 1))
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        opened = self.gate(self.query(x).unflatten(1, (-1, HEAD)).sum(2, keepdim=True))
-        passed = opened * self.key(x).unflatten(1, (-1, HEAD))
-        y: Tensor = self.relu(x + self.projection(passed.flatten(1, 2)))
+        values = [self.get_submodule(name)(x) for name in FORMS[self.form]]
+        y: Tensor = self.relu(x + self.projection(self._attended(*values)))
         return y
+
+    def _attended(self, *values: Tensor) -> Tensor:
+        if self.form == "channel":
+            query, key = values
+            return self.gate(query.mean((2, 3), keepdim=True)) * key
+        if self.form == "relu":
+            query, key, value = (each.flatten(2).unflatten(1, (-1, HEAD)) for each in values)
+            found: Tensor = value @ key.mT @ query / query.shape[-1]
+            return found.flatten(1, 2).unflatten(2, values[0].shape[2:])
+        decides, key = (each.unflatten(1, (-1, HEAD)) for each in (values[0], values[-1]))
+        passed: Tensor = self.gate(decides.sum(2, keepdim=True)) * key
+        return passed.flatten(1, 2)
 
 
 class Residual(nn.Module):
@@ -77,24 +105,28 @@ class Residual(nn.Module):
 
 
 class QKFormer(nn.Sequential):
-    """Patch embedding by 3x3 convolutions, then blocks of Q-K token attention and a two-layer MLP.
+    """Patch embedding by 3x3 convolutions, then blocks of attention and a two-layer MLP.
 
     Args:
         in_channels: C of the images.
         num_classes: K.
         widths: channels of each stage; the first is the stem alone, each later one halves the sides and holds a block.
         hidden: channels inside the MLPs.
+        attention: its form.
     Shape:
         images: (B, C, H, W); logits: (B, K).
     Source:
         Zhou et al., "QKFormer ...", NeurIPS 2024.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, widths: list[int], hidden: int) -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, widths: list[int], hidden: int, attention: str = "token"
+    ) -> None:
         layers: list[nn.Module] = [*conv_norm(in_channels, widths[0]), nn.ReLU()]
         for index, (before, width) in enumerate(pairwise(widths)):
             # the attention behind a grouped embedding mixes all channels; ungrouped it would hold half of all weights
-            layers += [*conv_norm(before, width, stride=2, groups=4 if index else 1), nn.ReLU(), TokenAttention(width)]
+            layers += [*conv_norm(before, width, stride=2, groups=4 if index else 1), nn.ReLU()]
+            layers.append(Attention(width, attention))
             layers.append(Residual(*conv_norm(width, hidden, 1), nn.ReLU(), *conv_norm(hidden, width, 1)))
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
@@ -138,10 +170,17 @@ class ConvNext(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, num_classes))
 
 
-def qkformer(shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def qkformer(
+    shape: tuple[int, ...],
+    num_classes: int,
+    attention: str = "token",
+    widths: Sequence[int] | None = None,
+    hidden: int | None = None,
+) -> nn.Module:
     """Return the network for images (C, H, W): 32-64-128 channels, or 16-32 for images of at most 12 pixels."""
-    widths, hidden = ([16, 32], 64) if shape[-1] <= 12 else ([32, 64, 128], 128)
-    return QKFormer(shape[0], num_classes, widths, hidden)
+    small = shape[-1] <= 12
+    chosen = list(widths or ([16, 32] if small else [32, 64, 128]))
+    return QKFormer(shape[0], num_classes, chosen, hidden or (64 if small else 128), attention)
 
 
 def convnext(

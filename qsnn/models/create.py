@@ -45,12 +45,13 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
         name: "vgg-small" (0.03 to 0.2 M parameters by image size), "study" (16-16-32-32-64 channels), "resnet-small",
             "resnet18" and "vgg16" (with a stem of 3x3 and one linear layer, for small images), "resnet20", "resnet32",
             "resnet44" and "resnet56" (16-32-64 channels, 0.27 to 0.85 M parameters), "mlp" (two layers of 128),
-            "unet" (16-32-64 channels, an output a class and pixel; sides are multiples of 4), "qkformer" (attention
-            that is exact as spikes), "convnext" (``groups``, ``expand``, ``blocks``); a spiking network from scratch
+            "unet" (16-32-64 channels, an output a class and pixel; sides are multiples of 4), "qkformer"
+            (``attention``: "self", "token", "channel" or "relu", which is computed on counts; ``widths``, ``hidden``),
+            "convnext" (``groups``, ``expand``, ``blocks``); a spiking network from scratch
             (:func:`qsnn.models.spiking.build_spiking`): "spiking-resnet", "sew-resnet", "ms-resnet",
             "spiking-qkformer", "spiking-convnext"; "timm:NAME" and "torchvision:NAME" of those libraries, with their
-            pretrained weights where these are on disk; or a function of your own as ``package.module:function``; it
-            is called with ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
+            pretrained weights where these are on disk; or a function of your own as ``package.module:function``; it is
+            called with ``num_classes=K`` where it takes that, and may return any model that torch.fx can follow.
         data: where the image shape and the number of classes come from. Our own models need it.
         seed: of the weights; the global random state is left as it was.
         options: passed on to the function, e.g. ``pooling="max"``.

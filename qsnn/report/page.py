@@ -20,7 +20,7 @@ _DEFERRED = """Deferred firing costs latency: a layer fires only after all T ste
 pipelined hardware the answer takes depth \u00d7 T steps."""
 _INTERVAL = "± half the 95 % Wilson interval."
 _LEGEND = """Spike rate: spikes per neuron and step. Synops (spike-driven accumulates)
-and MACs (multiply-accumulates; of a spiking model: those before its first neuron) per image."""
+and MACs (multiply-accumulates; of a spiking model: those of layers that see no spikes) per image."""
 _COSTS = """Membranes and peak for one image; the peak is what tensors take at one time, without the parameters.
 Latency: one image, median. Of spiking models at the T they are made for."""
 
@@ -245,6 +245,7 @@ def write_report(
     model = _headline_model(results)
     if any(r.firing == "deferred" for r in results):
         notes = [*notes, _DEFERRED]
+    notes = [*notes, *(f"{r.counts_said}." for r in results if r.counts_said)]
     metric = results[0].metric
     settings = [[[escape(k), escape(str(v))] for k, v in _flat(values)] for values in (config, environment)]
     confused = next((r for r in [model, *reversed(results)] if r.confusion), model)

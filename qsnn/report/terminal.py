@@ -91,7 +91,7 @@ def si(value: float | None, gap: str = "\u00a0") -> str:
 def table(results: Sequence[Benchmark]) -> Table:
     """Return the results as a table for the terminal, 80 columns wide; an ANN's accuracy stands dimmed at every T.
 
-    Where the score is another than accuracy, its name stands above the columns.
+    Where the score is another than accuracy, its name stands above the columns; below them what is computed on counts.
     """
     from rich import box
     from rich.table import Table
@@ -106,6 +106,9 @@ def table(results: Sequence[Benchmark]) -> Table:
         out.title, out.title_justify, out.title_style = metric, "left", ""
     for i, head in enumerate(("model", "firing", "weights\n[KiB]", *accuracy, "spike\nrate", "synops")):
         out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
+    counted = [r.counts_said for r in results if r.counts_said]
+    if counted:
+        out.caption, out.caption_justify = "\n".join(counted), "left"
     for r in results:
         dim = "" if r.timesteps else "dim"
         cells = [Text(shown(accuracy_at(r, t), metric), style=dim) for t in steps]

@@ -17,6 +17,7 @@ from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gate
 from qsnn.graph.pools import moved_max_pools, reroute
+from qsnn.graph.product import Product
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
 from qsnn.graph.spell import trace
 from qsnn.graph.trace import (
@@ -37,6 +38,7 @@ from qsnn.quant.quantize import spelled_copy
 from qsnn.snn.backward import AveragePool2d
 from qsnn.snn.calibrate import correct_
 from qsnn.snn.config import ConvertConfig
+from qsnn.snn.counts import CountProduct, refuse_online
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import GateNode, IFNode, PlusMinus, Repeat, amplified
@@ -164,6 +166,8 @@ def is_activation(module: nn.Module) -> bool:
 def _prepared(network: Any, config: ConvertConfig) -> tuple[fx.GraphModule, dict[str, str]]:
     """The network ready for neurons, in place: what cannot spike refused, max pools behind activations, biases."""
     refuse(_places(network, config), "convert")
+    if config.firing == "online":
+        refuse_online(network, "the spiking network")
     if not any(is_activation(module) for _, module in call_nodes(network)):
         raise ValueError(
             f"nothing to convert in {type(network).__name__}: it holds no nn.ReLU and no quantized ReLU; put nn.ReLU "
@@ -254,6 +258,8 @@ def _spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConf
             place += 1
         elif isinstance(module, Gate):
             replace_module(network, str(node.target), GateNode(module).to(module.level.device))
+        elif isinstance(module, Product):
+            replace_module(network, str(node.target), CountProduct(module.equation))
     if len(config.tau) not in (0, 1, place):
         raise ValueError(f"expected one time constant, or one for each of {place} spiking layers, got {config.tau}")
     _repeat_static_(network)
@@ -298,12 +304,18 @@ def _to_neuron_(network: fx.GraphModule, node: fx.Node, dynamics: Dynamics) -> N
 def _repeat_static_(network: fx.GraphModule) -> None:
     """Insert a :class:`Repeat` wherever a value computed once meets the part that runs in time.
 
-    A neuron takes such a value as it is, and knows that it stands for every step.
+    A neuron takes such a value as it is, and knows that it stands for every step. So does a product of counts where it
+    comes of other products alone.
     """
     dynamic: set[fx.Node] = set()
+    counted: set[fx.Node] = set()
     for node in network.graph.nodes:
         module = module_of(network, node)
-        if isinstance(module, IFNode | GateNode) or any(source in dynamic for source in node.all_input_nodes):
+        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+        begins = isinstance(module, IFNode | GateNode) or node.op == "output"
+        if isinstance(module, CountProduct) or (sources and not begins and counted.issuperset(sources)):
+            counted.add(node)  # once an image, like the front of the network
+        elif begins or any(source in dynamic or source in counted for source in sources):
             dynamic.add(node)
     repeated: dict[fx.Node, fx.Node] = {}
 
@@ -319,6 +331,9 @@ def _repeat_static_(network: fx.GraphModule) -> None:
         module = module_of(network, node)
         if isinstance(module, IFNode) and node.all_input_nodes[0] not in dynamic:
             module.constant_input = True
+        elif isinstance(module, CountProduct):
+            module.timed = (node.args[0] not in counted, node.args[1] not in counted)
+            node.args = tuple(in_time(a) if timed else a for a, timed in zip(node.args, module.timed, strict=True))
         elif node in dynamic:
             node.args = fx.node.map_arg(node.args, in_time)
             node.kwargs = fx.node.map_arg(node.kwargs, in_time)

@@ -17,6 +17,7 @@ from qsnn.graph.call import Call, calling, full_precision
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import takes_frames, value_shapes
 from qsnn.options import Timesteps, check_option, expect, seen
+from qsnn.snn.counts import refuse_online
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.neurons import IFNode, PlusMinus
 
@@ -115,6 +116,8 @@ class SNN(nn.Module):
             raise ValueError(f"firing must be 'online' or 'deferred', got {seen(firing)}")
         if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):
             raise ValueError(f"a network of ±1 activations runs one step, got timesteps={timesteps}; use timesteps=1")
+        if firing == "online":
+            refuse_online(self.network, "the call")
         special = [name for name, node in self.neurons() if not getattr(node, "dynamics", Dynamics()).plain]
         if firing == "deferred" and special:
             raise ValueError(

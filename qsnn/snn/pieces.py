@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from qsnn.graph.call import Call, calling
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import called_once, module_of
-from qsnn.snn.neurons import IFNode, Repeat
+from qsnn.snn.counts import timed
+from qsnn.snn.neurons import IFNode
 
 _IMAGES = 32
 """At most so many images are one piece."""
@@ -63,7 +64,7 @@ class Pieces(fx.Interpreter):
         self.order = list(network.graph.nodes)
         self.place = {node: index for index, node in enumerate(self.order)}
         self.once = called_once(network)
-        self.timed: set[fx.Node] = set()
+        self.timed = timed(network)
         """What has a value for each of the T steps."""
         self.arriving: set[fx.Node] = set()
         """Neurons and all behind them."""
@@ -76,8 +77,6 @@ class Pieces(fx.Interpreter):
             fires = isinstance(module, IFNode)
             if fires or any(source in self.arriving for source in node.all_input_nodes):
                 self.arriving.add(node)
-            if fires or isinstance(module, Repeat) or any(source in self.timed for source in node.all_input_nodes):
-                self.timed.add(node)
             read = set().union(*(origins[source] for source in node.all_input_nodes))
             self.last.update(dict.fromkeys(read, index))
             shared = len(node.users) > 1 and does(module) in ("weighs", "normalises", "adds", "joins")
