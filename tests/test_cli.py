@@ -161,7 +161,7 @@ def test_a_flow_that_was_stopped_ends_with_the_same_weights(
     tiny: str, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nine steps an epoch; stopped in the second epoch of each of the three trainings."""
-    options = ("--model", tiny, "--epochs", 2, 2, 2, "--max-timesteps", 2)
+    options = ("--model", tiny, "--epochs", 2, 2, 2, "--max-timesteps", 2, "--batch-size", 128)
     assert steps.of("run", "--out", tmp_path / "whole" / "flow", *options) == 54
     stopped = tmp_path / "stopped" / "flow"
     for step in (12, 9 + 12, 9 + 12):
@@ -200,7 +200,7 @@ def test_a_command_that_was_stopped_ends_with_the_same_file(
         "quantize": ("quantize", chain / "teacher"),
         "distill": ("distill", chain / "snn", "--teacher", chain / "qann"),
     }
-    run = (*arguments[command], "--epochs", 2, "--train-images", 256, "--out")
+    run = (*arguments[command], "--epochs", 2, "--train-images", 256, "--batch-size", 128, "--out")
     assert steps.of(*run, tmp_path / "whole") == 4
     steps.stop_at(4, *run, tmp_path / "stopped")
     assert steps.of(*run, tmp_path / "stopped", "--lr", 0.001) == 4  # other options: from the start
@@ -212,7 +212,7 @@ def test_a_command_that_was_stopped_ends_with_the_same_file(
 
 def test_a_stopped_run_is_not_continued_by_another_one(chain: Path, tmp_path: Path, steps: Steps) -> None:
     """Two runs with the same training options and the same shapes, which only differ in what is trained."""
-    options = ("--epochs", 2, "--train-images", 256, "--out", tmp_path / "out")
+    options = ("--epochs", 2, "--train-images", 256, "--batch-size", 128, "--out", tmp_path / "out")
     steps.stop_at(4, "quantize", chain / "teacher", "--weight-bits", 4, *options)
     assert steps.of("quantize", chain / "teacher", "--weight-bits", 3, *options) == 4
     student = ("distill", chain / "snn", *options, "--teacher")
@@ -227,7 +227,8 @@ def test_the_whole_flow_does_no_stage_twice(
     tiny: str, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "flow"
-    run = ("run", "--data", "digits", "--model", tiny, "--epochs", 1, 1, 1, "--max-timesteps", 3, "--out", out)
+    options = ("--epochs", 1, 1, 1, "--max-timesteps", 3, "--batch-size", 128)
+    run = ("run", "--data", "digits", "--model", tiny, *options, "--out", out)
     assert steps.of(*run) == 27
     names = [*(f"{name}.safetensors" for name in STAGES), "curve.png", "report.html", "records.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
@@ -235,7 +236,7 @@ def test_the_whole_flow_does_no_stage_twice(
     assert "certificate: EXACT (deferred, T = 2, 540 test images)" in shown.out
     assert [line.strip() for line in shown.out.splitlines()[-8:]] == [str(out / name) for name in names]
     report = (out / "report.html").read_text()
-    assert f"qsnn run --data digits --out flow --model {tiny} --max-timesteps 3 --epochs 1 1 1<" in report
+    assert f"qsnn run --data digits --out flow --model {tiny} --max-timesteps 3 --batch-size 128 --epochs 1 1 1<" in report
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     assert [record["name"] for record in records] == [
         "run/teacher", "run/QANN", "run/SNN online", "run/SNN deferred", "run/student"

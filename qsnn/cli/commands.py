@@ -22,7 +22,7 @@ from qsnn.cli.inputs import (
     show_ranges,
     write_model,
 )
-from qsnn.cli.run import RunConfig
+from qsnn.cli.run import LOW_BITS, RunConfig
 from qsnn.cli.run import run as run_flow
 from qsnn.data.fitting import describe
 from qsnn.data.images import Data
@@ -50,7 +50,7 @@ from qsnn.training.processes import start
 _FILE = tyro.conf.Positional[Path]
 _MODELS = tuple[str, ...]
 show_ranges(RunConfig, TrainConfig, QuantizeConfig, ConvertConfig, DistillConfig)
-_QAT = TrainConfig(epochs=8, lr=0.04, kd_weight=0.0)
+_QAT = TrainConfig(epochs=8, kd_weight=0.0, **LOW_BITS)
 
 
 def run(config: tyro.conf.OmitArgPrefixes[RunConfig]) -> None:

@@ -56,6 +56,9 @@ Say = Callable[[str], None]
 # (teacher epochs, quantization-aware epochs, distillation epochs), chosen on validation accuracy and the time they take
 _EPOCHS = {"digits": (20, 60, 40), "mnist": (4, 4, 3), "fashion-mnist": (14, 8, 7), "cifar10": (20, 15, 10)}
 
+LOW_BITS: dict[str, Any] = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.0, "batch_size": 64}
+"""How low-precision weights are trained; under AdamW signs flip more readily."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -81,7 +84,7 @@ class RunConfig:
     """Time steps T of the student."""
     max_timesteps: Timesteps = 8
     """Largest T of the benchmark."""
-    label_smoothing: Part = 0.1
+    label_smoothing: Part = 0.0
     """Label smoothing of the student's cross entropy."""
     task: TaskName | None = None
     """"classification", "binary", "segmentation" or "regression"; by default found from the labels and the answers."""
@@ -91,8 +94,8 @@ class RunConfig:
     """Use only the first so many training images."""
     test_images: Images | None = None
     """Certify and measure on only the first so many test images."""
-    batch_size: BatchSize = 128
-    """Images a step."""
+    batch_size: BatchSize | None = None
+    """Images a step; by default 128 for the teacher, 64 where weights have few bits."""
     epochs: tuple[Epochs, Epochs, Epochs] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
     budget: str | None = None
@@ -176,11 +179,11 @@ class _Flow:
     def _configure(self, epochs: tuple[int, int, int]) -> None:
         """Set how each stage trains."""
         config = self.config
-        few: dict[str, Any] = {"train_images": config.train_images, "batch_size": config.batch_size}
+        few: dict[str, Any] = {"train_images": config.train_images}
+        if config.batch_size is not None:
+            few["batch_size"] = config.batch_size
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed, **few)
-        self.qat_config = TrainConfig(epochs=epochs[1], lr=0.04, kd_weight=0.0, seed=config.seed, **few)
-        if config.weight_bits == 1:  # signs flip more readily under AdamW
-            self.qat_config = replace(self.qat_config, optimizer="adamw", lr=0.01, weight_decay=0.0)
+        self.qat_config = TrainConfig(epochs=epochs[1], kd_weight=0.0, seed=config.seed, **{**LOW_BITS, **few})
         self.quantize_config = QuantizeConfig(weight_bits=config.weight_bits, levels=config.levels)
         if config.train_images is not None:
             most = min(self.quantize_config.calibration_images, config.train_images)
