@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import qsnn
 from qsnn.cli.main import main
 from qsnn.export import deployed
-from qsnn.export.deployed import answered, taken
+from qsnn.export.deployed import answered, beside_teacher, taken
+from qsnn.export.float_onnx import float_side, write_float
 from qsnn.export.runtime import OnnxNetwork
 from qsnn.measure import benchmark as measured
 from qsnn.measure.latency import DISCARDED, TURN, in_turns, rotating
@@ -164,3 +165,54 @@ def test_latency_is_that_of_the_firing(digits: qsnn.Data, monkeypatch: pytest.Mo
     assert {firing for firing, _ in calls} == {"deferred"}
     singles = [images for _, images in calls if len(images) == 1]
     assert len({images.data_ptr() for images in singles}) > 5, "another image each time"
+
+
+def test_the_teacher_stands_beside_the_file(teacher: nn.Module, digits: qsnn.Data, tmp_path: Path) -> None:
+    rows, notes = beside_teacher(qsnn.load(FOLDED), teacher, tmp_path / "net.onnx", digits.test)  # type: ignore[arg-type]
+    assert not notes and [(row.name, row.equal) for row in rows] == [("net.onnx", 540), ("teacher.onnx", None)]
+    assert rows[1].accuracy[0] == pytest.approx(qsnn.accuracy(teacher, digits.test), abs=0.2)
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+class Branch(nn.Module):
+    """What a trace writes wrongly: it keeps the branch that one image took."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x.flatten(1))
+        return y if len(x) == 1 else -y
+
+
+def test_a_teacher_that_torch_writes_wrongly_is_not_compared(digits: qsnn.Data, tmp_path: Path) -> None:
+    images = next(qsnn.batches(digits.test, 8))[0]
+    with pytest.raises(ValueError, match="answers otherwise than torch"):
+        write_float(Branch(), images, tmp_path / "a.onnx")
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    write_float(plain, images, tmp_path / "a.onnx")
+    (found,) = float_side(tmp_path / "a.onnx", 1)(images.numpy())
+    np.testing.assert_allclose(found, plain(images).detach().numpy(), atol=1e-5)
+    rows, notes = beside_teacher(qsnn.load(FOLDED), Branch(), tmp_path / "b.onnx", digits.test.head(64))  # type: ignore[arg-type, attr-defined]
+    assert [row.name for row in rows] == ["b.onnx"] and "answers otherwise than torch" in notes[0]
+
+
+def test_what_is_missing_is_one_line(
+    teacher: nn.Module, digits: qsnn.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "net.onnx").write_text("of another network")
+    folded: Any = qsnn.load(FOLDED)
+    folded.network.add_module("strange", nn.Softsign())
+    entry = next(node for node in folded.network.graph.nodes if node.op == "placeholder")
+    with folded.network.graph.inserting_after(entry):
+        folded.network.graph.call_module("strange", (entry,))
+    assert beside_teacher(folded, teacher, tmp_path / "net.onnx", digits.test) == (
+        [], ["net.onnx was not written: cannot write to ONNX: strange (Softsign)"]
+    )  # fmt: skip
+    find = deployed.importlib.util.find_spec
+    monkeypatch.setattr(deployed.importlib.util, "find_spec", lambda x: None if x == "onnxruntime" else find(x))
+    assert beside_teacher(qsnn.load(FOLDED), teacher, tmp_path / "net.onnx", digits.test) == (  # type: ignore[arg-type]
+        [], ["net.onnx was not written: it needs onnxruntime; pip install qsnn[export]"]
+    )  # fmt: skip
+    assert not (tmp_path / "net.onnx").exists()

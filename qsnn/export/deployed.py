@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, normalise, summed
+from qsnn.export.float_onnx import float_side, write_float
 from qsnn.export.runtime import OnnxNetwork
+from qsnn.export.write import export
 from qsnn.graph.recipe import recipe_of
 from qsnn.graph.trace import device_of
 from qsnn.measure.benchmark import Benchmark, as_measured
@@ -30,6 +34,8 @@ SECONDS = 0.5
 """Time of each form at each size [s]."""
 _DIFFERENT = 256
 """Images that the timed calls rotate over."""
+Sides = dict[str, tuple[Callable[[Any], Any], Callable[[Tensor], Any]]]
+"""By name, the call of a form, and what turns normalised images into its input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +166,11 @@ def in_torch(model: nn.Module, timesteps: int, firing: str | None) -> Callable[[
     return run
 
 
-def timed(
-    sides: Mapping[str, tuple[Callable[[Any], Any], Callable[[Tensor], Any]]], data: Any
-) -> dict[str, dict[str, Any]]:
+def timed(sides: Sides, data: Any) -> dict[str, dict[str, Any]]:
     """The times of several forms, in turns, one image a call and then a batch: fields of :class:`Deployed`.
 
     Args:
-        sides: by name, the call, and what turns normalised images into its input.
+        sides: the forms.
         data: a Dataset or an iterable of (images, labels).
     """
     images = next(iter(batches(data, _DIFFERENT)))[0].cpu()[:_DIFFERENT]
@@ -201,7 +205,7 @@ def side_by_side(
         {name: network for name, (_, network) in files.items()},
         {name: model for name, (_, model, _) in checkpoints.items()},
     )
-    found, sides = {}, dict[str, tuple[Callable[[Any], Any], Callable[[Tensor], Any]]]()
+    found, sides = {}, Sides()
     for name, (_, model, result) in checkpoints.items():
         sides[name] = (in_torch(model, result.made_for, result.firing), lambda images: images)
     for name, (_, network) in files.items():
@@ -245,3 +249,61 @@ def parents_of(files: Mapping[str, OnnxNetwork], checkpoints: Mapping[str, nn.Mo
             )
         found[name] = same[0] if same else None
     return found
+
+
+@torch.no_grad()
+def beside_teacher(folded: SNN, teacher: nn.Module, path: Path, data: Any) -> tuple[list[Deployed], list[str]]:
+    """Export a folded network to ``path``, and measure the file beside its float teacher in the same runtime.
+
+    Args:
+        folded: the network.
+        teacher: the float network.
+        path: the file to write.
+        data: a Dataset of (image, label).
+    Returns:
+        The file's row and the teacher's, and a sentence for each that is missing.
+    """
+    path.unlink(missing_ok=True)  # of another network, should this one not be written
+    lacking = [library for library in ("onnx", "onnxruntime") if importlib.util.find_spec(library) is None]
+    if lacking:
+        return [], [f"{path.name} was not written: it needs {' and '.join(lacking)}; pip install qsnn[export]"]
+    threads = torch.get_num_threads()
+    try:
+        network = OnnxNetwork(export(folded, path), threads=threads)
+    except (ValueError, ImportError) as error:
+        return [], [f"{path.name} was not written: {error}"]
+    found = {path.name: answered(network, path.name, data, folded, "the folded network")}
+    sides: Sides = {path.name: (network.answers, partial(taken, network))}
+    sizes, notes = {path.name: path.stat().st_size}, list[str]()
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "teacher.onnx"
+        images = next(iter(batches(data, BATCH)))[0]
+        try:
+            write_float(teacher, summed(images, teacher), plain)
+        except ValueError as error:
+            notes.append(f"{path.name} stands alone: of the teacher {error}")
+        else:
+            run = float_side(plain, threads)
+            sides[plain.name] = (run, lambda images: summed(images, teacher).numpy())
+            sizes[plain.name] = plain.stat().st_size
+            found[plain.name] = _scored(run, teacher, data)
+    times = timed(sides, data)
+    steps = network.recipe["export"]["timesteps"]
+    return [
+        Deployed(
+            **{"name": name, "runtime": "ONNX Runtime", "firing": None, **found[name]},
+            made_for=steps if name == path.name else 0, file_bytes=sizes[name], **times[name],
+        )
+        for name in sides
+    ], notes  # fmt: skip
+
+
+def _scored(run: Callable[[Any], list[Any]], model: nn.Module, data: Any) -> dict[str, Any]:
+    """The score of a float file."""
+    tally = Tally((), 0, 0)
+    for images, labels in batches(data, BATCH):
+        found = [torch.from_numpy(each)[None] for each in run(summed(images, model).numpy())]
+        names = [*heads(model(summed(images[:1], model).to(device_of(model))))]
+        tally.add(dict(zip(names, found, strict=True)) if names != [""] else found[0], images, labels, None)
+    assert tally.tasks is not None
+    return {"n": tally.seen, "accuracy": next(iter(tally.scores().values())), "metric": tally.tasks.first.metric}
