@@ -13,12 +13,10 @@ import argparse
 import copy
 import logging
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,13 +28,12 @@ from spikingjelly.activation_based import layer as sj_layer
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.measure.latency import TURN, in_turns, rotating
 from qsnn.models.ann import VggSmall
 from qsnn.quant.activations import level_quant
 from qsnn.report.records import Record, append, environment, now
 
 HERE = Path(__file__).resolve().parent
-TURN, DISCARDED = 12, 3
-"""Calls of a side before the next one has its turn, and how many of them are not counted."""
 Side = Callable[[np.ndarray], Any]
 
 MODELS: dict[str, tuple[str, Callable[[qsnn.Data], nn.Module]]] = {
@@ -201,22 +198,6 @@ def checked(folded: qsnn.SNN, path: Path, images: Tensor, firing: str) -> Path:
     return path
 
 
-def in_turns(sides: dict[str, Side], batches: list[np.ndarray], seconds: float) -> dict[str, float]:
-    """Median milliseconds a call of each side, on images that change."""
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    place, end = 0, time.perf_counter() + seconds * len(sides)
-    while time.perf_counter() < end or min(map(len, took.values())) < TURN - DISCARDED:
-        for name, side in sides.items():
-            for call in range(TURN):
-                images = batches[place % len(batches)]
-                place += 1
-                started = time.perf_counter()
-                side(images)
-                if call >= DISCARDED:
-                    took[name].append(1000 * (time.perf_counter() - started))
-    return {name: median(values) for name, values in took.items()}
-
-
 def measured(name: str, batch: int, threads: int, seconds: float, root: Path | None) -> tuple[dict[str, Any], str]:
     """Milliseconds of every side, the ratios that issue and report ask for, and the data's name."""
     torch.set_num_threads(threads)
@@ -245,7 +226,9 @@ def measured(name: str, batch: int, threads: int, seconds: float, root: Path | N
             "OpenVINO float": openvino_side(plain, threads), "OpenVINO int8": openvino_side(int8, threads),
             "SpikingJelly T = 2": eager_side(PeerNetwork(qann, 2)),
         }  # fmt: skip
-        found: dict[str, Any] = in_turns(sides, batches, seconds)
+        found: dict[str, Any] = in_turns(
+            {label: rotating(side, batches) for label, side in sides.items()}, seconds=seconds
+        )
         weights = sum(value.numel() for key, value in folded.named_buffers() if key.endswith("weight"))
         sizes = {f"{label} bytes": path.stat().st_size for label, path in files.items()}
     best = min(found["torch float"], found["torch float, contiguous"])

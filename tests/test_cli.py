@@ -112,6 +112,7 @@ class Steps:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    monkeypatch.setattr("qsnn.export.deployed.SECONDS", 0.01)
     return Steps(monkeypatch)
 
 
@@ -230,16 +231,19 @@ def test_the_whole_flow_does_no_stage_twice(
     options = ("--epochs", 1, 1, 1, "--max-timesteps", 3, "--batch-size", 128)
     run = ("run", "--data", "digits", "--model", tiny, *options, "--out", out)
     assert steps.of(*run) == 27
-    names = [*(f"{name}.safetensors" for name in STAGES), "curve.png", "report.html", "records.jsonl"]
+    names = [*(f"{name}.safetensors" for name in STAGES), "net.onnx", "curve.png", "report.html", "records.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
     shown = capsys.readouterr()
     assert "certificate: EXACT (deferred, T = 2, 540 test images)" in shown.out
-    assert [line.strip() for line in shown.out.splitlines()[-8:]] == [str(out / name) for name in names]
+    assert [line.strip() for line in shown.out.splitlines()[-len(names) :]] == [str(out / name) for name in names]
     report = (out / "report.html").read_text()
-    assert f"qsnn run --data digits --out flow --model {tiny} --max-timesteps 3 --batch-size 128 --epochs 1 1 1<" in report
+    given = "--max-timesteps 3 --batch-size 128 --epochs 1 1 1"
+    assert f"qsnn run --data digits --out flow --model {tiny} {given}<" in report
+    assert "<th>teacher.onnx</th>" in report and ">all of the folded network<" in report
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     assert [record["name"] for record in records] == [
-        "run/teacher", "run/QANN", "run/SNN online", "run/SNN deferred", "run/student"
+        "run/teacher", "run/QANN", "run/SNN online", "run/SNN deferred", "run/student", "run/net.onnx",
+        "run/teacher.onnx",
     ]  # fmt: skip
     assert {(record["data"], record["seed"], record["n"]) for record in records} == {("digits", 0, 540)}
     for name in names[:5]:

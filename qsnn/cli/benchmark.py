@@ -1,4 +1,4 @@
-"""``qsnn benchmark``: checkpoints side by side, as tables, a page, a figure, records or JSON."""
+"""``qsnn benchmark``: checkpoints and exported files side by side, as tables, a page, a figure, records or JSON."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
-from torch import nn
 
 from qsnn.checkpoint import check_data
-from qsnn.cli.inputs import data_of, loaded, refuse_idle, set_task_
+from qsnn.cli.inputs import data_for, loaded, refuse_idle, set_task_
 from qsnn.data.images import Data
 from qsnn.data.memory import limit_memory
+from qsnn.export.deployed import Deployed, parents_of, side_by_side
+from qsnn.export.runtime import OnnxNetwork
 from qsnn.files import as_path, output, target_of, write_atomic
 from qsnn.graph.recipe import recipe_of
 from qsnn.measure.benchmark import Benchmark
@@ -22,7 +24,7 @@ from qsnn.options import Share, TaskName, Timesteps, check_option
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
 from qsnn.report.records import Record, append, check_records, environment, now
-from qsnn.report.terminal import energy_table, table
+from qsnn.report.terminal import deployed_table, energy_table, table
 from qsnn.training.processes import start
 
 
@@ -42,11 +44,11 @@ def benchmark(
     device: str | None = None,
     memory: str | None = None,
 ) -> None:
-    """Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.
+    """Measure accuracy against T, spikes, operations and time of checkpoints and exported files, on test images.
 
     Args:
-        files: Checkpoints.
-        timesteps: Largest T.
+        files: Checkpoints, and exported .onnx files beside the folded checkpoint that they came from.
+        timesteps: Largest T; an exported file has its own.
         firing: online or deferred; default what the network is made for.
         html: Write a report here.
         figure: Draw accuracy against T here (.png or .svg).
@@ -66,9 +68,19 @@ def benchmark(
     html, figure, records, json_file = _outputs((html, figure, records, json_file), files)
     if records is not None:
         check_records(records)
-    place, models = start(device), _named(files, model)
-    recipes = {name: recipe_of(network) for name, network in models.items()}
-    images = _common_data(models, files, data_root, data)
+    named = _named(files)
+    paths = {name: file for name, file in named.items() if file.suffix != ".onnx"}
+    if not paths and (html is not None or figure is not None or exit_margin is not None):
+        raise ValueError("--html, --figure and --exit-margin need a checkpoint: give the one that the file came from")
+    refuse_idle(model, list(paths.values()))
+    place = start(device)
+    models = {name: loaded(file, model) for name, file in paths.items()}
+    exported = {
+        name: OnnxNetwork(file, threads=torch.get_num_threads()) for name, file in named.items() if name not in paths
+    }
+    parents_of(exported, models)
+    recipes = {name: recipe_of(models[name]) if name in models else exported[name].recipe for name in named}
+    images = _common_data(recipes, named, data_root, data)
     results = [
         run_benchmark(
             network.to(place), images.test, timesteps=timesteps, firing=firing, name=name,
@@ -76,22 +88,30 @@ def benchmark(
         )
         for name, network in models.items()
     ]  # fmt: skip
-    Console().print(table(results))
-    Console().print(energy_table(results))
-    title, world = f"{', '.join(models)} on {Path(images.name).name}", environment(place.type)
+    deployed = [] if not exported else side_by_side(
+        {name: (named[name], network) for name, network in exported.items()},
+        {result.name: (paths[result.name], models[result.name], result) for result in results}, images.test,
+    )  # fmt: skip
+    if results:
+        Console().print(table(results))
+        Console().print(energy_table(results))
+    if deployed:
+        Console().print(deployed_table(deployed))
+    title, world = f"{', '.join(named)} on {Path(images.name).name}", environment(place.type)
     if html is not None:
         command = f"qsnn benchmark {' '.join(file.name for file in files)} --timesteps {timesteps}"
         write_report(
             html, title=title, results=results, certificate=None, config=recipes, environment=world, command=command,
-            notes=[], stages=None,
+            notes=[], stages=None, deployed=deployed,
         )  # fmt: skip
     if figure is not None:
         draw_curve(results, figure, title=title)
+    answers: list[Benchmark | Deployed] = [*results, *(row for row in deployed if row.name in exported)]
     if records is not None:
-        for result in results:
+        for result in answers:
             append(records, _record(result, images, recipes[result.name], world))
     if json_file is not None:
-        write_atomic(json_file, json.dumps({r.name: {"n": r.n, **r.metrics()} for r in results}, indent=1))
+        write_atomic(json_file, json.dumps({r.name: {"n": r.n, **r.metrics()} for r in answers}, indent=1))
     for path in (html, figure, records, json_file):
         if path is not None:
             print(f"wrote {path}")
@@ -105,31 +125,32 @@ def _outputs(paths: tuple[Path | None, ...], files: tuple[Path, ...]) -> tuple[P
     return tuple(None if path is None else as_path(path) for path in paths)
 
 
-def _named(files: tuple[Path, ...], models: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The models of several files, by name of the file; by its path where two names are the same."""
+def _named(files: tuple[Path, ...]) -> dict[str, Path]:
+    """The files, by their name; by their path where two names are the same."""
     if not files:
         raise ValueError("expected at least one checkpoint: qsnn benchmark FILE ...")
     stems = [file.stem for file in files]
     names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
-    refuse_idle(models, files)
-    return {name: loaded(file, models) for name, file in zip(names, files, strict=True)}
+    return dict(zip(names, files, strict=True))
 
 
-def _common_data(models: dict[str, nn.Module], files: tuple[Path, ...], root: Path | None, given: str | None) -> Data:
-    """The one data set that all these checkpoints were made for, of which each is checked."""
-    recipes = {name: recipe_of(model) for name, model in models.items()}
+def _common_data(
+    recipes: dict[str, dict[str, Any]], files: dict[str, Path], root: Path | None, given: str | None
+) -> Data:
+    """The one data set that all these files were made for, of which each is checked."""
     sets = {str(recipe.get("data", {}).get("name")) for recipe in recipes.values()}
     if len(sets) > 1:
         raise ValueError(f"expected checkpoints of one data set, got {', '.join(sorted(sets))}; benchmark them apart")
-    data = data_of(next(iter(models.values())), files[0], root, given)
-    for recipe, file in zip(recipes.values(), files, strict=True):
-        check_data(recipe, data, file)
+    first = next(iter(files))
+    data = data_for(recipes[first], files[first], root, given)
+    for name, recipe in recipes.items():
+        check_data(recipe, data, files[name])
     return data
 
 
-def _record(result: Benchmark, data: Data, recipe: dict[str, Any], world: dict[str, Any]) -> Record:
+def _record(result: Benchmark | Deployed, data: Data, recipe: dict[str, Any], world: dict[str, Any]) -> Record:
     seed = recipe.get("distill", recipe.get("train", {})).get("seed", 0)
     return Record(
-        name=f"benchmark/{result.name}", data=Path(data.name).name, seed=seed, n=result.n, metrics=result.metrics(),
-        config=recipe, environment=world, time=now(),
+        name=f"benchmark/{result.name}", data=Path(data.name).name, seed=seed, n=result.n or 0,
+        metrics=result.metrics(), config=recipe, environment=world, time=now(),
     )  # fmt: skip

@@ -49,10 +49,15 @@ def refuse_idle(models: Sequence[str], files: Sequence[Path]) -> None:
 
 
 def data_of(model: nn.Module, file: Path, root: Path | None, given: str | None = None) -> Data:
+    """The data set that a network's file was made for; see :func:`data_for`."""
+    return data_for(recipe_of(model), file, root, given)
+
+
+def data_for(recipe: dict[str, Any], file: Path, root: Path | None, given: str | None = None) -> Data:
     """The data set that a file was made for, and nothing but that: what differs is refused.
 
     Args:
-        model: of the file.
+        recipe: of the file.
         file: what messages begin with.
         root: of the data sets.
         given: the folder of images, where the file names one: no folder is read that only a file names.
@@ -60,7 +65,6 @@ def data_of(model: nn.Module, file: Path, root: Path | None, given: str | None =
         ValueError: the file names no data set, or a folder that is not given; classes, normalisation or image shape
             are not those that it was trained on.
     """
-    recipe: dict[str, Any] = recipe_of(model)
     name = recipe.get("data", {}).get("name")
     if name is None and given is None:
         raise ValueError(f"{file} does not say which data set it was made for; name it with --data")

@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fold": ("qsnn.cli.commands", "Turn a spiking network into its integer form."),
     "benchmark": (
         "qsnn.cli.benchmark",
-        "Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.",
+        "Measure accuracy against T, spikes, operations and time of checkpoints and exported files, on test images.",
     ),
     "info": (
         "qsnn.cli.commands",

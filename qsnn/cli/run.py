@@ -18,6 +18,7 @@ from qsnn.data.images import Data, first_of
 from qsnn.data.memory import within
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill
+from qsnn.export.deployed import Deployed, beside_teacher
 from qsnn.files import as_path, target_of
 from qsnn.folded.fold import fold
 from qsnn.graph.recipe import recipe_of
@@ -42,6 +43,7 @@ from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
 from qsnn.report.records import Record, append_once, check_records, environment, now
+from qsnn.report.terminal import equal_logits, kib, shown
 from qsnn.snn.config import ConvertConfig
 from qsnn.snn.convert import convert
 from qsnn.snn.counts import refuse_online
@@ -269,8 +271,9 @@ class _Flow:
         ))  # fmt: skip
         folded = cast(SNN, self.stages.run("folded", lambda _: fold(student), parent=student))
         results = self._benchmark(teacher, qann, snn, folded)
+        deployed, notes = self._export(teacher, folded)
         self.stages.seconds["all"] = time.perf_counter() - started
-        files = self._write(results, certificate, folded)
+        files = self._write(results, certificate, deployed, notes)
         return RunResult(results, str(certificate), certificate.within_rounding, files)
 
     def _teacher(self, state: Path) -> nn.Module:
@@ -307,7 +310,20 @@ class _Flow:
         self.stages.seconds["benchmark"] = time.perf_counter() - started
         return results
 
-    def _write(self, results: tuple[Benchmark, ...], certificate: Any, folded: SNN) -> tuple[Path, ...]:
+    def _export(self, teacher: nn.Module, folded: SNN) -> tuple[list[Deployed], list[str]]:
+        started = time.perf_counter()
+        deployed, notes = beside_teacher(folded, teacher, self.out / "net.onnx", self.data.test)
+        self.stages.seconds["export"] = time.perf_counter() - started
+        for row in deployed[:1]:
+            size, one = kib(row.file_bytes), shown(row.latency_ms, "deployed")
+            self.say(f"{row.name}: {size} KiB, {one} ms an image, equal logits on test images: {equal_logits(row)}")
+        for note in notes:
+            self.say(note)
+        return deployed, notes
+
+    def _write(
+        self, results: tuple[Benchmark, ...], certificate: Any, deployed: list[Deployed], notes: list[str]
+    ) -> tuple[Path, ...]:
         curve, report, records = self.out / "curve.png", self.out / "report.html", self.out / "records.jsonl"
         weights = self.config.weights and self.config.weights.name  # a record holds no path of a machine
         config = _plain({
@@ -319,21 +335,24 @@ class _Flow:
             "train": asdict(self.qat_config), "distill": asdict(self.distill_config),
         })  # fmt: skip
         world = environment(self.device.type)
-        for result in results:
-            metrics = _plain({**result.metrics(), "certificate": certificate.verdict})
+        metrics = [{**result.metrics(), "certificate": certificate.verdict} for result in results]
+        measured: list[Benchmark | Deployed] = [*results, *deployed]
+        for result, found in zip(measured, [*metrics, *(row.metrics() for row in deployed)], strict=True):
             append_once(records, Record(
-                name=f"run/{result.name}", data=Path(self.data.name).name, seed=self.config.seed, n=result.n,
-                metrics=metrics,
+                name=f"run/{result.name}", data=Path(self.data.name).name, seed=self.config.seed, n=result.n or 0,
+                metrics=_plain(found),
                 config=config, environment=world, time=now(),
             ))  # fmt: skip
         title = f"{self.config.model} on {Path(self.data.name).name}"
         draw_curve(results, curve, title=title)
         write_report(
             report, title=title, results=results, certificate=str(certificate), config=config, environment=world,
-            command=_command(self.config), notes=[], stages=list(self.stages.seconds.items()),
+            command=_command(self.config), notes=notes, stages=list(self.stages.seconds.items()),
+            deployed=deployed,
         )  # fmt: skip
         names = ("teacher", "qann", "snn", "student", "folded")
-        return (*(self.stages.path(name) for name in names), curve, report, records)
+        exported = [self.out / row.name for row in deployed[:1]]
+        return (*(self.stages.path(name) for name in names), *exported, curve, report, records)
 
 
 def _command(config: RunConfig) -> str:

@@ -48,43 +48,77 @@ class OnnxNetwork:
 
     Args:
         path: the file.
-        threads: of one layer; default as many as ONNX Runtime takes.
+        threads: of one layer, which then sleep between calls; default as many as ONNX Runtime takes.
     Shape:
         called with images (B, C, H, W), float32 normalised or uint8 pixels as the file wants, or with frames
         (B, T, C, H, W); returned: the answer after each step, (T, B, K) float32; deferred the last alone, (1, B, K).
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no ONNX file, or not written by qsnn.
+        ValueError: no ONNX file, not written by qsnn, or with metadata that do not fit its inputs and outputs.
         ImportError: onnxruntime is missing.
     """
 
     def __init__(self, path: str | Path, *, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError(f"{path} needs onnxruntime ({error}); install it with pip install onnxruntime") from None
-        raw = _bytes(path)
-        options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors alone
-        try:
-            self.session = onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises many kinds for a file that is none
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"cannot read {path} as an ONNX file: {reason}") from None
+        self.session = session(path, threads=threads)
         self.recipe = _recipe(self.session.get_modelmeta().custom_metadata_map.get("qsnn"), path)
-        self.entry = self.session.get_inputs()[0].name
+        entry = self.session.get_inputs()[0]
+        self.entry = entry.name
+        self.heads = [out.name for out in self.session.get_outputs() if out.name.startswith("logits")]
+        told, shape = self.recipe["export"], self.recipe["input_shape"]
+        kind = "tensor(uint8)" if self.raw else "tensor(float)"
+        if entry.type != kind or entry.shape[-len(shape) :] != shape or not self.heads:
+            raise ValueError(
+                f"{path} has damaged metadata: they say images of {tuple(shape)} as {told['input']}, and the network "
+                f"takes {entry.type} of {entry.shape}; export the network again"
+            )
 
     @property
     def raw(self) -> bool:
         """Whether it takes pixels as they are."""
         return bool(self.recipe["export"]["input"] == "uint8")
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The T's after which it answers."""
+        timesteps = self.recipe["export"]["timesteps"]
+        return (timesteps,) if self.recipe["export"]["firing"] == "deferred" else tuple(range(1, timesteps + 1))
+
+    def answers(self, images: NDArray[Any]) -> list[NDArray[np.float32]]:
+        """The answers of every head, each (T, B, *); deferred (1, B, *)."""
+        found = self.session.run(self.heads, {self.entry: images})
+        return [head[None] for head in found] if self.recipe["export"]["firing"] == "deferred" else found
+
     def __call__(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """The answers."""
-        logits: NDArray[np.float32] = self.session.run(["logits"], {self.entry: images})[0]
-        return logits if logits.ndim == 3 else logits[None]
+        """The answers of the first head."""
+        return self.answers(images)[0]
+
+
+def session(path: str | Path, *, threads: int | None = None) -> Any:
+    """An ONNX file in ONNX Runtime, on the CPU.
+
+    Args:
+        path: the file.
+        threads: of one layer, which then sleep between calls; default as many as ONNX Runtime takes.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no ONNX file.
+        ImportError: onnxruntime is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(f"{path} needs onnxruntime ({error}); install it with pip install onnxruntime") from None
+    raw = _bytes(path)
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors alone
+    try:
+        return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises many kinds for a file that is none
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot read {path} as an ONNX file: {reason}") from None
 
 
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -246,6 +280,9 @@ def _recipe(text: str | None, path: str | Path) -> dict[str, Any]:
             numbers = [*data.get("mean", []), *data.get("std", []), *recipe["input_shape"]]
             if export["input"] not in ("float", "uint8") or not all(isinstance(x, int | float) for x in numbers):
                 raise ValueError("options that are not known")
+            steps, firing = export["timesteps"], export["firing"]
+            if firing not in ("online", "deferred") or not isinstance(steps, int) or not 1 <= steps <= 255:
+                raise ValueError("time steps that no file has")
             if not all(isinstance(name, str) for name in data.get("classes", [])):
                 raise ValueError("classes that are no names")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

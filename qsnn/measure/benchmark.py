@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -70,7 +71,7 @@ class Benchmark:
     peak_bytes: int
     """The most that tensors take at one time while one image is answered, without the parameters [byte]."""
     latency_ms: float
-    """Median time to answer one image [ms]."""
+    """Median time to answer one image, another image each time [ms]."""
     throughput: float
     """Images a second, in batches."""
     energy: tuple[Estimate, ...]
@@ -221,8 +222,8 @@ def _measured(
         weight_bytes_by_bits=weigh.weight_bytes_by_bits,
         state_bytes=neurons * (state_bits or 32) // 8,
         peak_bytes=_peak(run, image),
-        latency_ms=1e3 * _time(run, image, repeats=5),
-        throughput=len(batch) / _time(run, batch, repeats=2),
+        latency_ms=1e3 * _time(run, batch.split(1), calls=9),
+        throughput=len(batch) / _time(run, [batch], calls=2),
         energy=estimates(
             layers, spike_rate=rate, neuron_updates=neurons * own, state_bits=state_bits,
             level_bits=_level_bits(model) or 2,
@@ -253,7 +254,7 @@ class _Run:
     def __init__(self, model: nn.Module, timesteps: int, firing: str | None) -> None:
         if not isinstance(timesteps, int) or timesteps < 1:
             raise ValueError(f"timesteps must be a whole number of at least 1, got {timesteps!r}")
-        self.network: Any = _as_measured(model, timesteps)
+        self.network: Any = as_measured(model, timesteps)
         self.firing, self.own, self.steps, self.counter = None, 0, [], None
         if isinstance(self.network, SNN | TimeLoop):
             self.firing = (firing or self.network.firing) if isinstance(self.network, SNN) else "online"
@@ -306,7 +307,8 @@ class _Run:
         return [m for m in self.network.modules() if _state_kind(m)]
 
 
-def _as_measured(model: nn.Module, timesteps: int) -> nn.Module:
+def as_measured(model: nn.Module, timesteps: int) -> nn.Module:
+    """The form of a network that is measured: the integers of an SNN, SpikingJelly's modules in their time loop."""
     if isinstance(model, SNN):
         return model if model.folded else fold(model)
     if isinstance(model, TimeLoop) or not any(isinstance(m, base.MemoryModule) for m in model.modules()):
@@ -357,17 +359,19 @@ def _runs(layer: LayerSummary, run: _Run) -> int:
     return 0 if layer.input_bits == 1 else run.own
 
 
-def _time(run: _Run, images: Tensor, repeats: int) -> float:
-    """Median time of a call at the T that the network is made for; the first call warms up and is left out [s]."""
+def _time(run: _Run, inputs: Sequence[Tensor], calls: int) -> float:
+    """Median time of a call at the T that the network is made for, the input another each time; the first call warms
+    up and is left out [s]."""
     seconds = []
-    for _ in range(repeats + 1):
+    for call in range(calls + 1):
+        images = inputs[call % len(inputs)]
         if images.is_cuda:
             torch.cuda.synchronize()
         begun = time.perf_counter()
-        tree_map(Tensor.cpu, run.call(images, run.own))
+        tree_map(Tensor.cpu, run.call(images, run.own, run.firing))
         seconds.append(time.perf_counter() - begun)
     return median(seconds[1:])
 
 
 def _peak(run: _Run, image: Tensor) -> int:
-    return peak_of(lambda x: run.call(x, run.own), image)
+    return peak_of(lambda x: run.call(x, run.own, run.firing), image)

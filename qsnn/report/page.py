@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.report.curve import COLOURS, drawn
-from qsnn.report.terminal import NONE, accuracy_at, kib, shown, shown_steps, si, unit_of
+from qsnn.report.terminal import NONE, accuracy_at, equal_logits, kib, shown, shown_steps, si, unit_of
 
 if TYPE_CHECKING:
+    from qsnn.export.deployed import Deployed
     from qsnn.measure.benchmark import Benchmark
 
 _DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
@@ -23,6 +24,9 @@ _LEGEND = """Spike rate: spikes per neuron and step. Synops (spike-driven accumu
 and MACs (multiply-accumulates; of a spiking model: those of layers that see no spikes) per image."""
 _COSTS = """Membranes and peak for one image; the peak is what tensors take at one time, without the parameters.
 Latency: one image, median. Of spiking models at the T they are made for."""
+
+_DEPLOYED = """Timed in turns at T, one thread setting for all, another image each call, median. Accuracy after the last
+step. Equal logits: test images of which every logit is the other network's to the last bit."""
 
 
 def _headline_model(results: Sequence[Benchmark]) -> Benchmark:
@@ -158,6 +162,24 @@ def _costs(results: Sequence[Benchmark]) -> str:
     return f'{_html(rows, head)}<p class="muted">{_COSTS}</p>'
 
 
+def _deployed(rows: Sequence[Deployed]) -> str:
+    """Size and time of exported files and of what stands beside them, and whether their logits are the same."""
+    body = []
+    for row in rows:
+        t, last = str(row.made_for) if row.firing else NONE, row.accuracy[-1] if row.accuracy else None
+        body.append([
+            escape(row.name), escape(row.runtime), row.firing or "ANN", t, kib(row.file_bytes),
+            shown(last, row.metric), shown(row.latency_ms, "deployed"), shown(row.batch_ms, "deployed"),
+            equal_logits(row) + (f" of {escape(row.parent)}" if row.parent else ""),
+        ])  # fmt: skip
+    if not body:
+        return ""
+    metric = next((row.metric for row in rows if row.accuracy), "accuracy")
+    head = ["file", "runs in", "firing", "T", "size<br>[KiB]", f"{metric}<br>[{unit_of(metric) or 1}]",
+            "batch 1<br>[ms]", f"batch {rows[0].batch}<br>[ms]", "equal logits"]  # fmt: skip
+    return f'{_html(body, head)}<p class="muted">{_DEPLOYED}</p>'
+
+
 def _agreement(results: Sequence[Benchmark]) -> str:
     """Answers equal to the QANN's: a row for each T, a column for each model (narrow screens have room below)."""
     columns = {r.name: dict(zip(r.timesteps, r.agreement, strict=True)) for r in results if r.timesteps and r.agreement}
@@ -224,6 +246,7 @@ def _style() -> str:
 def write_report(
     path: str | Path, *, title: str, results: Sequence[Benchmark], certificate: str | None, config: dict[str, Any],
     environment: dict[str, Any], command: str, notes: Sequence[str], stages: Sequence[tuple[str, float]] | None,
+    deployed: Sequence[Deployed] = (),
 ) -> None:  # fmt: skip
     """Write one HTML page, light and dark, that asks the network for nothing.
 
@@ -237,6 +260,7 @@ def write_report(
         command: what to type to get the same again.
         notes: sentences for the reader, plain text.
         stages: (name, seconds) of what was run.
+        deployed: exported files, and what they are compared with.
     Raises:
         ValueError: no results.
     """
@@ -259,6 +283,7 @@ def write_report(
         ("Spike rate by layer", _rates(results)),
         ("Energy of an image, three estimates", _energy(results)),
         ("Memory and time", _costs(results)),
+        ("Exported", _deployed(deployed)),
         (f"Confusion (row: label, column: answer): {escape(confused.name)}", _confusion(confused.confusion or [])),
         ("Certificate", f"<pre>{escape(certificate)}</pre>" if certificate else ""),
         ("Time", _html([[escape(name), f"{shown(seconds, 'seconds')} s"] for name, seconds in stages or []])),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from qsnn.export.deployed import Deployed
     from qsnn.measure.benchmark import Benchmark
 
 NONE = "\u2013"
@@ -24,6 +25,7 @@ FORMATS = {
     "memory": ".1f",  # [KiB]
     "peak": ".0f",  # [KiB]
     "latency": ".2f",  # [ms]
+    "deployed": ".3g",  # [ms]
     "throughput": ".0f",  # images a second
     "seconds": ".1f",
     "margin": "g",  # [1]
@@ -59,12 +61,12 @@ def kib(size: float, quantity: str = "memory") -> str:
     return shown(size / 1024, quantity)
 
 
-def accuracy_at(result: Benchmark, t: int) -> float | None:
+def accuracy_at(result: Benchmark | Deployed, t: int) -> float | None:
     """Accuracy after ``t`` steps [%], or what the metric says; an ANN's for every t; None where it was not measured."""
     return dict(zip(result.timesteps or (t,), result.accuracy, strict=True)).get(t)
 
 
-def shown_steps(results: Sequence[Benchmark]) -> list[int]:
+def shown_steps(results: Sequence[Benchmark | Deployed]) -> list[int]:
     """The T's shown: the powers of two among the measured ones, and the last; [0] where nothing spikes."""
     measured = sorted({t for result in results for t in result.timesteps}) or [0]
     return [t for t in measured if t & (t - 1) == 0 or t == measured[-1]]
@@ -138,3 +140,41 @@ def energy_table(results: Sequence[Benchmark]) -> Table:
             shown(precise.microjoules, "energy"), shown(ratio.ratio, "ratio"), shown(ratio.break_even, "rate"),
         )  # fmt: skip
     return out
+
+
+def deployed_table(rows: Sequence[Deployed]) -> Table:
+    """Return exported files beside their checkpoints as a table for the terminal: accuracy, size, time, equality."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    answered = [row for row in rows if row.accuracy]
+    steps = shown_steps(answered) if answered else []
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    metric = answered[0].metric if answered else "accuracy"
+    unit, batch = f"[{unit_of(metric) or 1}]", rows[0].batch
+    heads = ("model", "firing", "T", "file\n[KiB]", *(f"T={t}\n{unit}" if t else unit for t in steps),
+             "batch 1\n[ms]", f"batch {batch}\n[ms]", "equal\nlogits")  # fmt: skip
+    for i, head in enumerate(heads):
+        out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
+    for row in rows:
+        cells = [shown(accuracy_at(row, t) if row.accuracy else None, metric) for t in steps]
+        out.add_row(
+            Text(row.name), row.firing or "ANN", str(row.made_for) if row.firing else NONE, kib(row.file_bytes),
+            *(cell[:5] if metric == "accuracy" else cell for cell in cells), shown(row.latency_ms, "deployed"),
+            shown(row.batch_ms, "deployed"), equal_logits(row),
+        )  # fmt: skip
+    out.caption, out.caption_justify = DEPLOYED, "left"
+    return out
+
+
+DEPLOYED = """Timed in turns at T, another image each call; .onnx files by ONNX Runtime, checkpoints by torch.
+Equal logits: images of which every logit is the checkpoint's to the last bit."""
+"""What stands below such a table."""
+
+
+def equal_logits(row: Deployed) -> str:
+    """Of how many images every logit is the parent's: "all", "539/540", a dash where none was compared."""
+    if row.equal is None:
+        return NONE
+    return "all" if row.equal == row.n else f"{row.equal}/{row.n}"
