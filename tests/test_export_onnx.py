@@ -240,9 +240,7 @@ def test_every_form_that_folds(form: str) -> None:
     blocks=st.lists(BLOCK, min_size=1, max_size=3), bits=st.sampled_from([1, 2, 4, 8, 16]),
     levels=st.sampled_from([1, 2, 3, 7]), seed=st.integers(0, 1000),
 )  # fmt: skip
-@settings(
-    max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=6, phases=[Phase.explicit, Phase.reuse, Phase.generate], suppress_health_check=list(HealthCheck))
 def test_random_networks(blocks: list[dict], bits: int, levels: int, seed: int) -> None:
     first = {**blocks[0], "join": "none", "linear": False}
     net = RandomNet([first, *blocks[1:]], channels=2, seed=seed).eval()
@@ -371,3 +369,15 @@ def test_what_cannot_be_written_is_named_all_of_it(digits: qsnn.Data, tmp_path: 
     with pytest.raises(ValueError, match=r"cannot write to ONNX: sin \(sin\); strange \(Softsign\)$"):
         qsnn.export(folded, tmp_path / "net.onnx")
     assert not (tmp_path / "net.onnx").exists()
+
+
+def test_a_name_says_the_format(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    data = [(torch.randn(8, 1, 2, 2), torch.zeros(8, dtype=torch.int64))]
+    folded = qsnn.fold(qsnn.convert(qsnn.quantize(net, data)))
+    with pytest.raises(ValueError, match=r"ends in \.onnx for format 'onnx', got .*net\.c; or pass format='c'"):
+        qsnn.export(folded, tmp_path / "net.c")
+    with pytest.raises(ValueError, match=r"got .*net\.tflite; the formats are onnx, nir, c, qonnx, hub"):
+        qsnn.export(folded, tmp_path / "net.tflite")
+    assert not list(tmp_path.iterdir())
+    assert qsnn.export(folded, tmp_path / "net").exists()

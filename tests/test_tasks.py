@@ -361,3 +361,11 @@ def test_a_loss_of_ones_own_goes_with_labels_of_no_task(tmp_path: Any) -> None:
     assert qsnn.fit(untrained, data, SHORT, loss=loss, resume=state) == history, "read back from the file"
     with pytest.raises(ValueError, match="belong to no task"):
         qsnn.fit(model, data, SHORT)
+
+
+def test_one_hot_labels_are_no_decisions() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    images, classes = torch.randn(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    with pytest.raises(ValueError, match=r"look like one class an image, as one-hot; pass labels.argmax\(1\)"):
+        qsnn.accuracy(net, [(images, torch.nn.functional.one_hot(classes, 3))])
+    assert 0 <= qsnn.accuracy(net, [(images, torch.nn.functional.one_hot(classes, 3))], task="binary") <= 100

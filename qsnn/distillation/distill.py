@@ -120,7 +120,7 @@ class DistillConfig:
     train_images: Images | None = None
     """Use only the first so many training images."""
     precision: str = "fp32"
-    """"fp32", or "bf16" (autocast; for GPUs)."""
+    """"fp32", or "bf16" (autocast; see :class:`qsnn.TrainConfig`)."""
     compile: bool = False
     """Compile the step with torch.compile."""
     seed: Seed = 0

@@ -27,15 +27,18 @@ class Format:
     """Looked for before it is called; a module may say itself what it lacks."""
     folded: bool = True
     """Whether the network must be folded."""
+    suffix: str = ""
+    """How the file's name ends, where it has an ending."""
 
 
 FORMATS = {
-    "onnx": Format("qsnn.export.onnx", "write_onnx", ("timesteps", "firing", "input", "kernels"), ("onnx",)),
-    "nir": Format("qsnn.export.nir", "write", ("timesteps",)),
-    "c": Format("qsnn.export.c", "write", ("timesteps", "firing", "mean", "std")),
-    "qonnx": Format("qsnn.export.qonnx", "write", ("batch",), folded=False),
+    "onnx": Format("qsnn.export.onnx", "write_onnx", ("timesteps", "firing", "input", "kernels"), ("onnx",),
+                   suffix=".onnx"),
+    "nir": Format("qsnn.export.nir", "write", ("timesteps",), suffix=".nir"),
+    "c": Format("qsnn.export.c", "write", ("timesteps", "firing", "mean", "std"), suffix=".c"),
+    "qonnx": Format("qsnn.export.qonnx", "write", ("batch",), folded=False, suffix=".onnx"),
     "hub": Format("qsnn.export.hub", "write", ("benchmark", "certificate", "repo_id", "push"), folded=False),
-}
+}  # fmt: skip
 
 
 def export(folded: SNN, path: str | Path, *, format: str = "onnx", **options: Any) -> Path:
@@ -101,6 +104,11 @@ def written(folded: Any, path: str | Path, format: str, options: Mapping[str, An
         )
     if Path(path).is_dir() and format != "hub":
         raise ValueError(f"expected a file to write, {path} is a folder; name a file in it")
+    ending = Path(path).suffix.lower()
+    if known.suffix and ending and ending != known.suffix:
+        others = [name for name, other in FORMATS.items() if other.suffix == ending]
+        hint = f"or pass format={others[0]!r}" if others else f"the formats are {', '.join(FORMATS)}"
+        raise ValueError(f"expected a name that ends in {known.suffix} for format {format!r}, got {path}; {hint}")
     for library in known.libraries:
         try:
             importlib.import_module(library)

@@ -191,6 +191,11 @@ def _find(answers: Any, labels: Any, asked: str | None, head: str) -> Task:
             kinds = "; ".join(f"{task.name!r}: {task.takes}" for task in TASKS.values())
             raise ValueError(f"{shapes} belong to no task; pass labels that fit, and task= where it is said ({kinds})")
         task = fitting[0]
+        if task is BINARY and labels.dim() == 2 and labels.shape[1] > 2 and bool((labels.sum(1) == 1).all()):
+            raise ValueError(
+                f"{shapes} look like one class an image, as one-hot; pass labels.argmax(1), or task='binary' for "
+                f"{labels.shape[1]} decisions an image"
+            )
         if floating and bool(((labels == 0) | (labels == 1)).all()):
             raise ValueError(
                 f"{shapes}, all 0 or 1, may be numbers or decisions; pass task='regression', or task='binary' "

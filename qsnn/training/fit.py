@@ -77,7 +77,8 @@ class TrainConfig:
     train_images: Images | None = None
     """Use only the first so many training images."""
     precision: str = "fp32"
-    """"fp32", or "bf16": layers compute in bfloat16 where that is safe (autocast); for GPUs."""
+    """"fp32", or "bf16": layers compute in bfloat16 where that is safe (autocast); for GPUs, and for
+    CPUs with instructions for it (AVX-512 BF16, AMX)."""
     compile: bool = False
     """Compile the step with torch.compile; takes a minute first, and needs a C++ compiler."""
     seed: Seed = 0
