@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import re
 from collections.abc import Hashable
 from dataclasses import fields
 from functools import cache
@@ -123,13 +125,62 @@ def expect(call: str, name: str, value: Any, kind: type | tuple[type, ...] | str
         raise TypeError(f"expected {name} {wanted}, got {type(value).__name__}; call {call}")
 
 
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def as_bytes(memory: Any) -> int:
+    """A size in bytes, from a whole number of bytes or from words like "512M" and "2G" (of 1024).
+
+    Raises:
+        ValueError: something else, or less than 1 MiB or more than 1024 TiB.
+
+    >>> as_bytes("512M"), as_bytes("1.5G"), as_bytes(2**21)
+    (536870912, 1610612736, 2097152)
+    """
+    found = None
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        found = memory
+    elif isinstance(memory, str):
+        parts = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([KMGT]?)(?:i?B)?", memory.strip(), re.IGNORECASE)
+        found = None if parts is None else int(float(parts[1]) * 1024 ** _UNITS[parts[2].upper()])
+    if found is None or not 2**20 <= found <= 2**50:
+        raise ValueError(f"memory must be a size from 1M to 1024T, like '512M' or '2G', got {seen(memory)}")
+    return found
+
+
+def seen(value: object) -> str:
+    """A value as an error shows it: one line, not long.
+
+    >>> seen([1, 2])
+    '[1, 2]'
+    """
+    return " ".join(repr(value).split())[:80]
+
+
+def as_numbers(name: str, values: Any) -> tuple[float, ...] | None:
+    """Finite numbers, one for each channel; None stays None.
+
+    Raises:
+        ValueError: something else.
+    """
+    if values is None:
+        return None
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = (math.nan,)
+    if isinstance(values, str | bytes) or not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"expected finite mean and std > 0, a number for each channel, got {name}={seen(values)}")
+    return found
+
+
 def problem(name: str, value: Any, hint: Any) -> str | None:
     """What is wrong with the value of an option, in words; None where nothing is."""
     try:
         # numpy's float64 is a float, but msgspec takes exactly Python's
         msgspec.convert(float(value) if isinstance(value, float) else value, hint)
     except (msgspec.ValidationError, RecursionError, TypeError, AttributeError) as error:  # the last two: no JSON type
-        shown = f"{value!r:.80}"
+        shown = seen(value)
         wanted = _words(hint)
         return f"{name} must be {wanted}, got {shown}" if wanted else f"{name}: {error}, got {shown}"
     return None

@@ -67,6 +67,27 @@ def power_of_two(qann: nn.Module) -> nn.Module:
     return qann
 
 
+def plain_net(digits: qsnn.Data) -> nn.Module:
+    """No batch norm, scales that are powers of two: every sum is exact in float32, and ties happen."""
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in (model[0], model[3], model[7]):
+            layer.weight.mul_(64).round_().clamp_(-7, 7)
+            layer.weight.flatten(1)[:, 0] = 7  # max|w| / 7 = 1: the scale is a power of two
+            layer.bias.zero_()
+    config = qsnn.QuantizeConfig(weight_bits=4, levels=2, first_last_bits=None)
+    qann = power_of_two(qsnn.quantize(model.eval(), digits, config)).eval()
+    with torch.no_grad():
+        for module in qann.modules():
+            if getattr(module, "bias", None) is not None:
+                module.bias.zero_()
+    return qann
+
+
 @pytest.fixture(scope="session")
 def teacher(digits: qsnn.Data) -> nn.Module:
     return scramble(qsnn.create_model("vgg-small", digits))

@@ -425,7 +425,7 @@ def test_batches_refuse_what_they_cannot_read() -> None:
     for error, message, source in refused:
         with pytest.raises(error, match=message):
             list(batches(source))
-    with pytest.raises(ValueError, match="expected batch_size >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number from 1 to .*, got 0"):
         batches(data, 0)  # refused at the call, not at the first batch
     with pytest.raises(ValueError, match=r"augment to be one of none, flip, shift, flip\+shift, got 'cutout'"):
         batches(data, augment="cutout")

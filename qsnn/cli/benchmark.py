@@ -13,6 +13,7 @@ from torch import nn
 from qsnn.checkpoint import check_data
 from qsnn.cli.inputs import data_of, loaded, refuse_idle, set_task_
 from qsnn.data.images import Data
+from qsnn.data.memory import limit_memory
 from qsnn.files import as_path, output, target_of, write_atomic
 from qsnn.graph.recipe import recipe_of
 from qsnn.measure.benchmark import Benchmark
@@ -39,6 +40,7 @@ def benchmark(
     task: TaskName | None = None,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
 ) -> None:
     """Measure accuracy against T, spikes and operations of one or several checkpoints, on the test images.
 
@@ -56,7 +58,9 @@ def benchmark(
         task: What the networks are asked; default as each file says, or found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
     """
+    limit_memory(memory)
     check_option("timesteps", timesteps, Timesteps)
     check_option("exit_margin", exit_margin, Share | None)
     html, figure, records, json_file = _outputs((html, figure, records, json_file), files)

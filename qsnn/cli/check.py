@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from qsnn.cli.inputs import load_trained_
+from qsnn.data.memory import limit_memory
 from qsnn.data.sources import load_data
 from qsnn.measure.check import check as run_check
 from qsnn.models.create import create_fitting
@@ -28,6 +29,7 @@ def check(
     seconds: float = 10.0,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
     config: tyro.conf.OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),  # noqa: B008
 ) -> None:
     """Show what becomes of every layer of a network, its accuracy as loaded, and how long training will take.
@@ -45,8 +47,10 @@ def check(
         seconds: How long the accuracy may take; test images that do not fit in are left out.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         config: Precision.
     """
+    limit_memory(memory)
     place = start(device)
     network, found = create_fitting(model, load_data(data, root=data_root, timesteps=frames, mean=mean, std=std))
     load_trained_(network, weights, key)

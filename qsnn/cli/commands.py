@@ -26,6 +26,7 @@ from qsnn.cli.run import RunConfig
 from qsnn.cli.run import run as run_flow
 from qsnn.data.fitting import describe
 from qsnn.data.images import Data
+from qsnn.data.memory import limit_memory
 from qsnn.data.sources import NAMES, load_data
 from qsnn.distillation.distill import DistillConfig, distill_together
 from qsnn.distillation.prune import zero_weights
@@ -76,6 +77,7 @@ def train(
     std: tuple[float, ...] | None = None,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
     tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = TrainConfig(),  # noqa: B008
 ) -> None:
@@ -93,9 +95,11 @@ def train(
         task: What the network is asked; default found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         tensorboard: Folder for TensorBoard.
         config: Training options.
     """
+    limit_memory(memory)
     place, out = start(device), output(out, weights)
     found = load_data(data, root=data_root, timesteps=frames, mean=mean, std=std)
     teacher, found = create_fitting(model, found, seed=config.seed)
@@ -113,6 +117,7 @@ def quantize(
     task: TaskName | None = None,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
     tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[QuantizeConfig] = QuantizeConfig(),  # noqa: B008
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = _QAT,
@@ -127,10 +132,12 @@ def quantize(
         task: What the network is asked; default as its file says, or found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         tensorboard: Folder for TensorBoard.
         config: Precision.
         training: Quantization-aware training; --epochs 0 only calibrates, --kd-weight 0.5 adds the teacher.
     """
+    limit_memory(memory)
     place, out = start(device), output(out, file)
     refuse_idle(model, [file])
     teacher = loaded(file, model, ("teacher",))
@@ -148,6 +155,7 @@ def convert(
     model: _MODELS = (),
     data: str | None = None,
     data_root: Path | None = None,
+    memory: str | None = None,
     config: tyro.conf.OmitArgPrefixes[ConvertConfig] = ConvertConfig(),  # noqa: B008
 ) -> None:
     """Turn a quantized network, or a calibrated float one, into a spiking one.
@@ -160,8 +168,10 @@ def convert(
         model: Function that builds a network of your own, package.module:function, where the file names it.
         data: Folder of images, where the file names one.
         data_root: Folder of the data sets; default $QSNN_DATA.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         config: Time steps and firing.
     """
+    limit_memory(memory)
     out = output(out, file)
     refuse_idle(model, [file])
     qann = loaded(file, model, ("qann", "teacher"))
@@ -187,6 +197,7 @@ def distill(
     task: TaskName | None = None,
     data_root: Path | None = None,
     device: str | None = None,
+    memory: str | None = None,
     tensorboard: Path | None = None,
     config: tyro.conf.OmitArgPrefixes[DistillConfig] = DistillConfig(),  # noqa: B008
 ) -> None:
@@ -201,9 +212,11 @@ def distill(
         task: What the networks are asked; default as the file says, or found from the labels and the answers.
         data_root: Folder of the data sets; default $QSNN_DATA.
         device: cpu, cuda or cuda:1; default a GPU where there is one.
+        memory: What the images of one batch may take, like 512M or 4G; default 1G.
         tensorboard: Folder for TensorBoard.
         config: Loss terms and training options.
     """
+    limit_memory(memory)
     place, out = start(device), output(out, file, *teacher)
     refuse_idle(model, [file, *teacher])
     snn = loaded(file, model, ("snn", "student"))
@@ -276,5 +289,5 @@ def _fit(model: nn.Module, data: Data, config: TrainConfig, out: Path, begun: An
 def _certify(snn: SNN, qann: nn.Module, data: Data) -> None:
     certificate = certify(snn, qann, data.test)
     print(certificate)
-    if not certificate.exact:
+    if not certificate.within_rounding:
         raise ValueError("the spiking network is not equal to the quantized one")

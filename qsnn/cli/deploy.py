@@ -79,6 +79,7 @@ def predict(
     top: int = 1,
     json: Annotated[bool, tyro.conf.arg(name="json")] = False,
     exit_margin: float | None = None,
+    memory: str | None = None,
 ) -> None:
     """Name the class of image files, one line each.
 
@@ -88,6 +89,7 @@ def predict(
         top: How many classes.
         json: Print JSON.
         exit_margin: Take the first answer in which the two likeliest classes are so far apart (0 to 1).
+        memory: What the images of one batch may take, like 512M or 4G; default 1G. Of a checkpoint.
     """
     files = image_files(images)
     if network.suffix == ".onnx":
@@ -97,14 +99,18 @@ def predict(
         import torch
 
         from qsnn.checkpoint import load
+        from qsnn.data.memory import batch_within, limit_memory
         from qsnn.graph.recipe import recipe_of
 
+        limit_memory(memory)
         model: Any = load(network)
 
         @torch.no_grad()
         def run(batch: NDArray[Any]) -> NDArray[np.float32]:
-            logits = model(torch.from_numpy(batch))
-            return (logits if logits.dim() == 3 else logits[None]).numpy()  # type: ignore[no-any-return]
+            images = torch.from_numpy(batch)
+            parts = [model(part) for part in images.split(batch_within(model, images, len(images)))]
+            logits = torch.cat([part if part.dim() == 3 else part[None] for part in parts], 1)
+            return logits.numpy()  # type: ignore[no-any-return]
 
         found = answers(run, files, recipe_of(model), top=top, exit_margin=exit_margin)
     show(found, as_json=json)

@@ -7,6 +7,7 @@ command answer at once; a command's own file is imported when the command is cal
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import io
@@ -90,7 +91,8 @@ def _run(words: Sequence[str]) -> None:
     if name in COMMANDS:
         _without_foreign_warnings()
         command = getattr(importlib.import_module(COMMANDS[name][0]), name)
-        _parsed(_later(command), words[1:], prog=f"qsnn {name}")()
+        later = _parsed(_later(command), words[1:], prog=f"qsnn {name}")
+        contextvars.copy_context().run(later)  # what --memory bounds is this command
         processes = sys.modules.get("qsnn.training.processes")
         if processes is not None:  # the command may have joined those that torchrun started
             processes.stop()

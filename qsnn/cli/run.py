@@ -15,6 +15,7 @@ from qsnn.checkpoint import check_data, file_hash
 from qsnn.cli.inputs import held_by_first, load_trained_, set_task_
 from qsnn.data.events import EVENTS
 from qsnn.data.images import Data, first_of
+from qsnn.data.memory import within
 from qsnn.data.sources import load_data
 from qsnn.distillation.distill import DistillConfig, distill
 from qsnn.files import as_path, target_of
@@ -23,7 +24,19 @@ from qsnn.graph.recipe import recipe_of
 from qsnn.measure.benchmark import Benchmark, benchmark
 from qsnn.measure.certify import certify
 from qsnn.models.create import create_fitting
-from qsnn.options import BatchSize, Epochs, Images, Levels, Part, Seed, TaskName, Timesteps, WeightBits, check_options
+from qsnn.options import (
+    BatchSize,
+    Epochs,
+    Images,
+    Levels,
+    Part,
+    Seed,
+    TaskName,
+    Timesteps,
+    WeightBits,
+    as_bytes,
+    check_options,
+)
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report
@@ -88,6 +101,8 @@ class RunConfig:
     """Folder of the data sets; default $QSNN_DATA, else a cache folder."""
     device: str | None = None
     """"cpu", "cuda" or "cuda:1"; by default a GPU where there is one."""
+    memory: str | None = None
+    """What the images of one batch may take, like 512M or 4G; by default 1G."""
     fresh: bool = False
     """Start over, even where a stage is done."""
 
@@ -98,6 +113,8 @@ class RunConfig:
             ValueError: which option, and what it may be.
         """
         check_options(self)
+        if self.memory is not None:
+            as_bytes(self.memory)
         if self.budget is not None:
             seconds_of(self.budget)
             if self.epochs is not None:
@@ -130,7 +147,7 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
         data = replace(data, test=first_of(data.test, config.test_images))
     _, data = create_fitting(config.model, data, seed=config.seed)
     flow = _Flow(config, data, say)
-    with held_by_first(flow.out / "run"):
+    with held_by_first(flow.out / "run"), within(config.memory):
         result = flow.run()
         gone = [str(path) for path in result.files if not path.exists()]
         if gone:
@@ -246,7 +263,7 @@ class _Flow:
         results = self._benchmark(teacher, qann, snn, folded)
         self.stages.seconds["all"] = time.perf_counter() - started
         files = self._write(results, certificate, folded)
-        return RunResult(results, str(certificate), certificate.exact, files)
+        return RunResult(results, str(certificate), certificate.within_rounding, files)
 
     def _teacher(self, state: Path) -> nn.Module:
         teacher, _ = create_fitting(self.config.model, self.data, seed=self.config.seed)
@@ -288,7 +305,7 @@ class _Flow:
         config = _plain({
             "run": {
                 **asdict(self.config), "out": self.out.name, "weights": weights, "data_root": None, "device": None,
-                "fresh": False,
+                "memory": None, "fresh": False,
             },
             "teacher": asdict(self.teacher_config), "quantize": asdict(self.quantize_config),
             "train": asdict(self.qat_config), "distill": asdict(self.distill_config),
@@ -316,7 +333,8 @@ def _command(config: RunConfig) -> str:
     words = ["qsnn run"]
     for option in fields(config):
         value = getattr(config, option.name)
-        if option.name in ("data_root", "device", "fresh") or (value == option.default and option.name != "data"):
+        of_this_machine = option.name in ("data_root", "device", "memory", "fresh")
+        if of_this_machine or (value == option.default and option.name != "data"):
             continue
         if isinstance(value, Path):
             value = value.name

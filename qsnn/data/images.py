@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, Subset, default_collate
 
-from qsnn.graph.trace import takes_frames
+from qsnn.graph.recipe import input_shape_of
+from qsnn.graph.trace import device_of, takes_frames
+from qsnn.options import BatchSize, check_option, seen
 
 AUGMENTS = ("none", "flip", "shift", "flip+shift")
 IGNORED = 255
@@ -107,13 +109,13 @@ class Data:
     @property
     def shape(self) -> tuple[int, ...]:
         """(C, H, W) of one image or of one frame, (C, L) of a signal, (F,) of a vector."""
-        return tuple(self.train[0][0].shape[-3:])
+        return tuple(_first_image(self.train).shape[-3:])
 
     @property
     def frames(self) -> int | None:
         """Frames of a recording, one for each time step; None for images."""
-        item = self.train[0][0]
-        return item.shape[0] if item.dim() == 4 else None
+        item = _first_image(self.train)
+        return int(item.shape[0]) if item.dim() == 4 else None
 
     @property
     def num_classes(self) -> int:
@@ -135,6 +137,17 @@ class Data:
         what = "images with masks of" if self.classes and isinstance(label, Tensor) and label.dim() > 1 else what
         answers = f"{self.num_classes} classes" if self.classes else "numbers to predict"
         return f"Data({self.name}: {sizes} {what} {'x'.join(map(str, self.shape))}, {answers})"
+
+
+def _first_image(part: Any) -> Tensor:
+    try:
+        image = part[0][0]
+    except (TypeError, IndexError, KeyError):
+        image = None
+    if not isinstance(image, Tensor) or not image.dim():
+        got = f"{type(part).__name__} with {type(image).__name__} in it"
+        raise ValueError(f"expected data.train to be a Dataset of (image, label) with at least one image, got {got}")
+    return image
 
 
 def hold_out(n: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -209,6 +222,25 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None, dtype: torc
         )
 
 
+def check_channels(images: Tensor, model: nn.Module | None) -> None:
+    """Refuse a batch of another number of channels, or of another kind, than the network was made for.
+
+    Args:
+        images: (B, C, *), frames (B, T, C, *), or vectors (B, F).
+        model: a network whose recipe tells the shape of an image; of any other nothing is known.
+    Raises:
+        ValueError: both shapes.
+    """
+    shape = None if model is None else input_shape_of(model)
+    if shape is None:
+        return
+    at = images.dim() - len(shape)
+    if at not in (1, 2) or images.shape[at] != shape[0]:
+        want = f"(B, {', '.join(map(str, shape))})"
+        got = tuple(images.shape)
+        raise ValueError(f"expected images of shape {want}, as the network was made for, got {got}; use its own data")
+
+
 def _augment(
     images: Tensor, labels: Any, augment: str, generator: torch.Generator, black: Tensor | float
 ) -> tuple[Tensor, Any]:
@@ -264,6 +296,7 @@ def batches(
     augment: str | None = None,
     device: torch.device | str | None = None,
     share: tuple[int, int] = (0, 1),
+    model: nn.Module | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
     """One pass over the data in batches (images, labels); the last one may be smaller.
 
@@ -278,6 +311,7 @@ def batches(
         device: where the batches go; by default they stay where the data is.
         share: (rank, world): this process takes every world-th image of each batch of a Dataset; all must give
             generators of the same seed.
+        model: the network that is to see them: they go to its device, and must have the channels it was made for.
     Shape:
         images: (B, C, H, W) float32; labels: (B, *) int64 or float32, in the structure of the data.
     Raises:
@@ -292,15 +326,16 @@ def batches(
         hint = "pass a part: data.train" if isinstance(data, Data) else "pass [(images, labels)] or a loader"
         got = type(data).__name__
         raise TypeError(f"expected a Dataset with a length or an iterable of (images, labels), got {got}; {hint}")
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}; 128 is the default")
-    augment = augment or "none"
+    batch_size = int(batch_size) if isinstance(batch_size, np.integer) else batch_size
+    check_option("batch_size", batch_size, BatchSize)
+    augment = "none" if augment is None else augment
     if augment not in AUGMENTS:
-        raise ValueError(f"expected augment to be one of {', '.join(AUGMENTS)}, got {augment!r}; None is 'none'")
+        raise ValueError(f"expected augment to be one of {', '.join(AUGMENTS)}, got {seen(augment)}; None is 'none'")
     if augment != "none" and generator is None:
         call = "generator=torch.Generator().manual_seed(0)"
         raise ValueError(f"expected a generator to draw augment={augment!r} from, got None; pass {call}")
-    return _batches(data, batch_size, generator, augment, device, share)
+    device = device_of(model) if device is None and model is not None else device
+    return _batches(data, batch_size, generator, augment, device, share, model)
 
 
 def _batches(
@@ -310,6 +345,7 @@ def _batches(
     augment: str,
     device: torch.device | str | None,
     share: tuple[int, int],
+    model: nn.Module | None,
 ) -> Iterator[tuple[Tensor, Any]]:
     batch = None
     raw = _raw_batches(data, batch_size, generator, share) if isinstance(data, Dataset) else data
@@ -322,6 +358,7 @@ def _batches(
         if not isinstance(data, ImageSet):  # whose images are right by construction; a look would stall a GPU
             check_images(images)
             labels = checked_labels(labels, len(images))
+        check_channels(images, model)
         images, labels = images.to(device), tree_map(lambda leaf: leaf.to(device), labels)
         if generator is not None and augment != "none":
             # 0 is black in an ImageSet's bytes, and the mean colour in a normalised set that does not tell its black
@@ -370,7 +407,15 @@ def _raw_batches(
         if isinstance(data, ImageSet):  # bytes: they are moved and augmented before they grow into floats
             yield data.images[at.to(data.images.device)], data.labels[at.to(data.labels.device)]
         else:
-            yield default_collate([data[i] for i in at.tolist()])
+            try:
+                batch = default_collate([data[i] for i in at.tolist()])
+            except (TypeError, RuntimeError, LookupError, AttributeError) as error:
+                raise ValueError(
+                    f"expected {len(data)} items (image, label) of one shape from {type(data).__name__}, whose items "
+                    f"{at[0]} to {at[-1]} cannot be read or stacked: {type(error).__name__}: "
+                    f"{' '.join(str(error).split())[:200]}"
+                ) from error
+            yield batch
 
 
 def summed(images: Tensor, model: nn.Module | None) -> Tensor:

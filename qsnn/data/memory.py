@@ -5,8 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,9 +19,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from qsnn.data.images import batches
+from qsnn.graph.arrived import QsnnWarning
+from qsnn.options import as_bytes
 
 MOST_BYTES = 2**30
 """What the tensors of one batch may take by default [byte]."""
+_LIMIT: ContextVar[int] = ContextVar("qsnn_memory", default=MOST_BYTES)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """glibc's names for the options of mallopt, from malloc.h."""
@@ -49,6 +55,46 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def limit_memory(memory: int | str | None) -> None:
+    """Let batches of this thread take at most so much from now on: a number of bytes, "512M", "2G"; None: as before.
+
+    Raises:
+        ValueError: no size.
+    """
+    if memory is not None:
+        _LIMIT.set(as_bytes(memory))
+
+
+@contextmanager
+def within(memory: int | str | None) -> Iterator[None]:
+    """Let batches take at most so much while the block runs, as :func:`limit_memory` says."""
+    token = _LIMIT.set(_LIMIT.get() if memory is None else as_bytes(memory))
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
+
+
+def fewer(images: Tensor, each: int, verb: str) -> Tensor:
+    """Return as many of the calibration images as fit into memory, and say so where they are fewer.
+
+    Args:
+        images: the calibration images.
+        each: what the verb holds at one time for one of them [byte].
+        verb: its name.
+    Shape:
+        images and returned: (N, \\*), N >= 1.
+    """
+    most = max(1, _LIMIT.get() // max(1, each))
+    if most < len(images):
+        warnings.warn(
+            f"{verb} calibrates on {most} of {len(images)} images: each takes {each / 2**20:.1f} MiB and memory is "
+            f"bounded by {_LIMIT.get() / 2**30:.2g} GiB; pass memory= (--memory 4G), or fewer images",
+            QsnnWarning, stacklevel=3,
+        )  # fmt: skip
+    return images[:most]
+
+
 @torch.no_grad()
 def lay_out_(model: nn.Module, memory_format: torch.memory_format) -> None:
     """Put all 4-d parameters of a model into a memory format, in place."""
@@ -63,7 +109,8 @@ def batch_within(
     most: int,
     *,
     device: torch.device | str | None = None,
-    limit: int = MOST_BYTES,
+    model: nn.Module | None = None,
+    limit: int | None = None,
 ) -> int:
     r"""Return how many images a call may take at once, so that its tensors fit into ``limit``.
 
@@ -74,23 +121,30 @@ def batch_within(
 
     Args:
         call: runs the network on a batch.
-        data: a Dataset. An iterable of batches keeps its own size, so that ``most`` is returned.
+        data: a Dataset, or a tensor of images. An iterable of batches keeps its own size: ``most`` is returned.
         most: the largest batch size, images.
-        device: of the network.
-        limit: what the tensors may take at one time, without the parameters [byte].
+        device, model: of the network, as for :func:`~qsnn.data.images.batches`.
+        limit: what the tensors may take at one time, without the parameters [byte]; default 1 GiB, or what
+            :func:`within` says.
     """
-    if not isinstance(data, Dataset):
+    limit = _LIMIT.get() if limit is None else limit
+    if not isinstance(data, Dataset | Tensor):
         return most
     size = 1
     while True:
-        images = next(batches(data, size, device=device))[0]
-        more = min(most, len(images) * limit // max(1, _peak_of(call, images)))
+        images = data[:size] if isinstance(data, Tensor) else next(batches(data, size, device=device, model=model))[0]
+        more = min(most, len(images) * limit // max(1, peak_of(call, images)))
         if more == most or more < 2 * size or len(images) < size:
             return max(1, more)
         size = more
 
 
-def _peak_of(call: Callable[[Tensor], Any], images: Tensor) -> int:
+def peak_of(call: Callable[[Tensor], Any], images: Tensor) -> int:
+    """The most that tensors take at one time while the network answers these images, without the parameters [byte].
+
+    Shape:
+        images: whatever the network takes.
+    """
     with LiveMemory() as memory:
         call(images)
     return memory.peak

@@ -17,7 +17,7 @@ from qsnn.data.folders import load_folder
 from qsnn.data.images import Data, ImageSet, hold_out
 from qsnn.data.masks import find_masks, load_masks
 from qsnn.data.tables import load_table
-from qsnn.options import expect
+from qsnn.options import Seed, as_numbers, check_option, expect, seen
 
 # name: torchvision's class, mean and standard deviation of the training pixels on [0, 1], augmentation in training
 TORCHVISION: dict[str, tuple[str, tuple[float, ...], tuple[float, ...], str]] = {
@@ -81,15 +81,17 @@ def load_data(
     Data(digits: 1,131 train, 126 val, 540 test images of 1x8x8, 10 classes)
     """
     expect("load_data('digits')", "name", name, (str, os.PathLike))
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise ValueError(f"expected 0 < val_fraction < 1, got {val_fraction}; 0.1 holds out a tenth")
+    if val_fraction is not None and not (isinstance(val_fraction, int | float) and 0 < val_fraction < 1):
+        raise ValueError(f"expected 0 < val_fraction < 1, got {seen(val_fraction)}; 0.1 holds out a tenth")
     sizes = () if image_size is None else (image_size,) if isinstance(image_size, int) else image_size
     if (image_size is not None and len(sizes) not in (1, 2)) or min(sizes, default=1) < 1 or (sizes and name in NAMES):
         raise ValueError(f"expected image_size >= 1 pixel with a folder only, got {image_size} for {name}; omit it")
     if channels is not None and (channels not in (1, 3) or name in NAMES):
         raise ValueError(f"expected channels=1 or 3 with a folder only, got {channels} for {name}; omit it")
-    if any(not 0 < s < float("inf") for s in std or ()) or any(not abs(m) < float("inf") for m in mean or ()):
+    mean, std = as_numbers("mean", mean), as_numbers("std", std)
+    if std is not None and min(std) <= 0:
         raise ValueError(f"expected finite mean and std > 0, got mean={mean} and std={std}")
+    check_option("seed", seed, Seed)
     folder_of_sets = Path(root or os.environ.get("QSNN_DATA") or "~/.cache/qsnn").expanduser()
     if name in EVENTS:
         if mean is not None or std is not None:

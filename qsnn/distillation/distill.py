@@ -195,6 +195,7 @@ class FitOptions(TypedDict, total=False):
     tensorboard: str | Path | None
     label: str
     task: Asked
+    memory: int | str | None
 
 
 def distill(
@@ -213,8 +214,9 @@ def distill(
         data: training and validation images.
         config: loss terms and training options.
         options: ``resume``, file for the state; ``tensorboard``, folder for TensorBoard; ``label``, shown beside the
-            progress bar, by default "student"; ``task``, by default found from the labels and the shape of the
-            answers; see :func:`qsnn.fit`. Cross entropy and KL divergence are those of the task.
+            progress bar, by default "student"; ``memory``, of a batch of the validation; ``task``, by default found
+            from the labels and the shape of the answers; see :func:`qsnn.fit`. Cross entropy and KL divergence are
+            those of the task.
     Raises:
         TypeError: the student is no network, or ``config`` no DistillConfig.
         ValueError: the student is folded, holds no spiking node, an option does not fit it, or labels or teacher do
@@ -338,6 +340,8 @@ class _Loss:
     def __call__(self, model: nn.Module, images: Tensor, labels: Any) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
         config, labels = self.config, heads(labels)
+        if not torch.compiler.is_compiling():
+            self.tasks.check(labels)
         matched = matches(model.loop, config.rate_layers) if config.rate_weight else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight

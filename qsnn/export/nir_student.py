@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from qsnn.export.nir_read import convolution, import_nir, linear, read_graph
 from qsnn.graph.modules import Add
 from qsnn.graph.recipe import set_recipe
+from qsnn.options import seen
 from qsnn.snn.convert import _repeat_static_
 from qsnn.snn.equations import per_channel
 from qsnn.snn.network import SNN, TimeLoop
@@ -88,7 +89,7 @@ def from_nir(
         ImportError: the package ``nir`` is missing.
     """
     if written_by not in WRITERS:
-        raise ValueError(f"expected written_by of {', '.join(WRITERS)}, got {written_by!r}")
+        raise ValueError(f"expected written_by of {', '.join(WRITERS)}, got {seen(written_by)}")
     given: dict[str, Any] = {"reset": reset, "strict": strict, "late": late, "dt": dt}
     meaning = replace(WRITERS[written_by], **{key: value for key, value in given.items() if value is not None})
     graph = read_graph(path)

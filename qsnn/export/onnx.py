@@ -28,6 +28,7 @@ from qsnn.graph.kinds import CLASSES
 from qsnn.graph.modules import Gating
 from qsnn.graph.recipe import child_recipe, input_shape_of
 from qsnn.graph.trace import module_of, value_shapes
+from qsnn.options import seen
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import PlusMinus, Repeat
 
@@ -57,9 +58,9 @@ class OnnxConfig:
             ValueError: which option, and what it may be.
         """
         if self.input not in INPUTS:
-            raise ValueError(f"expected input to be {' or '.join(map(repr, INPUTS))}, got {self.input!r}")
+            raise ValueError(f"expected input to be {' or '.join(map(repr, INPUTS))}, got {seen(self.input)}")
         if self.kernels not in KERNELS:
-            raise ValueError(f"expected kernels to be {' or '.join(map(repr, KERNELS))}, got {self.kernels!r}")
+            raise ValueError(f"expected kernels to be {' or '.join(map(repr, KERNELS))}, got {seen(self.kernels)}")
 
 
 def _same(values: Values, name: str, module: Any, shape: tuple[int, ...], wire: Wire) -> Wire:

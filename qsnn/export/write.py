@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsnn.options import seen
+
 if TYPE_CHECKING:
     from qsnn.snn.network import SNN
 
@@ -116,6 +118,6 @@ def format_named(format: str) -> Format:
     Raises:
         ValueError: there is none of that name.
     """
-    if format not in FORMATS:
-        raise ValueError(f"expected format to be one of {', '.join(map(repr, FORMATS))}, got {format!r}")
+    if not isinstance(format, str) or format not in FORMATS:
+        raise ValueError(f"expected format to be one of {', '.join(map(repr, FORMATS))}, got {seen(format)}")
     return FORMATS[format]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsnn.folded.kept import Kept
 from qsnn.folded.neurons import Current, Shape, least, shaped
 from qsnn.graph.call import Call, current
 
@@ -55,7 +56,7 @@ class IntegerGate(nn.Module):
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
         self.register_buffer("bias", bias.expand(channels).clone())
         self.register_buffer("level", level.detach().double())
-        self._prepared: dict[Any, Tensor] = {}
+        self._prepared = Kept()
 
     @property
     def sign(self) -> Tensor:
@@ -64,12 +65,10 @@ class IntegerGate(nn.Module):
 
     def table(self, timesteps: int) -> Tensor:
         """Return M by t, (T, n); made anew when a buffer changes."""
-        buffers = (self.factors, self.divisor, self.bias, self.level)
-        key = (timesteps, tuple((buffer.data_ptr(), buffer._version) for buffer in buffers))
-        found = self._prepared.get(key)
-        if found is None:
-            found = self._exact_table(timesteps).to(self.factors.device)
-            self._prepared = {key: found}  # another thread that puts its own there only has to make this one again
+        prepared = self._prepared.of((self.factors, self.divisor, self.bias, self.level))
+        if timesteps not in prepared:
+            prepared[timesteps] = self._exact_table(timesteps).to(self.factors.device)
+        found: Tensor = prepared[timesteps]
         return found
 
     def _exact_table(self, timesteps: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsnn.folded.kept import Kept
 from qsnn.graph.call import steps
 from qsnn.quant.activations import round_half_up
 
@@ -70,7 +71,7 @@ class IntegerLayer(nn.Module):
         self.weight_bits = weight_bits
         self.input_bound = input_bound
         self.options = layer_options(layer)
-        self._prepared: dict[Any, Any] = {}
+        self._prepared = Kept()
 
     @property
     def integers(self) -> Tensor:
@@ -87,10 +88,9 @@ class IntegerLayer(nn.Module):
 
     def ready(self, timesteps: int) -> Tensor:
         """W in the dtype in which the sums of T steps are exact; kept until W changes."""
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.device)
-        prepared = self._prepared  # another thread may put a new one in its place
-        if prepared.get("key") != key:
-            prepared = self._prepared = {"key": key, "bound": self.bound}
+        prepared = self._prepared.of((self.weight,))
+        if "bound" not in prepared:
+            prepared["bound"] = self.bound
         exact32 = self.weight.dtype == torch.int8 and prepared["bound"] * timesteps < EXACT_FLOAT32
         dtype = torch.float32 if exact32 else torch.float64
         if dtype not in prepared:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsnn.folded.kept import Kept
 from qsnn.folded.layers import EXACT_FLOAT32
+from qsnn.folded.thresholds import integer_thresholds, refuse_many_steps
 from qsnn.graph.call import Call, current
 from qsnn.snn.equations import Dynamics, deferred, integrated, per_channel, simulate
 
@@ -236,7 +238,7 @@ class IntegerIF(nn.Module):
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
-        self._prepared: dict[Any, Any] = {}
+        self._prepared = Kept()
 
     @property
     def sign(self) -> Tensor:
@@ -251,12 +253,11 @@ class IntegerIF(nn.Module):
         """The table, the sign where a gain is negative, and whether float32 is too short; made anew when a buffer
         changes."""
         buffers = (self.factors, self.divisor, self.bias, self.threshold, self.initial, self.input_bound)
-        key = tuple((buffer.data_ptr(), buffer._version) for buffer in buffers)
-        prepared = self._prepared  # another thread may put a new one in its place
-        if prepared.get("key") != key:
+        prepared = self._prepared.of(buffers)
+        if "bound" not in prepared:
             sign = self.sign
-            negative = shaped(sign, self.shape) if bool((sign < 0).any()) else None
-            prepared = self._prepared = {"key": key, "sign": negative, "bound": float(self.input_bound)}
+            prepared["sign"] = shaped(sign, self.shape) if bool((sign < 0).any()) else None
+            prepared["bound"] = float(self.input_bound)
         last_only = firing == "deferred"
         found = prepared.get((timesteps, last_only, dtype))
         if found is None:
@@ -267,8 +268,9 @@ class IntegerIF(nn.Module):
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
         starts = [theta * Fraction(value) for value in self.initial.expand(self.factors.shape[1]).tolist()]
-        rows = [timesteps] if last_only else range(1, timesteps + 1)
-        table = torch.full((len(rows), timesteps, self.factors.shape[1]), float("inf"), dtype=torch.float64)
+        rows = [timesteps] if last_only else [*range(1, timesteps + 1)]
+        refuse_many_steps(len(rows), timesteps, self.factors.shape[1])
+        table = torch.empty(len(rows), timesteps, self.factors.shape[1], dtype=torch.float64)
         divisor, biases = int(self.divisor), self.bias.tolist()
         known: dict[Any, int] = {}
         for c, column in enumerate(self.factors.T.tolist()):
@@ -279,11 +281,8 @@ class IntegerIF(nn.Module):
             gain = Fraction(1, divisor)
             for factor in column:
                 gain *= abs(Fraction(factor))
-            bias = Fraction(biases[c])
-            for row, t in enumerate(rows):
-                for k in range(t):
-                    need = (k + 1) * theta - starts[c] - t * bias
-                    table[row, k, c] = least(need, gain)
+            limits = integer_thresholds(theta, starts[c], Fraction(biases[c]), gain, rows, timesteps)
+            table[:, :, c] = torch.from_numpy(limits)
         return table
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,10 @@ def calling(call: Call) -> Iterator[Call]:
         yield call
     finally:
         _CURRENT.reset(token)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Compute in the dtypes of the tensors while the block runs: autocast would shorten sums that must be exact."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

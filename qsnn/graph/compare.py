@@ -75,3 +75,21 @@ def _first_difference(model: nn.Module, network: fx.GraphModule, images: Tensor)
         if isinstance(ours, Tensor) and isinstance(own, Tensor) and not _equal(ours, own):
             return f"from layer {name} on"
     return "behind the last layer"
+
+
+def refuse_not_finite(model: nn.Module, verb: str, images: Tensor) -> None:
+    """Refuse a network that a verb has just made of images, where a number of it is NaN or infinite.
+
+    Args:
+        model: what was made.
+        verb: its name.
+        images: what it was calibrated on.
+    Raises:
+        ValueError: which tensor, and what the images reach.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"{verb} left NaN or infinity in {name}: expected a finite network and normalised images, got images "
+                f"from {float(images.min()):.3g} to {float(images.max()):.3g}; look at both"
+            )

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
-from qsnn.data.memory import batch_within, keep_freed_memory
+from qsnn.data.memory import batch_within, keep_freed_memory, within
 from qsnn.graph.arrived import arrived, evaluating
-from qsnn.graph.trace import device_of
 from qsnn.measure.heads import Asked, Tasks, find_tasks, heads
 from qsnn.measure.task import told
 from qsnn.options import expect
@@ -21,7 +20,13 @@ from qsnn.snn.network import time_loop
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, source: Any, batch_size: int | None = None, *, task: Asked = None, **options: Any
+    model: nn.Module,
+    source: Any,
+    batch_size: int | None = None,
+    *,
+    task: Asked = None,
+    memory: int | str | None = None,
+    **options: Any,
 ) -> Any:
     """Return the percent of right answers; an SNN answers after its last step.
 
@@ -31,9 +36,10 @@ def accuracy(
     Args:
         model: ANN or SNN.
         source: a Dataset or an iterable of (images, labels).
-        batch_size: images a call; by default up to 500, as many as fit into 1 GiB.
+        batch_size: images a call; by default up to 500, as many as fit into ``memory``.
         task: "classification", "binary", "segmentation" or "regression", or one for each head; by default found from
             the labels and the shape of the answers.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
         options: passed to the model, e.g. ``timesteps=4``.
     Raises:
         ValueError: labels that do not belong to the answers.
@@ -46,7 +52,8 @@ def accuracy(
     model = arrived(model)
     with evaluating(model):
         if batch_size is None:
-            batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, device=device_of(model))
+            with within(memory):
+                batch_size = batch_within(lambda x: answer(model, x, **options), source, 500, model=model)
         tasks, sums = added_up(model, source, batch_size, (0, 1), task, **options)
     scores = tasks.read(sums)
     return scores[""] if [*scores] == [""] else scores
@@ -78,7 +85,7 @@ def find_task(model: nn.Module, source: Any, task: Asked = None) -> Tasks:
     """
     if isinstance(task, Tasks):
         return task
-    images, labels = next(batches(source, 64, device=device_of(model)))
+    images, labels = next(batches(source, 64, model=model))
     with evaluating(model):
         return find_tasks(answer(model, images[:2]), labels, task)
 
@@ -89,7 +96,7 @@ def added_up(
 ) -> tuple[Tasks, dict[str, Tensor]]:
     """The tasks, and the sums that scores are read from, of this process's share of the data."""
     sums: dict[str, Tensor] = {}
-    for images, labels in batches(source, batch_size, device=device_of(model), share=share):
+    for images, labels in batches(source, batch_size, model=model, share=share):
         answers = answer(model, images, **options)
         task = tasks = find_tasks(answers, labels, task)
         for name, part in tasks.count(heads(answers), heads(labels)).items():

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
-from qsnn.data.memory import LiveMemory, batch_within, keep_freed_memory
+from qsnn.data.memory import batch_within, keep_freed_memory, peak_of, within
 from qsnn.folded.fold import fold
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.recipe import recipe_of
-from qsnn.graph.trace import device_of
 from qsnn.measure.accuracy import interval
 from qsnn.measure.counting import Counter
 from qsnn.measure.energy import Estimate, LayerCost, estimates
 from qsnn.measure.heads import Asked
 from qsnn.measure.summary import LayerSummary, Summary, summary
 from qsnn.measure.tally import MARGINS, Exit, Tally
-from qsnn.options import Timesteps, check_option, expect
+from qsnn.options import Share, Timesteps, check_option, expect
 from qsnn.snn.network import SNN, TimeLoop
 
 _STATE_BITS = {"int8": 8, "int16": 16, "fp16": 16}
@@ -116,6 +115,7 @@ def benchmark(
     reference: nn.Module | None = None,
     exit_margin: float | None = None,
     batch_size: int | None = None,
+    memory: int | str | None = None,
     task: Asked = None,
 ) -> Benchmark:
     r"""Measure accuracy for every T and what it costs, in one pass over the data.
@@ -133,7 +133,8 @@ def benchmark(
         reference: a model whose answers are compared (the QANN, usually).
         exit_margin: also answer early: an image stops after the first step at which the two largest probabilities of
             the running answer differ by at least so much [0, 1]; accuracy and mean T at a range of margins.
-        batch_size: images a call; by default up to 250, as many as fit into 1 GiB.
+        batch_size: images a call; by default up to 250, as many as fit into ``memory``.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
         task: "classification", "binary" (one logit, decided by its sign), "segmentation" (mean IoU) or "regression"
             (mean squared error), or one for each head; by default found from the labels and the shape of the answers.
     Raises:
@@ -148,12 +149,14 @@ def benchmark(
     (20, (1, 2, 3, 4), True)
     """
     expect("benchmark(model, data.test)", "model", model, nn.Module)
+    expect("benchmark(model, data.test, reference=qann)", "reference", reference, (nn.Module, type(None)))
     check_option("timesteps", timesteps, Timesteps)
+    check_option("exit_margin", exit_margin, Share | None)
     keep_freed_memory()
     model = arrived(model)
     reference = None if reference is None else arrived(reference)
     with evaluating(model, *[] if reference is None else [reference]):
-        return _measured(model, loader, timesteps, firing, name, reference, exit_margin, batch_size, task)
+        return _measured(model, loader, timesteps, firing, name, reference, exit_margin, batch_size, memory, task)
 
 
 def _measured(
@@ -165,6 +168,7 @@ def _measured(
     reference: nn.Module | None,
     exit_margin: float | None,
     batch_size: int | None,
+    memory: int | str | None,
     task: Asked,
 ) -> Benchmark:
     """The work of :func:`benchmark`, on networks in eval mode."""
@@ -172,9 +176,10 @@ def _measured(
     run = _Run(model, timesteps, firing)
     margins = _margins(exit_margin, run)
     if batch_size is None:
-        batch_size = batch_within(run.uncounted, loader, 250, device=device_of(model))
+        with within(memory):
+            batch_size = batch_within(run.uncounted, loader, 250, model=model)
     tally = Tally(margins, len(run.steps), run.steps.index(run.own) if run.steps else 0, task)
-    for images, labels in batches(loader, batch_size, device=device_of(model)):
+    for images, labels in batches(loader, batch_size, model=model):
         tally.add(run.answers(images), images, labels, reference)
     batch, seen, counter, own = tally.first_batch, tally.seen, run.counter, run.own
     if batch is None or tally.tasks is None:
@@ -353,6 +358,4 @@ def _time(run: _Run, images: Tensor, repeats: int) -> float:
 
 
 def _peak(run: _Run, image: Tensor) -> int:
-    with LiveMemory() as memory:
-        run.call(image, run.own)
-    return memory.peak
+    return peak_of(lambda x: run.call(x, run.own), image)

@@ -13,22 +13,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qsnn.data.images import batches
-from qsnn.data.memory import keep_freed_memory
+from qsnn.data.memory import batch_within, keep_freed_memory, within
 from qsnn.folded.fold import fold
+from qsnn.folded.kept import Kept
 from qsnn.graph.arrived import arrived, evaluating
+from qsnn.graph.call import full_precision
 from qsnn.graph.hooks import recorded, watching
 from qsnn.graph.kinds import does
-from qsnn.graph.trace import device_of, takes_frames
-from qsnn.options import expect
+from qsnn.graph.trace import takes_frames
+from qsnn.options import expect, seen
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.weights import integer_weights
 from qsnn.snn.network import SNN
 
 TIE = 1e-9
-"""Nearer to a half integer than this, the reference's own rounding in float64 decides [steps]; nearer to a gate's level
-likewise [largest input of the gate]."""
+"""Nearer to a half integer than this, the reference's own rounding in float64 decides [steps]; nearer to a gate's
+level, or to where a sign changes, likewise [largest input of the layer]."""
 ROUNDING = 1e-9
-"""Logits that differ by less are equal but for the order of the reference's additions in float64 [largest logit]."""
+"""Logits that differ by less are equal but for the order of the reference's additions in float64 [largest logit of the
+class in the batch]."""
+CANCELLED = 1e-14
+"""What a logit may differ by in any case: one that is nearly 0 is the sum of larger numbers [largest logit]."""
 
 
 @dataclass
@@ -41,7 +46,8 @@ class LayerCheck:
     largest: int = 0
     ties: int = 0
     rounding: int = 0
-    """Differences of 1 where the reference lies within its own rounding of a tie; they count as equal."""
+    """Differences of 1 where the reference lies within its own rounding of a tie. The reference goes on with what the
+    spiking network decided there, so that what comes behind is compared for its own sake."""
     float32: int = 0
     """Integers that the quantized network gives otherwise when it runs in float32, as it usually does."""
     first: tuple[int, ...] | None = None
@@ -73,17 +79,31 @@ class Certificate:
     @property
     def exact(self) -> bool:
         """True when every integer of every layer, every logit and every answer is equal."""
-        layers = all(layer.equal == layer.elements for layer in self.layers)
+        return self.within_rounding and not self._rounding
+
+    @property
+    def within_rounding(self) -> bool:
+        """True when nothing differs but integers at a tie, where the reference's float64 can't tell which is right."""
+        layers = all(layer.equal + layer.rounding == layer.elements for layer in self.layers)
         return layers and self.same_answers == self.answers and self.same_logits == self.logits > 0
 
     @property
+    def _rounding(self) -> int:
+        return sum(layer.rounding for layer in self.layers)
+
+    @property
     def verdict(self) -> str:
-        """``EXACT``, or how many differ and where the first one is."""
+        """``EXACT``, or that all is equal within rounding of the reference, or how many differ and where the first
+        one is."""
         if self.exact:
-            near = sum(layer.rounding for layer in self.layers)
-            return "EXACT" if not near else f"EXACT within rounding of the reference ({near} integers at a tie)"
+            return "EXACT"
+        if self.within_rounding:
+            return (
+                f"equal within rounding of the reference: {self._rounding} integers lie at a tie, where float64 cannot "
+                f"tell which is right; everything else is equal"
+            )
         total = sum(layer.elements for layer in self.layers)
-        wrong = total - sum(layer.equal for layer in self.layers)
+        wrong = total - self._rounding - sum(layer.equal for layer in self.layers)
         for layer in self.layers:
             if layer.first is not None:
                 image, *index = layer.first
@@ -127,13 +147,15 @@ def certify(
     timesteps: int | None = None,
     firing: str = "deferred",
     images: int | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
+    memory: int | str | None = None,
 ) -> Certificate:
     """Compare every layer's spike counts with the quantized network's integers, and all logits, image by image.
 
     The reference is the QANN: Brevitas' own modules with hooks, in float64, with the integer weights and scales read
     once in the dtype it runs in. It never reads the thresholds of the spiking network, which runs in its integer form
-    (folded here if it is not). Of a gate the last decision is compared. Labels are not used.
+    (folded here if it is not), from the numbers that it holds now. Where the reference lies within its own rounding of
+    a tie, the verdict says so, and is not EXACT. Of a gate the last decision is compared. Labels are not used.
 
     Args:
         snn: from :func:`qsnn.convert` or :func:`qsnn.fold`.
@@ -142,7 +164,8 @@ def certify(
         timesteps: T; default L, where deferred firing is the quantizer.
         firing: "deferred", or "online" (equal only at L = T = 1).
         images: at most so many images.
-        batch_size: images a call.
+        batch_size: images a call; by default up to 250, as many as fit into ``memory``.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
     Raises:
         TypeError: ``snn`` is not an SNN.
         ValueError: ``qann`` has no quantized activations, the two have different layers, or there is no image.
@@ -160,8 +183,11 @@ def certify(
     expect("certify(snn, qann, data.test)", "qann", qann, nn.Module)
     qann = arrived(qann)
     if images is not None and (isinstance(images, bool) or not isinstance(images, int) or images < 1):
-        raise ValueError(f"expected images >= 1, or None for all, got {images!r}: of nothing nothing can be certified")
+        raise ValueError(f"expected images >= 1, or None for all, got {seen(images)}: nothing proves nothing")
     folded = snn if snn.folded else fold(snn)
+    for module in folded.modules():  # what is certified is what the network answers from now on
+        if isinstance(kept := getattr(module, "_prepared", None), Kept):
+            kept.clear()
     reference = _Reference(qann)
     counts = {name: folded.network.get_submodule(folded.probes.get(name, name)) for name, _ in folded.neurons()}
     if not reference.levels:
@@ -171,26 +197,37 @@ def certify(
         raise ValueError(f"the two networks do not have the same spiking layers; only one of them has {odd}")
     if timesteps is None:
         timesteps = max(reference.levels.values())
+    steps = timesteps
     found = _Comparison({name: LayerCheck(name) for name in reference.levels})
     keep_freed_memory()
-    for batch, _ in batches(loader, batch_size, device=device_of(folded)):
+
+    def run(batch: Tensor) -> tuple[Any, ...]:
         batch = batch.mean(1) if takes_frames(qann, batch) else batch
-        if images is not None:
-            batch = batch[: images - found.seen]
-            if not len(batch):
-                break
         with recorded(counts) as spikes:
-            answers = folded(batch, timesteps=timesteps, firing=firing)
-        logits, integers, near, usual = reference(batch)
+            answers = folded(batch, timesteps=steps, firing=firing)
+        stepped = {name: train.unflatten(0, (steps, -1)) for name, train in spikes.items()}
+        fired = {name: (train[-1] if name in reference.gates else train.sum(0)) for name, train in stepped.items()}
+        with full_precision(batch.device):
+            return answers, fired, *reference(batch, fired)
+
+    def compare(batch: Tensor) -> None:  # a function: what a batch made is gone before the next one is run
+        answers, fired, logits, integers, near, usual = run(batch)
         for name, check in found.checks.items():
-            stepped = spikes[name].unflatten(0, (timesteps, -1))
-            count = stepped[-1] if name in reference.gates else stepped.sum(0)
             # what the quantizer would say after T steps: n of L levels, T spikes of full rate
             wanted = integers[name].clamp(max=timesteps)
             check.ties += reference.ties[name]
             check.float32 += int((usual[name] != integers[name]).sum())
-            _compare(check, count, wanted, near[name], found.seen)
+            _compare(check, fired[name], wanted, near[name], found.seen)
         found.add([answer[-1] for answer in tree_leaves(answers)], logits, reference.usual_logits, len(batch))
+
+    if batch_size is None:
+        with within(memory):
+            batch_size = batch_within(run, loader, 250, model=folded)
+    for batch, _ in batches(loader, batch_size, model=folded):
+        batch = batch if images is None else batch[: images - found.seen]
+        if not len(batch):
+            break
+        compare(batch)
     if not found.seen:
         raise ValueError("expected at least one image, got none: of nothing nothing can be certified")
     return Certificate(
@@ -214,9 +251,14 @@ class _Comparison:
         for digest, logits, reference, float32 in zip(self._digests, found, wanted, usual, strict=True):
             logits = logits.double()
             digest.update(logits.cpu().contiguous().numpy().tobytes())
+            if logits.shape != reference.shape:
+                got = f"{tuple(logits.shape)} and {tuple(reference.shape)}"
+                raise ValueError(f"expected two networks that answer alike, got logits {got}; certify(snn, its qann)")
             difference = (logits - reference).abs()
-            limit = ROUNDING * float(reference.abs().max().clamp(min=1e-30))
-            self.same_logits += int((difference <= limit).sum())  # never where one is NaN, or both are infinite
+            size = reference.abs().nan_to_num(nan=0.0, posinf=0.0).clamp(min=1e-30)
+            by_class = size.amax([d for d in range(size.dim()) if d != 1], keepdim=True)
+            limit = ROUNDING * by_class + CANCELLED * size.max()
+            self.same_logits += int((difference <= limit).sum())  # never where one is NaN or infinite
             self.logits += logits.numel()
             self.largest = max(self.largest, float(difference.nan_to_num(nan=math.inf).max()))
             same = decided(logits) == decided(reference)
@@ -237,14 +279,18 @@ def decided(logits: Tensor) -> Tensor:
     return logits.argmax(1) if logits.dim() > 1 and logits.shape[1] > 1 else logits > 0
 
 
+_NO_INTEGER = 2.0**31
+"""Shown as the largest difference from NaN and infinity."""
+
+
 def _compare(check: LayerCheck, count: Tensor, integers: Tensor, near: Tensor, offset: int) -> None:
     difference = (count.double() - integers).abs()
     rounding = near & (difference == 1)
-    wrong = (difference > 0) & ~rounding
+    wrong = ~(difference == 0) & ~rounding  # a NaN is no integer
     check.elements += wrong.numel()
-    check.equal += int((~wrong).sum())
+    check.equal += int((difference == 0).sum())
     check.rounding += int(rounding.sum())
-    check.largest = max(check.largest, int(difference.max()))
+    check.largest = max(check.largest, int(difference.nan_to_num(nan=_NO_INTEGER, posinf=_NO_INTEGER).max()))
     if check.first is None and bool(wrong.any()):
         image, *index = (int(i) for i in wrong.nonzero()[0])
         check.first = (offset + image, *index)
@@ -297,14 +343,25 @@ class _Reference:
                 self.levels[name], self.steps[name] = quant.levels, step
 
     def __call__(
-        self, images: Tensor
+        self, images: Tensor, fired: dict[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Logits of every head, integers of every layer, where these lie at a tie, and the integers in float32."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+        """Logits of every head, integers of every layer, where these lie at a tie, and the integers in float32.
 
-        def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-            inputs[name], outputs[name] = args[0], output
+        Args:
+            fired: what the spiking network counted; of a tie that float64 cannot decide the layers behind see that.
+        """
+        integers: dict[str, Tensor] = {}
+        near: dict[str, Tensor] = {}
+
+        def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            integers[name], near[name] = self._read(name, args[0], output)
+            count = fired[name].to(output.dtype)
+            moved = near[name] & ((count - integers[name]).abs() == 1) & (count <= self.levels[name])
+            if not bool(moved.any()):
+                return None
+            unit = self.steps.get(name)
+            value = count * unit if unit is not None else count if name in self.gates else 2 * count - 1
+            return torch.where(moved, value, output)
 
         activations = {name: self.model.get_submodule(name) for name in self.levels}
         weights = watching(self._weights, lambda name, module, args, output: self._values[name])
@@ -313,22 +370,24 @@ class _Reference:
         watched = {name: self.usual.get_submodule(name) for name in self.levels}
         with evaluating(self.usual), recorded(watched) as usual:
             self.usual_logits = [leaf.double() for leaf in tree_leaves(self.usual(images))]
-        integers, near, moved = {}, {}, {}
-        for name, gate in self.gates.items():
-            integers[name], moved[name] = outputs[name], usual[name].double()
-            distance = (inputs[name] - gate.level).abs()
-            near[name] = distance < TIE * max(float(inputs[name].abs().max()), float(gate.level.abs()))
-            self.ties[name] = int((distance == 0).sum())
-        for name in self.levels.keys() - self.steps.keys() - self.gates.keys():
-            integers[name] = (outputs[name] > 0).double()
-            near[name] = torch.zeros_like(outputs[name], dtype=torch.bool)
-            moved[name] = (usual[name] > 0).double()
-            self.ties[name] = int((inputs[name] == 0).sum())
-        for name, step in self.steps.items():
-            integers[name] = torch.round(outputs[name] / step)
-            moved[name] = torch.round(usual[name].double() / step)
-            q = inputs[name] / step
-            inside = (q > 0) & (q < self.levels[name])
-            near[name] = ((q - q.floor() - 0.5).abs() < TIE) & inside
-            self.ties[name] = int(((q - q.floor() == 0.5) & inside).sum())
+        moved = {name: self._integers(name, value.double()) for name, value in usual.items()}
         return logits, integers, near, moved
+
+    def _integers(self, name: str, output: Tensor) -> Tensor:
+        """What a layer's answer stands for: n of L levels, 1 or 0 of a gate or of a sign."""
+        if name in self.steps:
+            return torch.round(output / self.steps[name])
+        return output if name in self.gates else (output > 0).double()
+
+    def _read(self, name: str, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The integers of a layer in float64 and where they lie at a tie, which are counted where they are met."""
+        if name in self.steps:
+            q = x / self.steps[name]
+            inside = (q > 0) & (q < self.levels[name])
+            self.ties[name] = int(((q - q.floor() == 0.5) & inside).sum())
+            return self._integers(name, output), ((q - q.floor() - 0.5).abs() < TIE) & inside
+        level = self.gates[name].level if name in self.gates else x.new_zeros(())
+        distance = (x - level).abs()
+        self.ties[name] = int((distance == 0).sum())
+        largest = max(float(x.abs().nan_to_num(nan=0.0, posinf=0.0).max()), float(level.abs()))
+        return self._integers(name, output), distance < TIE * largest

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from qsnn.data.fitting import describe, fitted
 from qsnn.data.images import Data, batches, first_of
-from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.hooks import recorded
 from qsnn.graph.kinds import DOES, kind_of, refused
@@ -22,6 +22,7 @@ from qsnn.measure.accuracy import answer, interval
 from qsnn.measure.certify import certify
 from qsnn.measure.heads import Asked, Curve, Tasks, find_tasks, heads
 from qsnn.measure.task import told
+from qsnn.options import Timesteps, check_option, expect, seen
 from qsnn.quant.activations import is_sign, level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantize
 from qsnn.quant.weights import weight_bits
@@ -71,7 +72,7 @@ class Check:
     @property
     def ready(self) -> bool:
         """True when nothing is refused, and the spiking network equals the quantized one."""
-        return not self.refused and self.certificate is not None and self.certificate.startswith("EXACT")
+        return not self.refused and (self.certificate or "").startswith(("EXACT", "equal within"))
 
     def __str__(self) -> str:
         lines = [self.data, "", self.model]
@@ -114,6 +115,7 @@ def check(
     timesteps: int = 2,
     seconds: float = 10.0,
     task: Asked = None,
+    memory: int | str | None = None,
 ) -> Check:
     """Run the whole front door without training: accuracy as loaded, quantize, convert, certify, and time a step.
 
@@ -122,6 +124,7 @@ def check(
         data: the data set it was trained for, normalised as it was trained.
         config: precision.
         timesteps: T of the student whose training is timed.
+        memory: what a batch may take, bytes or "512M"; default 1 GiB.
         seconds: the accuracy is measured on as many of the first test images as fit into so long [s].
         task: "classification", "binary", "segmentation" or "regression", or one for each head; by default found from
             the labels and the shape of the answers.
@@ -137,9 +140,20 @@ def check(
     """
     if not isinstance(data, Data):
         raise TypeError(f"expected a Data, got {type(data).__name__}; call check(model, load_data(...))")
+    expect("check(model, data)", "config", config, (QuantizeConfig, type(None)))
+    check_option("timesteps", timesteps, Timesteps)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        raise ValueError(f"expected seconds >= 0, got {seen(seconds)}; 10 is the default")
     model = arrived(model)
     data = fitted(data, model)
     keep_freed_memory()
+    with within(memory):
+        return _checked(model, data, config, timesteps, seconds, task)
+
+
+def _checked(
+    model: nn.Module, data: Data, config: QuantizeConfig | None, timesteps: int, seconds: float, task: Asked
+) -> Check:
     loaded = _as_loaded(model, data, seconds, task)
     config = replace(config or QuantizeConfig(), calibration_images=_CALIBRATED)
     layers: tuple[LayerFate, ...] = ()
@@ -241,6 +255,8 @@ def _as_loaded(model: nn.Module, data: Data, seconds: float, task: Asked) -> _Lo
     tasks: Tasks | None = None
     device = device_of(model)
     size = 50 if device.type == "cpu" else 250  # what a core's cache holds is a fifth faster
+    with evaluating(model):
+        size = batch_within(lambda x: answer(model, x), data.test, size, device=device)
     begun = time.perf_counter()
     with evaluating(model):
         for images, labels in batches(data.test, size, device=device):

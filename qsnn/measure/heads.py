@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsnn.measure.task import BINARY, IGNORED, SEGMENTATION, TASKS, Task
+from qsnn.options import seen
 
 _EQUAL = 1e-5
 """Two numbers that differ by less of the largest one are the same answer of a regression [1]."""
@@ -51,6 +52,22 @@ class Tasks:
     """
 
     by_head: Mapping[str, Task]
+    classes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By head: how many classes labels may name, and how many dimensions a batch of labels has."""
+
+    def check(self, labels: Mapping[str, Tensor]) -> None:
+        """Refuse the labels of a batch that are not like those that the tasks were found from.
+
+        Raises:
+            ValueError: another head, number of dimensions, or a class that the network cannot give.
+        """
+        for name, (classes, dims) in self.classes.items():
+            found, where = labels.get(name), f" of head {name!r}" if name else ""
+            if found is None or found.dim() != dims:
+                got = "none" if found is None else f"{tuple(found.shape)}"
+                raise ValueError(f"expected labels{where} of {dims} dimensions, as in the first batch, got {got}")
+            if not self.by_head[name].floats:
+                _refuse_labels(self.by_head[name], classes, found, where)
 
     @property
     def first(self) -> Task:
@@ -58,7 +75,9 @@ class Tasks:
         return next(iter(self.by_head.values()))
 
     def loss(self, answers: Mapping[str, Tensor], labels: Mapping[str, Tensor], smoothing: float = 0.0) -> Tensor:
-        """The loss of the labels."""
+        """The loss of the labels, which are checked."""
+        if not torch.compiler.is_compiling():
+            self.check(labels)
         return self.summed(lambda task, name: task.loss(answers[name], labels[name], smoothing))
 
     def taught(self, answers: Mapping[str, Tensor], target: Mapping[str, Tensor], temperature: float) -> Tensor:
@@ -74,6 +93,7 @@ class Tasks:
 
     def count(self, answers: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of a batch, by head."""
+        self.check(labels)
         return {name: task.count(answers[name], labels[name]).cpu() for name, task in self.by_head.items()}
 
     def read(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
@@ -145,8 +165,14 @@ def find_tasks(answers: Any, labels: Any, asked: Asked = None) -> Tasks:
     names = heads(asked)
     names = dict.fromkeys(found, asked) if [*names] == [""] else names
     if set(names) != set(found) or not all(name is None or name in TASKS for name in names.values()):
-        raise ValueError(f"expected task to be one of {', '.join(TASKS)}, or one for each head, got {asked!r}")
-    return Tasks({name: _find(found[name], wanted[name], names[name], name) for name in found})
+        raise ValueError(f"expected task to be one of {', '.join(TASKS)}, or one for each head, got {seen(asked)}")
+    tasks = {name: _find(found[name], wanted[name], names[name], name) for name in found}
+    known = {name: (_classes(task, found[name]), wanted[name].dim()) for name, task in tasks.items()}
+    return Tasks(tasks, known)
+
+
+def _classes(task: Task, answers: Tensor) -> int:
+    return 2 if task is BINARY or answers.dim() < 2 else max(2, answers.shape[1])
 
 
 def _find(answers: Any, labels: Any, asked: str | None, head: str) -> Task:
@@ -171,12 +197,11 @@ def _find(answers: Any, labels: Any, asked: str | None, head: str) -> Task:
                 f"('segmentation' of a map)"
             )
     if not task.floats:
-        _refuse_labels(task, answers, labels, where)
+        _refuse_labels(task, _classes(task, answers), labels, where)
     return task
 
 
-def _refuse_labels(task: Task, answers: Tensor, labels: Tensor, where: str) -> None:
-    classes = 2 if task is BINARY else max(2, answers.shape[1])
+def _refuse_labels(task: Task, classes: int, labels: Tensor, where: str) -> None:
     counted = labels[(labels >= 0) & (labels != IGNORED)] if task is SEGMENTATION else labels
     if not counted.numel():
         return
@@ -184,8 +209,8 @@ def _refuse_labels(task: Task, answers: Tensor, labels: Tensor, where: str) -> N
     if low < 0 or high >= classes or bool((counted != counted.long()).any()):
         got = f"{low:g} to {high:g}" if low != high else f"{low:g}"
         raise ValueError(
-            f"expected labels from 0 to {classes - 1}{where} (task={task.name!r}, answers {_shown(answers)}), got "
-            f"{got}; give the network an output a class, or pass task='regression' for numbers"
+            f"expected labels from 0 to {classes - 1}{where} (task={task.name!r}), got {got}; give the "
+            f"network an output a class, or pass task='regression' for numbers"
         )
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qsnn.options import seen
+
 _AVERAGE, _MAX = "avg", "max"
 
 
@@ -27,7 +29,7 @@ class VggSmall(nn.Sequential):
 
     def __init__(self, in_channels: int, num_classes: int, stages: list[list[int]], pooling: str = _AVERAGE) -> None:
         if pooling not in (_AVERAGE, _MAX):
-            raise ValueError(f"pooling must be 'avg' or 'max', got {pooling!r}")
+            raise ValueError(f"pooling must be 'avg' or 'max', got {seen(pooling)}")
         layers: list[nn.Module] = []
         channels = in_channels
         for index, stage in enumerate(stages):

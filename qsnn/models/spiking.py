@@ -17,6 +17,7 @@ from spikingjelly.activation_based.model.spiking_resnet import BasicBlock as Spi
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qsnn.options import seen
 from qsnn.quant.activations import HalfQuant
 from qsnn.quant.weights import IntegerQuant
 from qsnn.snn.network import TimeLoop
@@ -89,7 +90,7 @@ def node(kind: str = "if") -> neuron.BaseNode:
         return neuron.LIFNode(tau=2.0, decay_input=False, **options)
     if kind == "plif":
         return neuron.ParametricLIFNode(init_tau=2.0, decay_input=False, **options)
-    raise ValueError(f"expected a neuron of {', '.join(NEURONS)}, got {kind!r}")
+    raise ValueError(f"expected a neuron of {', '.join(NEURONS)}, got {seen(kind)}")
 
 
 def _conv(inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -179,7 +180,7 @@ def _spiking_resnet(inputs: int, classes: int, kind: str) -> nn.Sequential:
 
 def _sew_resnet(inputs: int, classes: int, kind: str, connect: str = "ADD") -> nn.Sequential:
     if connect not in CONNECTIONS:
-        raise ValueError(f"expected connect of {', '.join(CONNECTIONS)}, got {connect!r}")
+        raise ValueError(f"expected connect of {', '.join(CONNECTIONS)}, got {seen(connect)}")
     parts, channels = [*_conv(inputs, WIDTHS[0]), node(kind)], WIDTHS[0]
     for index, width in enumerate(WIDTHS):
         stride = 2 if index else 1

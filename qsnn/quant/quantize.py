@@ -13,8 +13,9 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, fx, nn
 
-from qsnn.graph.arrived import arrived
-from qsnn.graph.compare import same_answers
+from qsnn.data.memory import fewer, peak_of, within
+from qsnn.graph.arrived import arrived, evaluating
+from qsnn.graph.compare import refuse_not_finite, same_answers
 from qsnn.graph.kinds import does
 from qsnn.graph.pools import moved_max_pools
 from qsnn.graph.recipe import child_recipe, data_recipe, set_recipe
@@ -95,7 +96,9 @@ class QuantizeConfig:
         return 2 if self.act_bits is None else 2**self.act_bits - 1
 
 
-def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None = None) -> fx.GraphModule:
+def quantize(
+    model: nn.Module, data: Any = None, config: QuantizeConfig | None = None, *, memory: int | str | None = None
+) -> fx.GraphModule:
     r"""Return a low-precision copy of a trained float model, its activation steps calibrated on data.
 
     Every ``nn.Conv``, ``nn.Linear`` and ReLU (module or function) becomes Brevitas' quantized layer, and the input
@@ -108,6 +111,8 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
         model: a trained model with ReLU activations that torch.fx can follow. It is not changed.
         data: a :class:`~qsnn.Data` (its training images are used), a Dataset, or an iterable of (images, labels).
         config: precision and calibration.
+        memory: what calibration may take, bytes or "512M"; default 1 GiB. Where its images do not fit, fewer are used,
+            with a warning.
     Raises:
         ValueError: nothing to quantize, a layer that is not supported (all of them are named), a copy that does not
             answer as the model does, or no data.
@@ -129,6 +134,9 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
     in_time = takes_frames(model, frames)
     images = frames.mean(1) if in_time else frames
     network = spelled_copy(model, images, signed=config.signed)
+    with within(memory), torch.no_grad(), evaluating(network):
+        # the quantized network holds what the float one does, and at each quantizer a quotient and an answer besides
+        images = fewer(images, 2 * peak_of(network, images[:1]), "quantize")
     qann = _quantized(network, config)
     recipe = {**child_recipe(model, "qann", quantize=asdict(config)), "input_shape": list(images.shape[1:])}
     if data_recipe(data):
@@ -140,6 +148,7 @@ def quantize(model: nn.Module, data: Any = None, config: QuantizeConfig | None =
             quant = level_quant(module)
             if quant is not None and quant.signed:
                 quant.calibrate_(frames)
+    refuse_not_finite(qann, "quantize", frames)
     return qann
 
 

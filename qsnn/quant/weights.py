@@ -15,6 +15,7 @@ from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
 from brevitas.quant.solver import WeightQuantSolver
 from torch import Tensor, nn
 
+from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant
 
 # Step of least mean-squared error for normally distributed numbers [standard deviations], 2**b - 1 levels around 0.
@@ -174,6 +175,9 @@ def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
         W: that of the weight; int8 for 1 to 8 bit, float64 multiples of 1 for fp16 (the values times 2**24), float
         weights unchanged. s: ``(C, 1, ...)`` or ``()``, in the weight's dtype.
     """
+    expect("integer_weights(layer)", "layer", layer, nn.Module)
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise TypeError(f"expected a layer with weights, got {type(layer).__name__}; call integer_weights(layer)")
     weight = cast(Tensor, layer.weight)
     quant = getattr(layer, "weight_quant", None)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast, overload
@@ -10,7 +11,9 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.data.memory import fewer, within
 from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
+from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gate
 from qsnn.graph.pools import moved_max_pools, reroute
@@ -25,6 +28,7 @@ from qsnn.graph.trace import (
     spelled,
     takes_frames,
     unknown_layers,
+    value_shapes,
 )
 from qsnn.options import expect
 from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
@@ -39,13 +43,25 @@ from qsnn.snn.neurons import GateNode, IFNode, PlusMinus, Repeat, amplified
 
 
 @overload
-def convert(model: nn.Module, data: Any = None, config: ConvertConfig | None = None) -> SNN: ...
+def convert(
+    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, memory: int | str | None = None
+) -> SNN: ...
 @overload
 def convert(
-    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int]
+    model: nn.Module,
+    data: Any = None,
+    config: ConvertConfig | None = None,
+    *,
+    timesteps: Sequence[int],
+    memory: int | str | None = None,
 ) -> dict[int, SNN]: ...
 def convert(
-    model: nn.Module, data: Any = None, config: ConvertConfig | None = None, *, timesteps: Sequence[int] | None = None
+    model: nn.Module,
+    data: Any = None,
+    config: ConvertConfig | None = None,
+    *,
+    timesteps: Sequence[int] | None = None,
+    memory: int | str | None = None,
 ) -> SNN | dict[int, SNN]:
     r"""Return a spiking copy of a network; quantized weights stay Brevitas weights, and stay trainable.
 
@@ -66,6 +82,8 @@ def convert(
         config: T and the way of firing of calls that name none, the neurons, the calibration. May stand second.
         timesteps: several T at once: a spiking network for each of them, calibrated for it, in a dict by T. They share
             one trace and one run of the network; ``config.timesteps`` is not used.
+        memory: what calibration may take, bytes or "512M"; default 1 GiB. Where its images do not fit, fewer are used,
+            with a warning.
     Raises:
         ValueError: nothing to convert, a quantizer without a step, plain ReLUs without data, or what has no faithful
             spiking form (all of it is named).
@@ -113,11 +131,16 @@ def convert(
         )
     snns = [_spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
     if images is not None:
+        largest = max(math.prod(shape) for shape in value_shapes(network, tuple(images.shape[1:])).values())
+        with within(memory):  # a few values in float32 for the reference, and spikes in bytes for each T
+            images = fewer(images, largest * (16 + 4 * sum(steps)), "convert")
         correct_(
             snns, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
             correction=config.correction, initial=config.initial, targets=config.targets,
         )  # fmt: skip
     for snn, one in zip(snns, configs, strict=True):
+        if images is not None:
+            refuse_not_finite(snn, "convert", images)
         set_recipe(snn, child_recipe(model, "snn", convert=asdict(one)))
         if images is not None:
             corrected = config.correction != "none"
@@ -184,12 +207,19 @@ def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
         student: from :func:`qsnn.distill`.
         qann: the network that :func:`convert` was given.
     Raises:
+        TypeError: they are not an SNN and a network.
         ValueError: the student has no such twin: another neuron than the IF of one θ and v₀ = θ/2, or other layers.
     """
+    call = "as_qann(student, qann)"
+    expect(call, "student", student, SNN)
+    expect(call, "qann", qann, nn.Module)
     twin = copy.deepcopy(qann)
     for name, module in student.network.named_modules():
         if isinstance(module, IFNode):
-            quant = level_quant(twin.get_submodule(name))
+            try:
+                quant = level_quant(twin.get_submodule(name))
+            except AttributeError:
+                raise ValueError(f"the two networks have different layers; look at {name}") from None
             if not module.dynamics.plain or module.threshold.dim() or bool((module.initial != 0.5).any()):
                 raise ValueError(
                     f"{name} is no IF neuron of one threshold and half of it at the start, which the quantized network "

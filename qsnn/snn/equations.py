@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based import surrogate as surrogates
 from torch import Tensor
 
-from qsnn.options import Steps, check_options
+from qsnn.options import Steps, check_options, seen
 
 RESETS = ("soft", "hard", "decay")
 STATE_BITS = ("int8", "int16", "fp16")
@@ -104,13 +104,14 @@ def firing_function(surrogate: str) -> Callable[[Tensor, Tensor], Tensor]:
     Raises:
         ValueError: SpikingJelly has no surrogate of this name.
     """
+    surrogate = surrogate if isinstance(surrogate, str) else seen(surrogate)
     if surrogate in ("box", "rate"):  # where there is no rate to go through, in other dynamics, the box
         return _Fire.apply
     found = getattr(surrogates, surrogate, None)
     if not isinstance(found, type) or not issubclass(found, surrogates.SurrogateFunctionBase):
         raise ValueError(
             f"expected surrogate 'box', 'rate' or a class of spikingjelly.activation_based.surrogate such as 'ATan' or "
-            f"'Sigmoid', got {surrogate!r}"
+            f"'Sigmoid', got {seen(surrogate)}"
         )
     smooth = found()
     return lambda h, threshold: smooth(h / threshold - 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import check_images
-from qsnn.graph.call import Call, calling
+from qsnn.graph.call import Call, calling, full_precision
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import takes_frames, value_shapes
-from qsnn.options import Timesteps, check_option
+from qsnn.options import Timesteps, check_option, expect, seen
 from qsnn.snn.equations import Dynamics
 from qsnn.snn.neurons import IFNode, PlusMinus
 
@@ -101,6 +102,7 @@ class SNN(nn.Module):
         folded: bool = False,
         probes: dict[str, str] | None = None,
     ) -> None:
+        expect("SNN(network)", "network", network, nn.Module)
         super().__init__()
         self.network = network
         self.folded = folded
@@ -110,7 +112,7 @@ class SNN(nn.Module):
     def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:
         check_option("timesteps", timesteps, Timesteps)
         if firing not in FIRINGS:
-            raise ValueError(f"firing must be 'online' or 'deferred', got {firing!r}")
+            raise ValueError(f"firing must be 'online' or 'deferred', got {seen(firing)}")
         if timesteps > 1 and any(isinstance(module, PlusMinus) for module in self.network.modules()):
             raise ValueError(f"a network of ±1 activations runs one step, got timesteps={timesteps}; use timesteps=1")
         special = [name for name, node in self.neurons() if not getattr(node, "dynamics", Dynamics()).plain]
@@ -143,7 +145,8 @@ class SNN(nn.Module):
         images = in_order(images, steps) if frames else images
         dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
         check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))
-        with calling(Call(steps, firing, frames)):
+        exact = full_precision(images.device) if self.folded else nullcontext()
+        with calling(Call(steps, firing, frames)), exact:
             return tree_map(lambda z: z.unflatten(0, (steps, -1)), self.network(images))
 
     def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Any:

@@ -10,8 +10,21 @@ from torch import Tensor, nn
 
 from qsnn.graph.call import Call, current
 from qsnn.graph.modules import Gate, step_at
+from qsnn.options import expect, seen
 from qsnn.snn.backward import IFFunction, RateFunction
 from qsnn.snn.equations import Dynamics, deferred, firing_function, integrated, kept, per_channel, simulate
+
+
+def numbers(name: str, value: Any) -> Tensor:
+    """A number, or several, as a tensor of its own in float64.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).detach().clone()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"expected {name} as a number, or one a channel, got {seen(value)}") from None
 
 
 class IFNode(BaseNode):
@@ -37,7 +50,8 @@ class IFNode(BaseNode):
     Shape:
         step_mode "m": x and spikes (T, B, *); "s": (B, *). While an :class:`SNN` calls it: (T·B, *).
     Raises:
-        ValueError: θ is not positive and finite, or no scalar and no vector.
+        ValueError: θ is not positive and finite, or no scalar and no vector; v₀ likewise; or an unknown surrogate.
+        TypeError: no numbers, or ``dynamics`` is none.
     Source:
         Bu et al., "Optimal ANN-SNN Conversion ...", ICLR 2022 (v₀); Rueckauer et al. 2017 (soft reset); Yu et al.,
         "Advancing Training Efficiency of Deep SNNs through Rate-based Backpropagation", NeurIPS 2024 ("rate").
@@ -58,15 +72,19 @@ class IFNode(BaseNode):
         step_mode: str = "m",
     ) -> None:
         # float64: θ = s·L of a float32 step is exact in it, and fold reads θ as a rational number
-        value = torch.as_tensor(threshold, dtype=torch.float64).detach().clone()
+        value, start = numbers("threshold", threshold), numbers("initial", initial)
+        if start.dim() > 1 or not bool(start.isfinite().all()):
+            raise ValueError(f"expected one finite initial potential, or one a channel, got {seen(initial)}")
+        expect("IFNode(threshold, dynamics=Dynamics())", "dynamics", dynamics, (Dynamics, type(None)))
+        firing_function(surrogate)
         if value.dim() > 1 or not value.numel() or not bool((value.isfinite() & (value > 0)).all()):
-            raise ValueError(f"expected one positive, finite threshold, or one a channel, got {value.tolist()}")
+            raise ValueError(f"expected one positive, finite threshold, or one a channel, got {seen(threshold)}")
         super().__init__(v_threshold=float(value.max()), v_reset=None, step_mode=step_mode)
         self.dynamics = dynamics or Dynamics()
         self.overflows = 0
         """How many potentials did not fit into ``dynamics.state_bits`` since the node was made."""
         self.threshold = nn.Parameter(value, requires_grad=False)
-        self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64).detach().clone())
+        self.register_buffer("initial", start)
         leak = self.dynamics.tau
         self.register_buffer("tau", None if leak is None else torch.tensor(leak, dtype=torch.float64))
         self.surrogate = surrogate

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn.data.images import Data, batch_sizes, batches, first_of
-from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
 from qsnn.graph.arrived import arrived, evaluating, mark_frozen_norms_, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
@@ -110,6 +110,7 @@ def fit(
     resume: str | Path | None = None,
     tensorboard: str | Path | None = None,
     label: str = "train",
+    memory: int | str | None = None,
 ) -> list[Epoch]:
     r"""Train ``model`` in place on ``data.train``; it ends in eval mode. Return one :class:`Epoch` for each.
 
@@ -139,6 +140,7 @@ def fit(
             left for the caller to delete.
         tensorboard: folder for TensorBoard: loss terms, accuracy, of an SNN also by T, and firing rates by layer.
         label: shown beside the progress bar.
+        memory: what a batch of the validation may take, bytes or "512M"; default 1 GiB.
     Raises:
         FloatingPointError: the loss is NaN, infinite or far above where it began; says in which step, which state was
             the last good one, and what to try.
@@ -157,13 +159,16 @@ def fit(
     expect("fit(model, data)", "model", model, nn.Module)
     expect("fit(model, data)", "data", data, "train val")
     expect("fit(model, data, teacher=model)", "teacher", teacher, (nn.Module, type(None)))
+    for name, value in (("loss", loss), ("after_step", after_step)):
+        if value is not None and not callable(value):
+            raise TypeError(f"expected {name} as a function, got {type(value).__name__}; leave it out, or pass one")
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
     to_float32_(model)
     teacher = None if teacher is None else arrived(teacher)
     frozen = mark_frozen_norms_(model)
-    loader = _Loader(data, config, device_of(model))
+    loader = _Loader(data, config, model)
     state = read_state(resume, asdict(config))
     if state is not None:
         state.load_(model)  # before the optimizer: Brevitas makes new parameters when it loads
@@ -216,7 +221,7 @@ def fit(
             lay_out_(model.eval(), torch.contiguous_format)
             refuse_not_finite(model, _last_good(resume, len(done.history)))
             average_buffers_(model)
-            done.history.append(_ended(model, data, epoch + 1, done.total, len(loader), tasks))
+            done.history.append(_ended(model, data, epoch + 1, done.total, len(loader), tasks, memory))
             done.batch, done.total = 0, 0.0
             kept.save()
             wait()
@@ -229,13 +234,13 @@ def fit(
 class _Loader:
     """The batches of each epoch. Their order, augmentation and dropout follow from the seed and the step alone."""
 
-    def __init__(self, data: Data, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, data: Data, config: TrainConfig, model: nn.Module) -> None:
         train: Any = data.train
         if config.train_images is not None:
             train = first_of(train, config.train_images)
         if not hasattr(train, "__len__"):
             raise ValueError("data.train must be a Dataset with a length")
-        self.train, self.config, self.device = train, config, device
+        self.train, self.config, self.model = train, config, model
         self.augment = config.augment or data.augment
         self.rank, self.world = rank_and_world()
         self.sizes = batch_sizes(len(train), config.batch_size, self.world)
@@ -249,7 +254,7 @@ class _Loader:
         seed = self.config.seed * 1_000_003 + epoch
         parts = batches(
             self.train, self.config.batch_size, generator=torch.Generator().manual_seed(seed), augment=self.augment,
-            device=self.device, share=(self.rank, self.world),
+            model=self.model, share=(self.rank, self.world),
         )  # fmt: skip
         for batch, (images, labels) in enumerate(parts):
             if batch < first:  # done before the run was stopped
@@ -292,13 +297,17 @@ def _tasks(model: nn.Module, data: Data, task: Asked, loss: Loss | None) -> Task
         return None
 
 
-def _ended(model: nn.Module, data: Data, epoch: int, losses: float, steps: int, tasks: Tasks | None) -> Epoch:
+def _ended(
+    model: nn.Module, data: Data, epoch: int, losses: float, steps: int, tasks: Tasks | None, memory: int | str | None
+) -> Epoch:
     """What an epoch gave, over all processes; ``losses`` is the sum over the steps of this one."""
     (rank, world), device = rank_and_world(), device_of(model)
     mean_loss = float(total_of(torch.tensor(losses, device=device))) / world / steps
     if tasks is None:
         return Epoch(epoch, mean_loss, None, "")
-    _, sums = added_up(model, data.val, 500, (rank, world), tasks)
+    with within(memory), torch.no_grad():
+        size = batch_within(lambda x: answer(model, x), data.val, 500, model=model)
+    _, sums = added_up(model, data.val, size, (rank, world), tasks)
     scores = tasks.read({name: total_of(part.to(device)) for name, part in sums.items()})
     return Epoch(epoch, mean_loss, next(iter(scores.values())), tasks.first.metric)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn.data.images import batches
+from qsnn.data.memory import batch_within
 from qsnn.graph.hooks import watching
 from qsnn.graph.trace import device_of
 from qsnn.measure.heads import Curve, Tasks, heads
@@ -84,8 +85,9 @@ def _measured(snn: SNN | TimeLoop, source: Any, tasks: Tasks) -> tuple[list[floa
         chances[name] += output.numel()
 
     curve = Curve(snn.timesteps)
+    size = batch_within(snn, source, 250, device=device_of(snn))
     with watching(neurons, count):
-        for images, labels in batches(source, 250, device=device_of(snn)):
+        for images, labels in batches(source, size, device=device_of(snn)):
             curve.add(tasks, heads(snn(images)), heads(labels))
     scores = next(iter(curve.read(tasks).values()))
     return scores, {name: spikes[name] / max(1, chances[name]) for name in neurons}
