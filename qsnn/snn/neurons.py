@@ -18,6 +18,8 @@ from qsnn.snn.equations import Dynamics, deferred, firing_function, integrated, 
 def numbers(name: str, value: Any) -> Tensor:
     """A number, or several, as a tensor of its own in float64.
 
+    Shape:
+        that of ``value``: () or (C,).
     Raises:
         TypeError: it is none.
     """
