@@ -73,5 +73,9 @@ def one_by_one(totals: Sequence[Tensor], limit: Callable[[int, Tensor], Tensor])
 
 
 def reached(total: Tensor, limit: Tensor) -> Tensor:
-    """[total >= limit] as float32; a comparison that writes floats is vectorised, one that writes bools is not."""
+    """[total >= limit] as float32; a comparison that writes floats is vectorised, one that writes bools is not.
+
+    Shape:
+        total and returned: (*); limit: broadcast against it.
+    """
     return torch.ge(total, limit, out=torch.empty_like(total, dtype=torch.float32))

@@ -128,7 +128,11 @@ class IntegerLayer(Prepared):
 
 
 def fast_layout(weight: Tensor) -> Tensor:
-    """The weights in the layout in which convolutions of images are faster, and hand it on to all behind them."""
+    """The weights in the layout in which convolutions of images are faster, and hand it on to all behind them.
+
+    Shape:
+        weight and returned: any; of four dimensions channels-last, others as they are.
+    """
     if weight.dim() != 4:
         return weight
     _, inputs, height, width = weight.shape
