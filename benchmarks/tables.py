@@ -141,7 +141,8 @@ def run_table(data: str, records: Sequence[Record]) -> str:
 def _cifar10_flow(records: Sequence[Record], net: str) -> dict[str, list[Record]]:
     names = {r.name for r in records}
     models = ("teacher", "QANN", "QANN on", "SNN online", "student")
-    return flow(records, f"cifar10/{net}", [m for m in models if f"cifar10/{net}/{m}" in names], "cifar10")
+    found = [model for model in models if f"cifar10/{net}/{model}" in names]
+    return flow(records, f"cifar10/{net}", found, "cifar10") if found else {}
 
 
 def cifar10_tables(records: Sequence[Record]) -> str:

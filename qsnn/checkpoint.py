@@ -20,6 +20,7 @@ from qsnn.contents import check_header, check_recipe, check_size, check_state, c
 from qsnn.data.fitting import enough_outputs
 from qsnn.files import header, metadata, opened, read_bytes, sealed, shown, target_of, unsealed, write_atomic
 from qsnn.folded.fold import fold
+from qsnn.folded.prepared import PREPARED
 from qsnn.graph.arrived import arrived, mark_frozen_norms_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
@@ -185,7 +186,10 @@ def _answers(model: nn.Module, recipe: dict[str, Any]) -> None:
     device = next((value.device for value in model.state_dict().values()), None)
     with torch.no_grad():
         image = torch.zeros(1, *shape, device=device)
-        logits = model(image, timesteps=1) if isinstance(model, SNN | TimeLoop) else model(image)
+        # an integer form makes its tables now; those of a stranger's T might fill the memory
+        ready = isinstance(model, SNN) and model.folded and model.timesteps <= PREPARED
+        steps = {"timesteps": model.timesteps if ready else 1} if isinstance(model, SNN | TimeLoop) else {}
+        logits = model(image, **steps)
     axis = 2 if isinstance(model, SNN | TimeLoop) else 1
     known = isinstance(logits, torch.Tensor) and logits.dim() > axis
     if classes is not None and known and not enough_outputs(logits.shape[axis], classes):

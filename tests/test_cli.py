@@ -364,7 +364,7 @@ def test_distill_prunes_and_teaches_both(chain: Path, tmp_path: Path, capsys: py
     out = tmp_path / "a.safetensors"
     qsnn_command(
         "distill", chain / "snn", "--teacher", chain / "qann", "--out", out, "--sparsity", 0.6, "--mutual",
-        "--tensorboard", tmp_path / "board", *short,
+        "--kd-weight", 0.5, "--tensorboard", tmp_path / "board", *short,
     )  # fmt: skip
     said = capsys.readouterr().out
     assert re.search(r"weights that are zero: [67]\d\.\d %", said)

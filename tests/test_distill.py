@@ -173,12 +173,14 @@ def test_surrogates_of_spikingjelly(nets: tuple, digits: qsnn.Data) -> None:
 def test_mutual_learning_trains_both(nets: tuple, digits: qsnn.Data) -> None:
     _, qann, snn = nets
     before = {name: value.clone() for name, value in qann.state_dict().items()}
-    student, teacher = qsnn.distill_together(snn, qann, digits, config(mutual=True))
+    student, teacher = qsnn.distill_together(snn, qann, digits, config(mutual=True, kd_weight=0.5))
     assert all(torch.equal(value, before[name]) for name, value in qann.state_dict().items())
     assert any(not torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert isinstance(student, qsnn.SNN) and qsnn.distill_together(snn, qann, digits, CONFIG)[1] is qann
     with pytest.raises(ValueError, match="one teacher"):
-        qsnn.distill(snn, [qann, qann], digits, config(mutual=True))
+        qsnn.distill(snn, [qann, qann], digits, config(mutual=True, kd_weight=0.5))
+    with pytest.raises(ValueError, match="learn from the student by kd_weight, which is 0"):
+        config(mutual=True)
 
 
 def test_a_pruned_student_folds_and_certifies(nets: tuple, digits: qsnn.Data) -> None:
@@ -269,7 +271,7 @@ parallel.wait()
 def test_tensorboard_has_terms_curve_and_rates(nets: tuple, digits: qsnn.Data, tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     _, qann, snn = nets
-    qsnn.distill(snn, qann, digits, config(batch_size=8), tensorboard=tmp_path)
+    qsnn.distill(snn, qann, digits, config(batch_size=8, kd_weight=0.5), tensorboard=tmp_path)
     events = reader.EventAccumulator(str(tmp_path))
     events.Reload()
     tags = events.Tags()["scalars"]

@@ -216,9 +216,8 @@ def test_a_student_with_gates_has_a_twin_and_is_loaded_again(digits: qsnn.Data, 
     net = attending(digits)
     qann = qsnn.quantize(net, digits)
     config = qsnn.DistillConfig(
-        timesteps=2, epochs=1, train_images=128, batch_size=32, rate_weight=0.1, train_threshold="layer",
-        train_initial="",
-    )  # fmt: skip
+        timesteps=2, epochs=1, train_images=128, batch_size=32, rate_weight=0.1, train_threshold="", train_initial=""
+    )
     student = qsnn.distill(qsnn.convert(qann), qann, digits, config)
     level = student.network.get_submodule("6.gate").level
     assert not torch.equal(level, qann.get_submodule("6.gate").level), "the level learns"

@@ -344,6 +344,8 @@ class _Loss:
 
     def __init__(self, config: DistillConfig, teachers: list[nn.Module], tasks: Tasks) -> None:
         self.config, self.teachers, self.tasks = config, teachers, tasks
+        self.first = True
+        """In the first batch each teacher answers, though no term may ask it: one of another shape is refused."""
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Any) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
@@ -353,6 +355,7 @@ class _Loss:
         matched = matches(model.loop, config.rate_layers) if config.rate_weight else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight
+        asked, self.first = asked or self.first, False
         seen, targets, taught = summed(images, self.teachers[0] if self.teachers else model.teacher), [], None
         with recorded(layers) as activations:
             if model.teacher is not None:

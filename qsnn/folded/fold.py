@@ -15,11 +15,12 @@ from qsnn.folded.builder import Builder
 from qsnn.folded.kinds import FOLD
 from qsnn.folded.layers import IntegerInput
 from qsnn.folded.neurons import CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.folded.prepared import PREPARED
 from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked, steps_of
 from qsnn.graph.arrived import arrived
 from qsnn.graph.kinds import does
 from qsnn.graph.recipe import child_recipe, input_shape_of, set_recipe
-from qsnn.graph.trace import module_of, value_shapes
+from qsnn.graph.trace import device_of, module_of, value_shapes
 from qsnn.quant.activations import level_quant
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import IFNode, PlusMinus, Repeat, amplified
@@ -65,7 +66,15 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
             for name, value in module._buffers.items():
                 module._buffers[name] = None if value is None else value.contiguous()
     folded.eval()
-    set_recipe(folded, child_recipe(snn, "folded"))
+    recipe = child_recipe(snn, "folded")
+    set_recipe(folded, recipe)
+    frames = recipe.get("data", {}).get("frames") is not None
+    if snn.timesteps <= PREPARED:
+        with torch.no_grad():  # a black image: every table is made now, in the dtype in which it is used
+            folded(torch.zeros(1, *([snn.timesteps] if frames else []), *shape, device=device_of(snn)))
+    for _, neuron in folded.neurons():
+        if isinstance(neuron, DynamicIF):
+            neuron.overflows = 0
     return folded
 
 

@@ -6,21 +6,20 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qsnn.folded.kept import Kept
+from qsnn.folded.firing import in_time, summed_up
 from qsnn.folded.neurons import Current, Shape, least, shaped
+from qsnn.folded.prepared import Prepared
 from qsnn.graph.call import Call, current
 
 
-def _held(open_now: Tensor, firing: str) -> Tensor:
-    """Decisions of every step, (T, B, *), as spikes (T·B, *); deferred the last one holds for all steps."""
-    if firing == "deferred":
-        open_now = open_now[-1:].expand_as(open_now)
-    return open_now.float().flatten(0, 1)
+def _held(open_now: list[Tensor], firing: str) -> Tensor:
+    """Decisions of every step, T tensors (B, *), as spikes (T·B, *); deferred the last one holds for all steps."""
+    return torch.cat(open_now if firing == "online" else open_now[-1:] * len(open_now)).float()
 
 
-class IntegerGate(nn.Module):
+class IntegerGate(Prepared):
     r"""A gate in integers: it is 1 at step t when :math:`A_t \ge M_t`.
 
     .. math:: M_t = \lceil t\,(\lambda - b_c) / g_c \rceil
@@ -65,7 +64,6 @@ class IntegerGate(nn.Module):
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
         self.register_buffer("bias", bias.expand(channels).clone())
         self.register_buffer("level", level.detach().double())
-        self._prepared = Kept()
 
     @property
     def sign(self) -> Tensor:
@@ -74,11 +72,8 @@ class IntegerGate(nn.Module):
 
     def table(self, timesteps: int) -> Tensor:
         """Return M by t, (T, n); made anew when a buffer changes."""
-        prepared = self._prepared.of((self.factors, self.divisor, self.bias, self.level))
-        if timesteps not in prepared:
-            prepared[timesteps] = self._exact_table(timesteps).to(self.factors.device)
-        found: Tensor = prepared[timesteps]
-        return found
+        make = lambda: self._exact_table(timesteps).to(self.factors.device)  # noqa: E731
+        return self.kept(timesteps, make)  # type: ignore[no-any-return]
 
     def _exact_table(self, timesteps: int) -> Tensor:
         level, divisor = Fraction(float(self.level)), int(self.divisor) * timesteps**self.steps
@@ -96,11 +91,11 @@ class IntegerGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Integers (T·B, *) -> gates {0, 1} in float32 of the same shape."""
         call = current() or Call()
-        sums = (x.double() * shaped(self.sign, self.shape)).unflatten(0, (call.timesteps, -1)).cumsum(0)
-        limits = torch.stack([shaped(row, self.shape) for row in self.table(call.timesteps)])
-        rank = sums.dim() - 1
-        limits = limits.reshape(len(limits), *[1] * (rank - (limits.dim() - 1)), *limits.shape[1:])
-        return _held(sums >= limits, call.firing)
+        steps = call.timesteps
+        sign = self.kept("sign", lambda: shaped(self.sign, self.shape))
+        limits = self.kept(("limits", steps), lambda: [shaped(row, self.shape) for row in self.table(steps)])
+        totals = summed_up(in_time(x.double() * sign, steps))
+        return _held([total >= limit for total, limit in zip(totals, limits, strict=True)], call.firing)
 
 
 class CurrentGate(Current):
@@ -132,9 +127,7 @@ class CurrentGate(Current):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Gates {0, 1} in float32, (T·B, *)."""
         call = current() or Call()
-        sums = [x.double().unflatten(0, (call.timesteps, -1)).cumsum(0) for x in inputs]
-        total = self.gain(0, call.timesteps) * sums[0]
-        for index, x in enumerate(sums[1:], 1):
-            total = total + self.gain(index, call.timesteps) * x
-        time = torch.arange(1, call.timesteps + 1, device=total.device).view(-1, *[1] * (total.dim() - 1))
-        return _held(total + time * self.step_bias >= time * self.level, call.firing)
+        steps = call.timesteps
+        levels = self.kept(("levels", steps), lambda: [t * self.level for t in range(1, steps + 1)])
+        totals = self.totals(inputs, steps)
+        return _held([total >= level for total, level in zip(totals, levels, strict=True)], call.firing)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsnn.folded.kept import Kept
+from qsnn.folded.prepared import Prepared
 from qsnn.graph.call import steps
 from qsnn.quant.activations import round_half_up
 
@@ -18,7 +18,7 @@ EXACT_FLOAT64 = 2**52
 """Likewise in float64; integers of more bits are refused."""
 
 
-class IntegerInput(nn.Module):
+class IntegerInput(Prepared):
     """The input quantizer: real pixels (B, *) -> integers in float32, divided and rounded in float64."""
 
     step: Tensor
@@ -30,7 +30,8 @@ class IntegerInput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return clip(round_half_up(x / s), -L, L)."""
-        return round_half_up(x.double() / self.step.double()).clamp_(-self.levels, self.levels).float()
+        step = self.kept("step", lambda: self.step.double())
+        return round_half_up(x.double() / step).clamp_(-self.levels, self.levels).float()
 
 
 def layer_options(layer: nn.Module) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def exact_dtype(most: float) -> torch.dtype:
     return torch.float32 if most < EXACT_FLOAT32 else torch.float64
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(Prepared):
     """A convolution or linear layer with integer weights W: integers in, their exact weighted sums out.
 
     It runs in float32, rounded to the nearest integer, while bound · T^(steps + 1) < 2**23, else in float64.
@@ -90,7 +91,6 @@ class IntegerLayer(nn.Module):
         self.weight_bits = weight_bits
         self.input_bound, self.steps = input_bound, steps
         self.options = layer_options(layer)
-        self._prepared = Kept()
 
     @property
     def integers(self) -> Tensor:
@@ -111,23 +111,34 @@ class IntegerLayer(nn.Module):
         Raises:
             ValueError: behind a product of counts, sums that no dtype holds exactly.
         """
-        prepared = self._prepared.of((self.weight,))
-        if "bound" not in prepared:
-            prepared["bound"] = self.bound
-        most = prepared["bound"] * timesteps ** (self.steps + 1)
+        return self.kept(timesteps, lambda: self._in_dtype(timesteps))  # type: ignore[no-any-return]
+
+    def _in_dtype(self, timesteps: int) -> Tensor:
+        most = self.bound * timesteps ** (self.steps + 1)
         if self.steps:
             exact_dtype(most)
-        exact32 = self.weight.dtype == torch.int8 and most < EXACT_FLOAT32
-        dtype = torch.float32 if exact32 else torch.float64
-        if dtype not in prepared:
-            prepared[dtype] = self.integers.to(dtype)
-        found: Tensor = prepared[dtype]
-        return found
+        if self.weight.dtype == torch.float16 or most >= EXACT_FLOAT32:
+            return self.kept(torch.float64, lambda: self.integers)  # type: ignore[no-any-return]
+        return self.kept(torch.float32, lambda: fast_layout(self.integers.float()))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         """Integer sums in float32 or float64."""
         weight = self.ready(steps())
         return weighted_sum(x.to(weight.dtype), weight, self.options).round_()
+
+
+def fast_layout(weight: Tensor) -> Tensor:
+    """The weights in the layout in which convolutions of images are faster, and hand it on to all behind them.
+
+    Shape:
+        weight and returned: any; of four dimensions channels-last, others as they are.
+    """
+    if weight.dim() != 4:
+        return weight
+    _, inputs, height, width = weight.shape
+    # of a single input channel both layouts are "contiguous": by its strides alone it names the one that is meant
+    strides = (inputs * height * width, 1, width * inputs, inputs)
+    return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(weight)
 
 
 class FloatLayer(nn.Module):
@@ -163,8 +174,8 @@ class FloatLayer(nn.Module):
         bias = 0.0 if self.bias is None else self.bias.double()
         weight = self.weight.double() * scale.view(-1, *[1] * (self.weight.dim() - 1))
         self.weight, self.bias = weight.to(dtype), (bias * scale + shift).expand(len(weight)).to(dtype)
-        if dtype == torch.float32 and weight.dim() == 4:
-            self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # the faster layout of convolutions
+        if dtype == torch.float32:
+            self.weight = fast_layout(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T·B, *) -> weighted sums (T·B, *), in the dtype of the weights."""

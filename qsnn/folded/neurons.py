@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qsnn.folded.kept import Kept
+from qsnn.folded import firing
 from qsnn.folded.layers import EXACT_FLOAT32
+from qsnn.folded.prepared import Prepared
 from qsnn.folded.thresholds import integer_thresholds, refuse_many_steps
 from qsnn.graph.call import Call, current
 from qsnn.snn.equations import Dynamics, deferred, integrated, per_channel, simulate
@@ -34,7 +38,7 @@ def least(need: Fraction, gain: Fraction) -> float:
     return float(limit) if abs(limit) < 2**52 else float("inf") * (1 if limit > 0 else -1)
 
 
-class Current(nn.Module):
+class Current(Prepared):
     r"""The real current of a step, :math:`\sum_j g_j A_j + b`, in float64, added in graph order.
 
     Args:
@@ -74,13 +78,29 @@ class Current(nn.Module):
         """b, shaped to be added to a step."""
         return shaped(self.bias, self.shapes[-1])
 
+    def added(self, inputs: Sequence[Tensor], timesteps: int) -> Tensor:
+        """Σ_j g_j·A_j at T in float64, in graph order.
+
+        Shape:
+            inputs and returned: (*).
+        """
+        make = lambda: [self.gain(index, timesteps) for index in range(len(self.divisors))]  # noqa: E731
+        gains = self.kept(("gains", timesteps), make)
+        return functools.reduce(torch.add, (gain * x.double() for gain, x in zip(gains, inputs, strict=True)))
+
+    def totals(self, inputs: Sequence[Tensor], timesteps: int) -> list[Tensor]:
+        """S of the currents up to each step.
+
+        Shape:
+            inputs: (T·B, *); returned: T tensors (B, *).
+        """
+        biases = self.kept(("bias", timesteps), lambda: [t * self.step_bias for t in range(1, timesteps + 1)])
+        sums = [firing.summed_up(firing.in_time(x.double(), timesteps)) for x in inputs]
+        return [self.added(parts, timesteps) + bias for *parts, bias in zip(*sums, biases, strict=True)]
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """(T·B, *) for each input -> (T·B, *)."""
-        timesteps = _call().timesteps
-        total = self.gain(0, timesteps) * inputs[0].double()
-        for index, x in enumerate(inputs[1:], 1):
-            total = total + self.gain(index, timesteps) * x.double()
-        return total + self.step_bias
+        return self.added(inputs, _call().timesteps) + self.step_bias
 
 
 class CurrentIF(Current):
@@ -113,30 +133,23 @@ class CurrentIF(Current):
         """Spikes {0, 1} in float32, (T·B, *)."""
         call = _call()
         steps = call.timesteps
-        sums = [x.double().unflatten(0, (steps, -1)).cumsum(0) for x in inputs]
-        total = self.gain(0, steps) * sums[0]
-        for index, x in enumerate(sums[1:], 1):
-            total = total + self.gain(index, steps) * x
-        dims = total.dim() - 1
-        time = torch.arange(1, steps + 1, device=total.device).view(-1, *[1] * dims)
-        total = total + time * self.step_bias
-        theta, offset = self.theta(dims), per_channel(1.0 - self.initial, dims)
+        totals = self.totals(inputs, steps)
+        dims = totals[0].dim()
+        limits = self.kept(("limits", steps, dims), lambda: self._limits(steps, dims))
         if call.firing == "deferred":
-            count = ((total[-1] / theta) + (1.0 - offset)).floor().clamp_(0, steps)
-            # the division may round across an integer: compare with the products, which is the definition
-            count = count - (count > 0).double() * (total[-1] < (count - 1 + offset) * theta)
-            count = count + (count < steps).double() * (total[-1] >= (count + offset) * theta)
-            spikes = (time - 1) < count
-        else:
-            fired = torch.zeros_like(total[0])
-            spikes = torch.empty(total.shape, dtype=torch.bool, device=total.device)
-            for t in range(steps):
-                spikes[t] = total[t] >= (fired + offset) * theta
-                fired += spikes[t]
-        return spikes.float().flatten(0, 1)
+            return firing.deferred(totals[-1], limits)
+        if steps <= firing.COMPARED:
+            return firing.online(totals, [limits[: t + 1] for t in range(steps)])
+        theta, offset = self.kept(("θ", dims), lambda: (self.theta(dims), per_channel(1.0 - self.initial, dims)))
+        return firing.one_by_one(totals, lambda t, fired: (fired + offset) * theta)
+
+    def _limits(self, timesteps: int, dims: int) -> list[Tensor]:
+        """(k + ½)·θ for each k < T, shaped to meet a sum."""
+        theta, offset = self.theta(dims), per_channel(1.0 - self.initial, dims)
+        return [(k + offset) * theta for k in range(timesteps)]
 
 
-class RealIF(nn.Module):
+class RealIF(Prepared):
     """The IF neuron of a float layer, on its current as it is; see :class:`qsnn.IFNode`.
 
     Args:
@@ -161,12 +174,17 @@ class RealIF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
         call = _call()
-        theta = x.new_ones(()) if self.unit else self.threshold.to(x.dtype)
-        theta = per_channel(theta, x.dim())
+        theta, start = self.kept((x.dtype, x.dim()), lambda: self._shaped(x.dtype, x.dim()))
         once = self.constant and not call.frames
         x = x.expand(call.timesteps, *x.shape) if once else x.unflatten(0, (call.timesteps, -1))
-        start = per_channel(self.initial.to(x.dtype), x.dim() - 1) * theta
         return (deferred if call.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
+
+
+    def _shaped(self, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor]:
+        """θ and v₀, shaped to meet a step; a number as (1,), which is never read back from a device."""
+        theta = torch.ones_like(self.threshold) if self.unit else self.threshold
+        theta = per_channel(theta.to(dtype).reshape(-1), dims) if theta.dim() else theta.to(dtype).reshape(1)
+        return theta, per_channel(self.initial.to(dtype), dims) * theta
 
 
 class DynamicIF(CurrentIF):
@@ -204,7 +222,7 @@ class DynamicIF(CurrentIF):
         return spikes.float().flatten(0, 1)
 
 
-class IntegerIF(nn.Module):
+class IntegerIF(Prepared):
     r"""An IF neuron in integers: it fires at step t, after k spikes, when :math:`A_t \ge M_{t,k}`.
 
     .. math:: M_{t,k} = \lceil ((k + 1)\,\theta - v_0 - t\,b_c) / g_c \rceil
@@ -255,7 +273,6 @@ class IntegerIF(nn.Module):
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
-        self._prepared = Kept()
 
     @property
     def sign(self) -> Tensor:
@@ -264,23 +281,23 @@ class IntegerIF(nn.Module):
 
     def table(self, timesteps: int, firing: str) -> Tensor:
         """Return M, (T, T, n) by t and k, of which only k < t count; deferred only its last row, (1, T, n)."""
-        return self._ready(timesteps, firing, torch.float64)[0]
-
-    def _ready(self, timesteps: int, firing: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, bool]:
-        """The table, the sign where a gain is negative, and whether float32 is too short; made anew when a buffer
-        changes."""
-        buffers = (self.factors, self.divisor, self.bias, self.threshold, self.initial, self.input_bound)
-        prepared = self._prepared.of(buffers)
-        if "bound" not in prepared:
-            sign = self.sign
-            prepared["sign"] = shaped(sign, self.shape) if bool((sign < 0).any()) else None
-            prepared["bound"] = float(self.input_bound)
         last_only = firing == "deferred"
-        found = prepared.get((timesteps, last_only, dtype))
-        if found is None:
-            table = self._exact_table(timesteps, last_only).to(self.factors.device, dtype)
-            found = prepared[timesteps, last_only, dtype] = table
-        return found, prepared["sign"], prepared["bound"] * timesteps ** (self.steps + 1) >= EXACT_FLOAT32
+        make = lambda: self._exact_table(timesteps, last_only).to(self.factors.device)  # noqa: E731
+        return self.kept((timesteps, last_only), make)  # type: ignore[no-any-return]
+
+    def _ready(self, timesteps: int, firing_: str, dtype: torch.dtype, dims: int) -> Any:
+        """The dtype in which T steps are exact, the sign where a gain is negative, and M in the form that is asked."""
+        if dtype == torch.float32 and float(self.input_bound) * timesteps ** (self.steps + 1) >= EXACT_FLOAT32:
+            dtype = torch.float64
+        sign = self.sign
+        negative = shaped(sign, self.shape).to(dtype) if bool((sign < 0).any()) else None
+        table = self.table(timesteps, firing_).to(dtype)
+        if firing_ == "online" and timesteps > firing.COMPARED:
+            return dtype, negative, table
+        # each limit has a dimension for the batch, so that it is as many as a sum has
+        shape = (1,) * (dims - len(self.shape)) + self.shape
+        rows = [[limit.expand(math.prod(shape)).view(shape) for limit in row] for row in table]
+        return dtype, negative, rows[0] if firing_ == "deferred" else [row[: t + 1] for t, row in enumerate(rows)]
 
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
@@ -305,33 +322,19 @@ class IntegerIF(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Integers (T·B, *) -> spikes {0, 1} in float32 of the same shape."""
         call = _call()
-        steps = call.timesteps
-        table, sign, wide = self._ready(steps, call.firing, x.dtype)
-        if wide and x.dtype == torch.float32:
-            x = x.double()
-            table, sign, _ = self._ready(steps, call.firing, x.dtype)
+        steps, key = call.timesteps, (call.timesteps, call.firing, x.dtype, x.dim())
+        dtype, sign, limits = self.kept(key, lambda: self._ready(*key))
+        x = x.to(dtype)
         if sign is not None:
-            x = x * sign.to(x.dtype)
-        x = x.unflatten(0, (steps, -1))
+            x = x * sign
+        totals = firing.summed_up(firing.in_time(x, steps))
         if call.firing == "deferred":
-            total = x.sum(0)
-            count = torch.zeros_like(total)
-            for k in range(steps):
-                count += total >= shaped(table[0, k], self.shape)
-            time = torch.arange(steps, device=x.device).view(-1, *[1] * total.dim())
-            return (time < count).float().flatten(0, 1)
-        spikes = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        total = x[0].clone()
-        channels = table.shape[2]
+            return firing.deferred(totals[-1], limits)
+        if steps <= firing.COMPARED:
+            return firing.online(totals, limits)
+        channels = limits.shape[2]
         # where each neuron's threshold stands in a row of the table, k·n + c; a spike moves it on by n
-        place = shaped(torch.arange(channels, device=x.device), self.shape).expand(x.shape[1:]).contiguous()
-        for t in range(steps):
-            if t == 0:
-                limit = shaped(table[0, 0], self.shape)
-            else:
-                total += x[t]
-                limit = table[t].flatten().index_select(0, place.view(-1)).view(place.shape)
-            torch.ge(total, limit, out=spikes[t])
-            if t + 1 < steps:
-                place.add_(spikes[t].to(torch.int64), alpha=channels)
-        return spikes.flatten(0, 1)
+        first = shaped(torch.arange(channels, device=x.device), self.shape).expand(x.shape[1:])
+        return firing.one_by_one(
+            totals, lambda t, fired: limits[t].flatten()[first + channels * fired.to(torch.int64)]
+        )

@@ -169,9 +169,18 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 
 def _reparametrized(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module) or any(
+    return bool(_computed(module)) or any(
         isinstance(hook, WeightNorm | SpectralNorm | prune.BasePruningMethod) for hook in _hooks(module)
     )
+
+
+def _computed(module: nn.Module) -> list[str]:
+    """The names of what is computed in the place of a parameter, but by our own: low-precision weights of networks from
+    scratch are part of what these are."""
+    if not parametrize.is_parametrized(module):
+        return []
+    made: Any = module.parametrizations
+    return [name for name, steps in made.items() if not all(type(s).__module__.startswith("qsnn.") for s in steps)]
 
 
 def _plain_(module: nn.Module) -> None:
@@ -185,13 +194,13 @@ def _plain_(module: nn.Module) -> None:
             remove: Any = remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm
             remove(module, hook.name)
             getattr(module, hook.name).requires_grad_(trained)
-    if parametrize.is_parametrized(module):
+    if _computed(module):
         flag, own = module.training, type(module)
         # torch gives a parametrized module a class of its own, which a copy shares, and takes properties off that class
         body = {name: value for name, value in vars(own).items() if name not in ("__dict__", "__weakref__")}
         module.__class__ = type(own.__name__, own.__bases__, body)
         module.eval()  # a spectral norm moves its vectors whenever it is asked in training mode
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
+        for name in _computed(module):
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
         module.train(flag)
 

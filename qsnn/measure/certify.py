@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from qsnn.data.images import batches
 from qsnn.data.memory import batch_within, keep_freed_memory, within
 from qsnn.folded.fold import fold
-from qsnn.folded.kept import Kept
+from qsnn.folded.prepared import Prepared
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.call import full_precision
 from qsnn.graph.hooks import recorded, watching
@@ -191,8 +191,8 @@ def certify(
         raise ValueError(f"expected images >= 1, or None for all, got {seen(images)}: nothing proves nothing")
     folded = snn if snn.folded else fold(snn)
     for module in folded.modules():  # what is certified is what the network answers from now on
-        if isinstance(kept := getattr(module, "_prepared", None), Kept):
-            kept.clear()
+        if isinstance(module, Prepared):
+            module.forget()
     reference = _Reference(qann)
     counts = {name: folded.network.get_submodule(folded.probes.get(name, name)) for name, _ in folded.neurons()}
     if not reference.levels:

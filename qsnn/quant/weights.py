@@ -170,12 +170,11 @@ def integer_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
     Args:
         layer: a Brevitas ``QuantConv`` or ``QuantLinear``, or a plain one (its float weights then come with scale 1).
-
     Shape:
         W: that of the weight; int8 for 1 to 8 bit, float64 multiples of 1 for fp16 (the values times 2**24), float
         weights unchanged. s: ``(C, 1, ...)`` or ``()``, in the weight's dtype.
     Raises:
-        TypeError: it is no layer, or has no weights.
+        TypeError: no layer, or one without weights.
     """
     expect("integer_weights(layer)", "layer", layer, nn.Module)
     if not isinstance(getattr(layer, "weight", None), Tensor):

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
 from qsnn.report.curve import COLOURS, drawn
-from qsnn.report.terminal import NONE, accuracy_at, equal_logits, kib, shown, shown_steps, si, unit_of
+from qsnn.report.terminal import (
+    COLUMNS,
+    NARROW,
+    NONE,
+    accuracy_at,
+    equal_logits,
+    kib,
+    shown,
+    shown_steps,
+    unit_of,
+)
 
 if TYPE_CHECKING:
     from qsnn.export.deployed import Deployed
@@ -95,11 +105,12 @@ def _results(results: Sequence[Benchmark]) -> str:
                 low, high = interval(a / 100, r.n)
                 text += f" <small>±{shown(50 * (high - low), 'accuracy')}</small>"
             cells.append(text if r.timesteps else f'<td class="ann" colspan="{len(steps)}">{text}</td>')
-        rows.append([*cells, shown(r.spike_rate, "rate"), si(r.synops), si(r.macs)])
+        rows.append([*cells, *(cell(r, NARROW) for cell in COLUMNS.values())])
     metric = results[0].metric
     unit = f"[{unit_of(metric) or 1}]"
     accuracy = [f"T&nbsp;=&nbsp;{t}<br>{unit}" if t else f"{metric}<br>{unit}" for t in steps]
-    return _html(rows, ["model", "firing", "weights<br>[KiB]", *accuracy, "spike<br>rate", "synops", "MACs"], "results")
+    measured = [name.replace(" ", "<br>") for name in COLUMNS]
+    return _html(rows, ["model", "firing", "weights<br>[KiB]", *accuracy, *measured], "results")
 
 
 def _heads(results: Sequence[Benchmark]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -72,7 +72,11 @@ def shown_steps(results: Sequence[Benchmark | Deployed]) -> list[int]:
     return [t for t in measured if t & (t - 1) == 0 or t == measured[-1]]
 
 
-def si(value: float | None, gap: str = "\u00a0") -> str:
+NARROW = "\u00a0"
+"""A space at which no line breaks."""
+
+
+def si(value: float | None, gap: str = NARROW) -> str:
     """A count in three digits, or a dash for None.
 
     >>> si(1234, " "), si(999_600, " "), si(7, " ")
@@ -88,6 +92,14 @@ def si(value: float | None, gap: str = "\u00a0") -> str:
         if value >= 0.9995 * size:  # what three digits round up to the next unit
             return f"{value / size:.3g}{gap}{unit}"
     return f"{value:.3g}"
+
+
+COLUMNS: dict[str, Callable[[Benchmark, str], str]] = {
+    "spike rate": lambda r, gap: shown(r.spike_rate, "rate"),
+    "synops": lambda r, gap: si(r.synops, gap),
+    "MACs": lambda r, gap: si(r.macs, gap),
+}
+"""What a table of results shows behind the accuracy; the terminal, 80 columns wide, the first two."""
 
 
 def table(results: Sequence[Benchmark]) -> Table:
@@ -106,7 +118,8 @@ def table(results: Sequence[Benchmark]) -> Table:
     accuracy = (f"T={t}\n{unit}" if t else unit for t in steps)
     if metric != "accuracy":
         out.title, out.title_justify, out.title_style = metric, "left", ""
-    for i, head in enumerate(("model", "firing", "weights\n[KiB]", *accuracy, "spike\nrate", "synops")):
+    narrow = [(name.replace(" ", "\n"), cell) for name, cell in COLUMNS.items()][:2]
+    for i, head in enumerate(("model", "firing", "weights\n[KiB]", *accuracy, *(name for name, _ in narrow))):
         out.add_column(head, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=True)
     counted = [r.counts_said for r in results if r.counts_said]
     if counted:
@@ -116,7 +129,7 @@ def table(results: Sequence[Benchmark]) -> Table:
         cells = [Text(shown(accuracy_at(r, t), metric), style=dim) for t in steps]
         if metric == "accuracy":
             cells = [Text(str(cell)[:5], style=dim) for cell in cells]  # 100.0, else 99.99
-        cells += [Text(shown(r.spike_rate, "rate")), Text(si(r.synops, gap=""))]
+        cells += [Text(cell(r, "")) for _, cell in narrow]
         out.add_row(Text(r.name), r.firing or "ANN", kib(r.weight_bytes), *cells)
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -108,6 +108,7 @@ class SNN(nn.Module):
         self.network = network
         self.folded = folded
         self.probes = dict(probes or {})
+        self._passed: dict[Any, set[tuple[int, str]]] = {}
         self.timesteps, self.firing = self._checked(timesteps, firing)
 
     def _checked(self, timesteps: int, firing: str) -> tuple[int, str]:
@@ -124,6 +125,14 @@ class SNN(nn.Module):
                 f"deferred firing is defined for the soft reset without leak, signed spikes or a membrane of few bits; "
                 f"{special[0]} has another equation; use firing='online'"
             )
+        return timesteps, firing
+
+    def _agreed(self, timesteps: int, firing: str) -> tuple[int, str]:
+        """What :meth:`_checked` says, asked once for each T and firing of a folded network, which nobody rebuilds."""
+        passed = self._passed.setdefault(getattr(self.network, "_code", None), set())
+        known = type(timesteps) is int and type(firing) is str and (timesteps, firing) in passed
+        if not self.folded or not known:
+            passed.add(self._checked(timesteps, firing))
         return timesteps, firing
 
     def neurons(self) -> Iterator[tuple[str, nn.Module]]:
@@ -144,19 +153,25 @@ class SNN(nn.Module):
             frames = images.dim() == len(shape) + 2
         if timesteps is None:
             timesteps = images.shape[1] if frames else self.timesteps
-        steps, firing = self._checked(timesteps, self.firing if firing is None else firing)
+        steps, firing = self._agreed(timesteps, self.firing if firing is None else firing)
         images = in_order(images, steps) if frames else images
-        dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
-        check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))
+        if not torch.compiler.is_exporting():  # an exported program sees shapes; values are its caller's to check
+            dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
+            check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))
         exact = full_precision(images.device) if self.folded else nullcontext()
         with calling(Call(steps, firing, frames)), exact:
-            return tree_map(lambda z: z.unflatten(0, (steps, -1)), self.network(images))
+            return _each(lambda z: z.unflatten(0, (steps, -1)), self.network(images))
 
     def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Any:
         """Return the answer after each step (online), or the final one (deferred)."""
         firing = self.firing if firing is None else firing
         z = self.step_logits(images, timesteps=timesteps, firing=firing)
-        return tree_map(final_mean if firing == "deferred" else running_mean, z)
+        return _each(final_mean if firing == "deferred" else running_mean, z)
+
+
+def _each(change: Callable[[Tensor], Tensor], answers: Any) -> Any:
+    """The answer of every head, changed."""
+    return change(answers) if isinstance(answers, Tensor) else tree_map(change, answers)
 
 
 def in_order(frames: Tensor, timesteps: int) -> Tensor:

@@ -19,7 +19,7 @@ def numbers(name: str, value: Any) -> Tensor:
     """A number, or several, as a tensor of its own in float64.
 
     Shape:
-        value: () or (C,), returned as it is.
+        that of ``value``: () or (C,).
     Raises:
         TypeError: it is none.
     """
@@ -232,7 +232,9 @@ class Repeat(nn.Module):
         call = current()
         if call is None or call.timesteps == 1 or call.frames:
             return x
-        return x.expand(call.timesteps, *x.shape).flatten(0, 1)
+        if x.requires_grad:
+            return x.expand(call.timesteps, *x.shape).flatten(0, 1)
+        return torch.cat([x] * call.timesteps)  # in the layout of x, which a view of one image that repeats would hide
 
 
 class PlusMinus(nn.Module):
