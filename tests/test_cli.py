@@ -24,7 +24,7 @@ import torch
 import qsnn
 from qsnn.cli import main as cli
 from qsnn.cli.main import main
-from qsnn.cli.run import RunConfig
+from qsnn.cli.run import LOW_BITS, RunConfig
 from qsnn.distillation.distill import DistillConfig
 from qsnn.export.hub import save_pretrained
 from qsnn.export.onnx import OnnxConfig
@@ -136,7 +136,7 @@ def test_each_command_continues_from_the_file_before(chain: Path, capsys: pytest
 def test_a_command_does_what_the_function_does(chain: Path, tmp_path: Path, images: torch.Tensor) -> None:
     teacher, data = qsnn.load(chain / "teacher"), qsnn.load_data("digits")
     qann = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(weight_bits=2, levels=2))
-    qsnn.fit(qann, data, qsnn.TrainConfig(epochs=1, train_images=256, lr=0.04, kd_weight=0.0), teacher=teacher)
+    qsnn.fit(qann, data, qsnn.TrainConfig(epochs=1, train_images=256, kd_weight=0.0, **LOW_BITS), teacher=teacher)
     assert torch.equal(qann(images), qsnn.load(chain / "qann")(images))
     qsnn_command("quantize", chain / "teacher", "--act-bits", 1, "--epochs", 0, "--out", tmp_path / "calibrated")
     calibrated = qsnn.quantize(teacher, data, qsnn.QuantizeConfig(act_bits=1))  # --epochs 0 only calibrates

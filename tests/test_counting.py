@@ -172,7 +172,7 @@ def test_early_exit(snn: qsnn.SNN, digits: qsnn.Data) -> None:
     at_once = qsnn.benchmark(snn, digits.test, timesteps=4, exit_margin=0.0).exits[0]
     assert (at_once.timesteps, at_once.accuracy) == (1.0, pytest.approx(result.accuracy[0], abs=1e-3))
     assert never.accuracy == pytest.approx(result.accuracy[-1], abs=1.0)
-    with pytest.raises(ValueError, match="margin from 0 to 1"):
+    with pytest.raises(ValueError, match="exit_margin must be a number from 0 to 1"):
         qsnn.benchmark(snn, digits.test, exit_margin=2.0)
     with pytest.raises(ValueError, match="online firing"):
         qsnn.benchmark(snn, digits.test, exit_margin=0.5, firing="deferred")

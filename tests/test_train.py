@@ -191,7 +191,7 @@ def test_losses_by_hand() -> None:
     p = torch.softmax(torch.tensor([2.0, 0.0]), 0)
     by_hand = (0.5 * (0.5 / p).log()).sum()
     assert torch.allclose(step_divergence(z, target, 1.0), by_hand)
-    config = qsnn.DistillConfig(ce_weight=0.5, kd_weight=2.0, step_weight=3.0, kd_temperature=1.0)
+    config = qsnn.DistillConfig(ce_weight=0.5, step_ce_weight=0, kd_weight=2.0, step_weight=3.0, kd_temperature=1.0)
     terms = distillation_loss(z, [target], labels, config)
     assert torch.allclose(sum(terms.values()), 0.5 * log2 + 3.0 * by_hand)
     assert list(terms) == ["ce", "kd", "step"]
@@ -208,7 +208,7 @@ def test_kl_is_zero_only_at_the_teacher() -> None:
     [
         ({"timesteps": 0}, "timesteps must be a whole number from 1"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
-        ({"ce_weight": 0, "kd_weight": 0}, "every loss term"),
+        ({"ce_weight": 0, "step_ce_weight": 0}, "every loss term"),
         ({"kd_weight": -1.0}, "kd_weight must be a number from 0"),
         ({"epochs": -1}, "epochs"),
     ],

@@ -123,7 +123,10 @@ class RunConfig:
         if self.memory is not None:
             as_bytes(self.memory)
         if self.budget is not None:
-            seconds_of(self.budget)
+            try:
+                seconds_of(self.budget)
+            except ValueError as error:
+                raise ValueError(f"budget: {error}") from None
             if self.epochs is not None:
                 raise ValueError(f"expected epochs or budget, got both, {self.epochs} and {self.budget!r}; leave one")
 

@@ -126,8 +126,12 @@ def batch_within(
         device, model: of the network, as for :func:`~qsnn.data.images.batches`.
         limit: what the tensors may take at one time, without the parameters [byte]; default 1 GiB, or what
             :func:`within` says.
+    Raises:
+        TypeError: a tensor that is no batch.
     """
     limit = _LIMIT.get() if limit is None else limit
+    if isinstance(data, Tensor) and data.dim() < 2:
+        raise TypeError(f"expected a Dataset, or images (B, *), got a tensor of shape {tuple(data.shape)}; pass a loader")
     if not isinstance(data, Dataset | Tensor):
         return most
     size = 1
