@@ -131,7 +131,7 @@ def batch_within(
     """
     limit = _LIMIT.get() if limit is None else limit
     if isinstance(data, Tensor) and data.dim() < 2:
-        raise TypeError(f"expected a Dataset or images (B, *), got a tensor of shape {tuple(data.shape)}; pass a loader")
+        raise TypeError(f"expected a Dataset or images (B, *), got a tensor {tuple(data.shape)}; pass a loader")
     if not isinstance(data, Dataset | Tensor):
         return most
     size = 1
