@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+SHORT = (torch.bfloat16, torch.float16)
+"""The dtypes of a layer's answer under autocast."""
+
 
 @dataclass(frozen=True)
 class Call:

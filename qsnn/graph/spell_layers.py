@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.graph.kinds import ADVICE
 from qsnn.graph.modules import Add, ClippedReLU, Mean, Scale, Shift, Sum
-from qsnn.graph.spell_maxima import MAXIMA, clipped
+from qsnn.graph.spell_maxima import MAX_POOLS, MAXIMA, clipped
 from qsnn.graph.step import Call, Refused, Shape, Spelling
 
 
@@ -116,7 +116,7 @@ def _max_pool(call: Call) -> fx.Node:
         "padding": call.get(3, "padding", 0), "dilation": call.get(4, "dilation", 1),
         "ceil_mode": bool(call.get(5, "ceil_mode", False)),
     }  # fmt: skip
-    return call.put({1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}[len(call.shape()) - 2](**_tuples(options)))
+    return call.put(MAX_POOLS[len(call.shape()) - 2](**_tuples(options)))
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
@@ -143,13 +143,7 @@ def _sum(call: Call) -> fx.Node:
 
 def scaled(call: Call, node: fx.Node, factor: Tensor) -> fx.Node:
     """Write a node's value times numbers."""
-    return call.put(Scale(_fits(call, factor)), node)
-
-
-def _fits(call: Call, value: Tensor) -> Tensor:
-    if value.dim() > len(call.out) or (value.dim() == len(call.out) and value.shape[0] != 1):
-        raise Refused(f"a tensor of shape {tuple(value.shape)} that differs from image to image of a batch")
-    return value
+    return call.put(Scale(call.fits(factor)), node)
 
 
 def _sum_of(call: Call, sign: int, first: Any, second: Any, alpha: Any = 1) -> fx.Node:
@@ -159,10 +153,10 @@ def _sum_of(call: Call, sign: int, first: Any, second: Any, alpha: Any = 1) -> f
     if b is not None:
         kept = b if factor == 1 else b.detach() * factor
         nothing = not isinstance(kept, nn.Parameter) and not bool((kept != 0).any())
-        return call.at(first) if nothing else call.put(Shift(_fits(call, kept)), call.at(first))
+        return call.at(first) if nothing else call.put(Shift(call.fits(kept)), call.at(first))
     other = call.at(second) if factor == 1 else scaled(call, call.at(second), torch.tensor(factor))
     if a is not None:
-        return call.put(Shift(_fits(call, a)), other)
+        return call.put(Shift(call.fits(a)), other)
     if len(call.shape(first)) != len(call.shape(second)):
         raise Refused(f"adds values of {len(call.shape(first))} and {len(call.shape(second))} dimensions")
     return call.put(Add(), call.at(first), other)

@@ -14,12 +14,12 @@ from qsnn.graph.kinds import ADVICE
 from qsnn.graph.modules import Add, ClippedReLU, Scale, Shift
 from qsnn.graph.step import Call, Refused, Spelling
 
-_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+"""By the number of spatial dimensions."""
 
 
 def _shifted(call: Call, node: fx.Node, value: Tensor) -> fx.Node:
-    if value.dim() > len(call.out) or (value.dim() == len(call.out) and value.shape[0] != 1):
-        raise Refused(f"a tensor of shape {tuple(value.shape)} that differs from image to image of a batch")
+    value = call.fits(value)
     return call.put(Shift(value.detach()), node) if bool((value != 0).any()) else node
 
 
@@ -124,9 +124,9 @@ def _over(call: Call) -> fx.Node:
     """amax over the map is a max pool."""
     shape = call.shape()
     dims, keep = call.dims(call.get(1, "dim", ()) or None), call.get(2, "keepdim", False)
-    if sorted(dims) != list(range(2, len(shape))) or len(shape) - 2 not in _POOLS:
+    if sorted(dims) != list(range(2, len(shape))) or len(shape) - 2 not in MAX_POOLS:
         raise Refused(f"{call.name} over dimensions {sorted(dims)}: over the whole of a map alone, or use nn.MaxPool2d")
-    pooled = call.put(_POOLS[len(shape) - 2](shape[2:]))
+    pooled = call.put(MAX_POOLS[len(shape) - 2](shape[2:]))
     return pooled if keep else call.speller.put(call.node.name, nn.Flatten(), (pooled,))
 
 
@@ -148,7 +148,7 @@ def _to_size(call: Call, size: Any, indices: bool) -> fx.Node:
         raise Refused("return_indices=True: spikes carry no indices")
     if any(side % n for side, n in zip(sides, wanted, strict=True)):
         raise Refused(f"an adaptive maximum from {sides} to {wanted}: its windows overlap; use nn.MaxPool2d")
-    return call.put(_POOLS[len(sides)](tuple(side // n for side, n in zip(sides, wanted, strict=True))))
+    return call.put(MAX_POOLS[len(sides)](tuple(side // n for side, n in zip(sides, wanted, strict=True))))
 
 
 MAXIMA: dict[Any, Spelling] = {

@@ -79,6 +79,16 @@ class Call:
         """A number or a tensor that no image changes; None for a value of the network."""
         return self.speller.constant(value)
 
+    def fits(self, value: Tensor) -> Tensor:
+        """Numbers that meet every image of a batch alike.
+
+        Raises:
+            Refused: they differ from image to image.
+        """
+        if value.dim() > len(self.out) or (value.dim() == len(self.out) and value.shape[0] != 1):
+            raise Refused(f"a tensor of shape {tuple(value.shape)} that differs from image to image of a batch")
+        return value
+
     def view(self, shape: Sequence[int] | None = None, node: fx.Node | None = None) -> fx.Node:
         """Write the values of ``node`` in the shape of the result (or in ``shape``, the batch first)."""
         source = node or self.at(self.x)

@@ -20,6 +20,7 @@ from brevitas.inject import ExtendedInjector
 from brevitas.proxy import ActQuantProxyFromInjector
 from torch import Tensor, nn
 
+from qsnn.graph.call import SHORT
 from qsnn.quant.levels import LevelIntQuant, LevelScaling
 
 
@@ -57,10 +58,6 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
-
-
-SHORT = (torch.bfloat16, torch.float16)
-"""The dtypes of a layer's answer under autocast."""
 
 
 class _LevelFunction(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
-from qsnn.graph.call import Call, current
+from qsnn.graph.call import SHORT, Call, current
 from qsnn.graph.modules import Gate, step_at
 from qsnn.options import expect, seen
 from qsnn.snn.backward import IFFunction, RateFunction
@@ -162,7 +162,7 @@ class IFNode(BaseNode):
     def forward(self, x: Tensor) -> Tensor:
         """Spikes {0, 1} of the shape of x."""
         call = current()
-        short = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else None
+        short = x.dtype if x.dtype in SHORT else None
         if short is not None:  # under autocast: currents may be short, sums of them not
             x = x.float()
         spikes: Tensor
@@ -181,9 +181,10 @@ class IFNode(BaseNode):
         once = self.constant_input and not call.frames
         x = x if once else x.unflatten(0, (call.timesteps, -1))
         (v,) = self.materialize_states((x,), (0.0,), "s" if once else "m")
-        spikes, _, *ready = (part.flatten(0, 1) for part in self._trained(x, v, call.timesteps * once, short))
+        made, _, *ready = self._trained(x, v, call.timesteps * once, short)
+        spikes = made.flatten(0, 1)
         if ready:
-            spikes.amplified = ready[0], spikes._version  # type: ignore[attr-defined]
+            spikes.amplified = ready[0].flatten(0, 1), spikes._version  # type: ignore[attr-defined]
         return spikes
 
     def extra_repr(self) -> str:
@@ -273,7 +274,7 @@ class GateNode(Gate):
     def forward(self, x: Tensor) -> Tensor:
         """0 or 1 of the shape of x."""
         call = current() or Call()
-        short = x.dtype in (torch.bfloat16, torch.float16)  # under autocast: sums of short currents are not exact
+        short = x.dtype in SHORT  # under autocast: sums of short currents are not exact
         stepped = (x.float() if short else x).unflatten(0, (call.timesteps, -1))
         time = torch.arange(1, call.timesteps + 1, device=x.device, dtype=stepped.dtype)
         time = time.view(-1, *[1] * (stepped.dim() - 1))
