@@ -40,7 +40,7 @@ parser.add_argument("--epochs", type=int, nargs=3, default=(40, 30, 30), metavar
 parser.add_argument("--budget", default=None, help="90s, 110m, 2h: epochs are chosen so that the training fits")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default=None)
-parser.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="of student and QANN on")
+parser.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="of all but the teacher")
 parser.add_argument("--only", choices=("student", "qann-on"), default=None, help="train one of the last two, then stop")
 parser.add_argument("--out", type=Path, default=None)
 parser.add_argument("--records", type=Path, default=None, help="append the records here too")
@@ -59,8 +59,9 @@ data = replace(data, train=data.train.to(device), val=data.val.to(device), test=
 # --- how each stage trains --------------------------------------------------------------------------------------------
 precision = "bf16" if device.type == "cuda" else "fp32"
 common = {"train_images": images, "precision": precision, "seed": args.seed}
-last_two = {"seed": args.seed + 1, "precision": args.precision or precision}  # another order than in the stages before
+last_two = {"seed": args.seed + 1}  # another order than in the stages before
 low_bits = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.0, "batch_size": 64, **common}
+low_bits["precision"] = args.precision or precision
 teacher_config = qsnn.TrainConfig(epochs=epochs[0], lr=0.1, label_smoothing=0.1, **common)
 quantize_config = qsnn.QuantizeConfig(weight_bits=args.weight_bits, levels=2)
 qann_config = qsnn.TrainConfig(epochs=epochs[1], kd_weight=0.0, **low_bits)
