@@ -19,7 +19,7 @@ from torch import nn
 from qsnn.contents import check_header, check_recipe, check_size, check_state, check_values
 from qsnn.data.fitting import enough_outputs
 from qsnn.files import header, metadata, opened, read_bytes, sealed, shown, target_of, unsealed, write_atomic
-from qsnn.folded.fold import fold
+from qsnn.folded.fold import folded_structure
 from qsnn.folded.prepared import PREPARED
 from qsnn.graph.arrived import arrived, mark_frozen_norms_
 from qsnn.graph.recipe import recipe_of, set_recipe
@@ -284,7 +284,7 @@ def _with_thresholds(snn: SNN, recipe: dict[str, Any], tensors: dict[str, torch.
             value = tensors.get(f"network.{name}.{what}")
             if value is not None and isinstance(neuron, IFNode):
                 getattr(neuron, what).data = value.clone()
-    return fold(snn) if recipe["kind"] == "folded" else snn
+    return folded_structure(snn) if recipe["kind"] == "folded" else snn
 
 
 def _renamed(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import plain_net, scramble
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import qsnn
+from qsnn.folded.builder import Builder
 from qsnn.folded.layers import IntegerLayer
 from qsnn.folded.neurons import IntegerIF
 from qsnn.graph.call import Call, calling
@@ -211,6 +213,90 @@ def test_a_dead_channel_fires_by_its_bias(sign: float) -> None:
     neuron = IntegerIF(torch.zeros(1, 1), 1, torch.tensor([sign], dtype=torch.float64), torch.tensor(1.0), 0.5, 1.0, ())
     with calling(Call(3)):
         assert torch.equal(neuron(torch.ones(3, 1)), torch.full((3, 1), max(0.0, sign)))
+
+
+def _negated(x: Tensor) -> Tensor:
+    return -x
+
+
+def _reversed(x: Tensor) -> Tensor:
+    return x.flip(0)
+
+
+def _more(x: Tensor) -> Tensor:
+    return x + 0.1 * (x.double().abs().max() if bool(x.any()) else 1)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+FAULTS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "sign": ("weight", _negated),
+    "order of channels": ("weight", _reversed),
+    "bias": ("bias", _more),
+    "threshold": ("threshold", _doubled),
+    "v0": ("initial", _doubled),
+    "divisor": ("divisor", _doubled),
+    "divisors": ("divisors", _doubled),
+    "gain": ("factors", _doubled),
+    "gains": ("factors_0", _doubled),
+    "step": ("step", _doubled),
+    "level": ("level", lambda x: x + 1),
+}
+
+
+class Gated(nn.Module):
+    """A gate times spikes, behind a mean over places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU()), nn.Conv2d(6, 6, 1)
+        self.gate, self.pool, self.head = qsnn.Gate(0.1), nn.AvgPool2d(3), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.pool(x * self.gate(self.side(x))).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["quantized", "float", "gated", "leaky"])
+def test_a_fault_in_any_layer_is_refused_by_name(kind: str, digits: qsnn.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fault is planted in every layer that can have it; each of them must be found, where it is."""
+    torch.manual_seed(2)
+    net = scramble(Mixed() if kind in ("quantized", "float") else Gated())
+    few = digits.train.head(16)
+    config = qsnn.QuantizeConfig(weight_bits=4, levels=2, input_bits=None if kind == "leaky" else 8)
+    dynamics = qsnn.ConvertConfig(tau=(4.0,)) if kind == "leaky" else qsnn.ConvertConfig()
+    snn = qsnn.convert(net, few) if kind == "float" else qsnn.convert(qsnn.quantize(net, few, config), dynamics)
+    put, seen, plant = Builder.call, [], [0, "", _negated]
+
+    def call(self: Builder, name: str, module: nn.Module, *inputs: fx.Node) -> fx.Node:
+        place, what, change = plant
+        seen.append((name, module))
+        if len(seen) == place:
+            getattr(module, what).data = change(getattr(module, what))
+        return put(self, name, module, *inputs)
+
+    monkeypatch.setattr(Builder, "call", call)
+    qsnn.fold(snn)
+    layers, tried = list(seen), set()
+    for place, (name, module) in enumerate(layers, 1):
+        for fault, (what, change) in FAULTS.items():
+            value = getattr(module, what, None)
+            unread = what == "threshold" and getattr(module, "unit", False)  # its layer counts in θ
+            if unread or not isinstance(value, Tensor) or torch.equal(change(value), value):
+                continue
+            plant[:] = place, what, change
+            seen.clear()
+            with pytest.raises(ValueError, match="they differ from") as found:
+                qsnn.fold(snn)
+            said, last = str(found.value), name == "readout"
+            assert last or name.removesuffix("_input") in said.replace(".", "_") or name in said, (fault, said)
+            tried.add(fault)
+    assert {"sign", "order of channels", "bias"} <= tried
+    plant[:] = 0, "", _negated
+    seen.clear()
+    qsnn.fold(snn)
 
 
 def test_refusals(snn: qsnn.SNN, qann: nn.Module, teacher: nn.Module, digits: qsnn.Data) -> None:

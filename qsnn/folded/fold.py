@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.folded.builder import Builder
+from qsnn.folded.compare import same_network
 from qsnn.folded.kinds import FOLD
 from qsnn.folded.layers import IntegerInput
 from qsnn.folded.neurons import CurrentIF, DynamicIF, IntegerIF, RealIF
 from qsnn.folded.prepared import PREPARED
 from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked, steps_of
 from qsnn.graph.arrived import arrived
+from qsnn.graph.call import Call
 from qsnn.graph.kinds import does
-from qsnn.graph.recipe import child_recipe, input_shape_of, set_recipe
+from qsnn.graph.recipe import child_recipe, input_shape_of, recipe_of, set_recipe
 from qsnn.graph.trace import device_of, module_of, value_shapes
 from qsnn.quant.activations import level_quant
 from qsnn.snn.network import SNN
@@ -33,7 +35,8 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     of A is worth, :math:`g_c = \gamma'_c\, s_w\, \theta_{in}`, and a bias b_c; the neuron compares A with the integers
     of :class:`~qsnn.folded.neurons.IntegerIF`. γ < 0 flips a channel's weights, average pooling sums spikes. Where
     currents meet (a residual sum before its neuron) they are added in float64. Spikes and argmax are those of the
-    unfolded network in float64, the scales read once in the dtype it runs in.
+    unfolded network in float64, the scales read once in the dtype it runs in: the two are compared layer by layer on
+    seeded random spikes before one is returned (:func:`qsnn.folded.compare.same_network`).
 
     Args:
         snn: what :func:`qsnn.convert` or :func:`qsnn.distill` returned. It is not changed; training mode is left.
@@ -41,7 +44,8 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
             meets θ to the last bit; layers of low-precision weights are exact in either.
     Raises:
         TypeError: not an SNN.
-        ValueError: already folded, or an operation that has no integer form (it is named).
+        ValueError: already folded, an operation that has no integer form (it is named), or a layer that does not come
+            out as it was (named too).
 
     >>> import qsnn
     >>> data = qsnn.load_data("digits")
@@ -52,7 +56,23 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     model: Any = arrived(snn) if isinstance(snn, nn.Module) else snn
     if not isinstance(model, SNN):
         raise TypeError(f"expected an SNN from convert or distill, got {type(model).__name__}")
-    snn = model
+    folded, folder = _folded(model, dtype)
+    frames = recipe_of(folded).get("data", {}).get("frames") is not None
+    same_network(
+        folder.old, folded.network, folder.values, folder.shapes, Call(model.timesteps, model.firing, frames), dtype
+    )
+    for _, neuron in folded.neurons():
+        if isinstance(neuron, DynamicIF):  # what was tried is not what a user ran
+            neuron.overflows = 0
+    return folded
+
+
+def folded_structure(snn: SNN) -> SNN:
+    """Return what :func:`fold` makes of a network whose numbers are still to be loaded, uncompared."""
+    return _folded(snn, torch.float64)[0]
+
+
+def _folded(snn: SNN, dtype: torch.dtype) -> tuple[SNN, _Folder]:
     if snn.folded:
         raise ValueError("this network is folded already")
     shape = input_shape_of(snn)
@@ -72,10 +92,7 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     if snn.timesteps <= PREPARED:
         with torch.no_grad():  # a black image: every table is made now, in the dtype in which it is used
             folded(torch.zeros(1, *([snn.timesteps] if frames else []), *shape, device=device_of(snn)))
-    for _, neuron in folded.neurons():
-        if isinstance(neuron, DynamicIF):
-            neuron.overflows = 0
-    return folded
+    return folded, folder
 
 
 class _Folder(Builder):
