@@ -142,7 +142,7 @@ class _Folder(Builder):
 
     def _neuron(self, node: fx.Node, neuron: IFNode, value: Value, *, alone: bool) -> Value:
         name = str(node.target)
-        threshold, initial = neuron.threshold.detach(), neuron.initial.detach()
+        threshold, initial = neuron.threshold.detach().double(), neuron.initial.detach().double()
         first = value.terms[0]
         raw = len(value.terms) == 1 and not (first.integer or first.factors or first.steps) and first.divisor == 1
         if raw and value.bias is None and neuron.dynamics.plain:
