@@ -299,6 +299,16 @@ def test_a_fault_in_any_layer_is_refused_by_name(kind: str, digits: qsnn.Data, m
     qsnn.fold(snn)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ties_are_no_fault(dtype: torch.dtype, digits: qsnn.Data) -> None:
+    """Where potentials meet θ, rounding decides, and what a neuron does next hangs on it: no reason to refuse."""
+    assert qsnn.fold(qsnn.convert(plain_net(digits), qsnn.ConvertConfig(timesteps=8)), dtype=dtype).folded
+    for name in ("resnet-small", "study"):
+        net = scramble(qsnn.create_model(name, digits))
+        config = qsnn.ConvertConfig(timesteps=8, threshold="max", correction="none", calibration_images=16)
+        assert qsnn.fold(qsnn.convert(net, digits, config), dtype=dtype).folded
+
+
 def test_refusals(snn: qsnn.SNN, qann: nn.Module, teacher: nn.Module, digits: qsnn.Data) -> None:
     with pytest.raises(TypeError, match="expected an SNN"):
         qsnn.fold(qann)
