@@ -291,7 +291,7 @@ def peers_table(records: Sequence[Record]) -> str:
 
 def throughput_table(records: Sequence[Record]) -> str:
     """Ratios of time measured side by side."""
-    qat, steps, curves = (timed(kind, records) for kind in ("qat", "distill", "curve"))
+    qat, steps, curves, runs = (timed(kind, records) for kind in ("qat", "distill", "curve", "evaluation"))
     parts = []
     if qat:
         rows = [
@@ -329,6 +329,19 @@ def throughput_table(records: Sequence[Record]) -> str:
         words = f"{r.n:,} images of {r.data}, {r.config['model']} net, float weights, in turns; {seeds_of([r])}"
         parts.append(grid(["accuracy for every T = 1..32", "time [s]", "of SpikingJelly's loop"], rows))
         parts.append(f"`python benchmarks/throughput.py --only curve`; {words}; {world([r])}.")
+    for r in runs:
+        m, per = r.metrics, 1e6 / (r.n * r.config["timesteps"])
+        sides = {"qsnn.accuracy": "qsnn", "SpikingJelly": "spikingjelly, contiguous",
+                 "SpikingJelly, channels-last": "spikingjelly"}  # fmt: skip
+        rows = [[name, number(per * m[key], 0), number(m["qsnn"] / m[key])] for name, key in sides.items()]
+        head = [
+            f"accuracy of a {r.config['model']}, T = {r.config['timesteps']}",
+            "per image and step [us]",
+            "qsnn's of that time",
+        ]
+        words = f"{r.n:,} images of {r.data}, float weights, multi-step IF nodes, in turns; {seeds_of([r])}"
+        parts.append(grid(head, rows))
+        parts.append(f"`python benchmarks/throughput.py --only evaluation`; {words}; {world([r])}.")
     return "\n\n".join(parts) or EMPTY
 
 
