@@ -29,6 +29,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "KL and entropy of each step": {"step_ce_weight": 0.0, "step_weight": 0.5, "entropy_weight": 0.05},
     "right steps teach": {"correct_weight": 0.5},
     "strongest step teaches": {"strong_weight": 0.5},
+    "currents of the QANN": {"current_weight": 0.1},
     "rates first, loop last": {"rates": 0.75},
     "mean of weights": {"ema": 0.998},
     "threshold x 0.7 in QAT": {"threshold_scale": 0.7},
