@@ -13,7 +13,6 @@ start from the same QANN. Published for comparison, binary spikes, T = 2: ResNet
 
 import argparse
 import copy
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,10 +20,9 @@ from rich.console import Console
 
 import qsnn
 from qsnn.checkpoint import file_hash, load_weights
-from qsnn.files import write_atomic
 from qsnn.report.records import append, environment, now
 from qsnn.report.terminal import table
-from qsnn.training.budget import Stage, epoch_seconds, seconds_of, shared_epochs, told
+from qsnn.training.budget import Stage, epoch_seconds, read_plan, seconds_of, shared_epochs, told, write_plan
 from qsnn.training.processes import start
 from qsnn.training.stages import Stages
 
@@ -89,7 +87,8 @@ def distilled(network, part, config, **options):
 # --- a budget becomes epochs, once: a run that goes on keeps its plan -------------------------------------------------
 if args.budget:
     plan = out / f"plan-{args.budget}.json"
-    if not plan.exists():
+    chosen = read_plan(plan).get("epochs")
+    if chosen is None:
         budget, one = seconds_of(args.budget), {"epochs": 1, "train_images": None}
         float_net = make_teacher()
         low = qsnn.quantize(float_net, data, quantize_config)
@@ -109,8 +108,7 @@ if args.budget:
             stages["teacher"] = Stage(seconds=took["teacher"], share=2.0)
         chosen = shared_epochs(budget, stages)
         print(told(budget, stages, chosen), flush=True)
-        write_atomic(plan, json.dumps({"epochs": chosen, "seconds": took}))
-    chosen = json.loads(plan.read_text())["epochs"]
+        write_plan(plan, {"seconds": took}, chosen)
     teacher_config = replace(teacher_config, epochs=chosen.get("teacher", 0))
     qann_config = replace(qann_config, epochs=chosen["qann"])
     on_config = replace(on_config, epochs=chosen["student + qann-on"])
