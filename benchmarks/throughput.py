@@ -135,14 +135,18 @@ class _ScaledNode(nn.Module):
 def _students(model_name: str, channels_last: bool = True) -> dict[str, Callable[[], None]]:
     _, qann, images, labels = _networks(model_name)
     snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2))
+    rates = copy.deepcopy(snn)
+    for _, node in rates.neurons():
+        node.surrogate = "rate"
     return {
-        "qsnn": training_step(snn, images, labels),
+        "qsnn": training_step(snn, images, labels), "qsnn, rate": training_step(rates, images, labels),
         "spikingjelly": training_step(PeerStudent(qann, 2), images, labels, channels_last=channels_last),
     }
 
 
 def distillation(model_name: str, repeats: int) -> dict[str, Any]:
-    """Seconds and peak memory of a training step at T = 2, ours and with SpikingJelly's IFNode.
+    """Seconds and peak memory of a training step at T = 2, ours by the gradient of each spike and by that of the rate,
+    and with SpikingJelly's IFNode.
 
     SpikingJelly takes the layout that is faster for it. Memory: what a process of its own needs beyond what it held
     before its first step.
@@ -151,8 +155,8 @@ def distillation(model_name: str, repeats: int) -> dict[str, Any]:
     sides = _students(model_name)
     sides["spikingjelly, contiguous"] = _students(model_name, channels_last=False)["spikingjelly"]
     seconds = side_by_side(sides, repeats)
-    best = min(value for name, value in seconds.items() if name != "qsnn")
-    memory = {name: _peak(model_name, name) for name in ("qsnn", "spikingjelly")}
+    best = min(value for name, value in seconds.items() if not name.startswith("qsnn"))
+    memory = {name: _peak(model_name, name) for name in ("qsnn", "qsnn, rate", "spikingjelly")}
     return {
         **seconds, "qsnn / spikingjelly": seconds["qsnn"] / best,
         **{f"{name} MiB": value for name, value in memory.items()},

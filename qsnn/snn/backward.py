@@ -15,16 +15,18 @@ def _value(threshold: Tensor) -> Any:
     return threshold if threshold.dim() else float(threshold)
 
 
-def _in_box(h: Tensor, theta: Any, scratch: Tensor) -> Tensor:
-    """1.0 where θ/2 < h < 3θ/2, else 0.0, in ``scratch``.
+def in_box(h: Tensor, theta: Any, low: float, high: float, scratch: Tensor) -> Tensor:
+    """1.0 where low·θ < h < high·θ, else 0.0, in ``scratch``.
 
     Comparisons that give bools take twice as long on a CPU as the backward of hardtanh, which is that box in one pass.
+
+    Shape:
+        h, scratch and returned: (*); theta: a number, or broadcast against h.
     """
-    low, high = 0.5, 1.5
     if torch.is_tensor(theta):
         h = h / theta
     else:
-        low, high = 0.5 * theta, 1.5 * theta
+        low, high = low * theta, high * theta
     return torch.ops.aten.hardtanh_backward.grad_input(h.new_ones(()), h, low, high, grad_input=scratch)
 
 
@@ -72,7 +74,7 @@ class IFFunction(torch.autograd.Function):
                 h = v + current[t] if keep is None else torch.mul(v, keep).add_(current[t])
             else:  # v is ours, and nobody asks for it again
                 h = (v if keep is None else v.mul_(keep)).add_(current[t])
-            near[t] = _in_box(h, theta, scratch=spikes[t])
+            near[t] = in_box(h, theta, 0.5, 1.5, scratch=spikes[t])
             torch.ge(h, theta, out=spikes[t])
             v = subtract_(h, spikes[t], theta)
             if short is None:
