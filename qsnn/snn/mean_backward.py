@@ -12,7 +12,7 @@ Source:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,20 +68,16 @@ class _Fires(torch.autograd.Function):
         steps: Tensor,
         short: torch.dtype | None,
         scaled: bool,
-        signed: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         theta = threshold if threshold.dim() else float(threshold)
         answers = empty_steps(steps, short)
-        spikes, fired = torch.empty_like(mean), torch.zeros_like(mean) if signed else None
+        spikes = torch.empty_like(mean)
         v = start + steps[0]
         for t in range(len(steps)):
             if t:
                 v.add_(steps[t])
             torch.ge(v, theta, out=spikes)
-            if fired is not None:  # a spike that came too early is taken back
-                spikes.sub_((v < 0).logical_and_(fired > 0).to(spikes.dtype))
-                fired.add_(spikes)
             subtract_(v, spikes, theta)
             if scaled and short is None:
                 torch.mul(spikes, theta, out=answers[t])
@@ -102,7 +98,7 @@ class _Fires(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (_, grad), (inside, theta, away) = grads, ctx.saved_tensors
         if grad is None:
-            return (None,) * 7
+            return (None,) * 6
         grad = grad.to(ctx.dtype) if ctx.scaled else grad.to(ctx.dtype) / theta
         direct = inside.to(ctx.dtype).mul_(grad)
         grad_theta = grad_start = None
@@ -110,7 +106,7 @@ class _Fires(torch.autograd.Function):
             grad_theta = (grad * away).sum_to_size(theta.shape) / (theta if ctx.scaled else -theta)
         if ctx.needs_input_grad[2]:
             grad_start = direct.sum_to_size(ctx.started) / ctx.timesteps
-        return direct, grad_theta, grad_start, None, None, None, None
+        return direct, grad_theta, grad_start, None, None, None
 
 
 class _Weighs(torch.autograd.Function):
@@ -194,7 +190,7 @@ def unsupported(network: fx.GraphModule) -> str | None:
     for node in network.graph.nodes:
         module = module_of(network, node)
         if isinstance(module, IFNode):
-            if not replace(module.dynamics, signed=False).plain or module.surrogate != "rate":
+            if not module.dynamics.plain or module.surrogate != "rate":
                 return f"{node.target} has another equation or another surrogate than 'rate'"
         elif isinstance(module, Repeat) or node.target is amplified:
             pass
@@ -292,7 +288,7 @@ class MeanWalk(fx.Interpreter):
             steps = x.values.to(mean.dtype).unflatten(0, (self.timesteps, -1))
         else:
             steps = mean.detach().expand(self.timesteps, *x.shape)
-        values, y = _Fires.apply(mean, theta, start, steps, short, scaled, neuron.dynamics.signed)
+        values, y = _Fires.apply(mean, theta, start, steps, short, scaled)
         return Steps(values, y, scaled)
 
     def _weighed(self, layer: Any, x: Steps) -> Steps:
