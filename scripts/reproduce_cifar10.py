@@ -38,7 +38,7 @@ parser.add_argument("--epochs", type=int, nargs=3, default=(40, 30, 30), metavar
 parser.add_argument("--budget", default=None, help="90s, 110m, 2h: epochs are chosen so that the training fits")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default=None)
-parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=None, help="of the QANN; of what follows")
+parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=None, help="of QANN, student")
 parser.add_argument("--surrogate", choices=("rate", "box"), default="rate", help="what the student's gradient is of")
 parser.add_argument("--signed", action="store_true", help="spikes of -1 take back spikes that came too early")
 parser.add_argument("--only", choices=("student", "qann-on"), default=None, help="train one of the last two, then stop")
