@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ def write_sum(values: Values, wire: Wire) -> Wire:
             stored, zeros, how = eight_bit_weight(values, weight, source)
             if weight.ndim == 2:
                 stored = stored.T
-            inputs = [graph.const(stored, "u8" if zeros else "i8"), graph.const(source.zero, "u8")]
+            inputs = [graph.weight(stored), graph.const(source.zero, "u8")]
             inputs += [graph.const(zeros, "u8")] if zeros else []
             op = "MatMulInteger" if weight.ndim == 2 else "ConvInteger"
             options = {} if weight.ndim == 2 else _options(module, weight, source.shape, shape)
@@ -247,10 +248,23 @@ def _options(module: Any, weight: NDArray[Any], before: tuple[int, ...], after: 
     extra = module.options.get("output_padding")
     return {
         **({} if extra is None else {"output_padding": list(as_tuple(extra, dims))}),
-        "kernel_shape": list(weight.shape[2:]), "pads": padding(module, weight.shape, before, after),
-        "strides": list(as_tuple(module.options["stride"], dims)), "group": module.options["groups"],
-        "dilations": list(as_tuple(module.options["dilation"], dims)),
+        **moves(
+            weight.shape[2:], padding(module, weight.shape, before, after), as_tuple(module.options["stride"], dims),
+            as_tuple(module.options["dilation"], dims), module.options["groups"],
+        ),
     }  # fmt: skip
+
+
+def moves(
+    kernel: Sequence[int], pads: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int = 1
+) -> dict[str, Any]:
+    """Where a window moves, as attributes; what is ONNX' default is left out."""
+    dims = len(kernel)
+    said: dict[str, Any] = {"kernel_shape": list(kernel)}
+    usual = {"pads": [0] * 2 * dims, "strides": [1] * dims, "dilations": [1] * dims}
+    given = {"pads": list(pads), "strides": list(stride), "dilations": list(dilation)}
+    said |= {name: sides for name, sides in given.items() if sides != usual[name]}
+    return said if groups == 1 else said | {"group": groups}
 
 
 def quantized_conv(
@@ -259,9 +273,9 @@ def quantized_conv(
     """clip(round(m·(d·A + β)), 0, 255) of an integer layer, in one node."""
     assert wire.layer is not None and wire.source is not None
     graph, kind = values.graph, "u8" if zeros else "i8"
-    one = graph.const(np.float32(1), "f32")
+    one, scale = graph.const(np.float32(1), "f32"), graph.const(m if (m != m[0]).any() else m[0], "f32")
     return graph.add(
         "QLinearConv", x, one, graph.const(wire.source.zero, "u8"),
-        graph.const(stored, kind), graph.const(m, "f32"), graph.const(zeros, kind), one, graph.const(0, "u8"),
+        graph.weight(stored), scale, graph.const(zeros, kind), one, graph.const(0, "u8"),
         graph.const(beta, "i32"), **_options(wire.layer, stored, wire.source.shape, wire.shape),
     )  # fmt: skip

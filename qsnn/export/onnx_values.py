@@ -10,6 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qsnn.export.packed import NODES, packed
 from qsnn.folded.layers import IntegerLayer
 
 TYPES: dict[str, tuple[int, Any]] = {
@@ -90,8 +91,11 @@ class Graph:
 
     def ones(self, shape: tuple[int, ...]) -> str:
         """A tensor of 1 in int8, which the file holds by its shape alone."""
+        scope, self.scope = self.scope, ""
         one = numpy_helper.from_array(np.ones(1, dtype=np.int8))
-        return self.add("ConstantOfShape", self.const(shape, "i64"), value=one)
+        name = self.add("ConstantOfShape", self.const(shape, "i64"), value=one)
+        self.scope = scope
+        return name
 
     def used(self) -> list[onnx.TensorProto]:
         """The constants that some node reads."""
@@ -102,9 +106,34 @@ class Graph:
         """The same values in another type."""
         return self.add("Cast", name, to=TYPES[dtype][0])
 
+    def weight(self, weight: NDArray[Any]) -> str:
+        """Weights in 8 bits; of fewer bits several to a byte, where that makes the file smaller.
+
+        A runtime reads constants once, when it loads the file: what runs has 8-bit weights either way.
+        """
+        dtype = "u8" if weight.dtype == np.uint8 else "i8"
+        known = ("weight", dtype, weight.shape, weight.tobytes())
+        if known not in self._known:
+            self._known[known] = self._packed(weight, dtype) or self.const(weight, dtype)
+        return self._known[known]
+
+    def _packed(self, weight: NDArray[Any], dtype: str) -> str | None:
+        found = packed(weight)
+        if found is None:
+            return None
+        codes, table = found
+        new = 0 if (dtype, table.shape, table.tobytes()) in self._known else table.size
+        if codes.size + new + NODES >= weight.size:
+            return None
+        scope, self.scope = self.scope, ""  # a layer's name is for what computes
+        rows = self.add("Gather", self.const(table, dtype), self.cast(self.const(codes, "u8"), "i32"))
+        name = self.add("Reshape", rows, self.const(weight.shape, "i64"))
+        self.scope = scope
+        return name
+
     def stored(self, weight: NDArray[Any], dtype: str, like: str) -> str:
         """A constant that is stored small and used in another type."""
-        return self.cast(self.const(weight, dtype), like)
+        return self.cast(self.weight(weight) if dtype == "i8" else self.const(weight, dtype), like)
 
 
 class Values:
