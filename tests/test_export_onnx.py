@@ -408,3 +408,15 @@ def test_a_name_says_the_format(tmp_path: Path) -> None:
         qsnn.export(folded, tmp_path / "net.tflite")
     assert not list(tmp_path.iterdir())
     assert qsnn.export(folded, tmp_path / "net").exists()
+
+
+def test_an_output_is_named_where_it_is_made() -> None:
+    graph = Values(2, "deferred", "u8", None).graph
+    value = graph.add("Neg", "x")
+    after = graph.add("Abs", value)
+    graph.publish(value, "logits")
+    graph.publish(value, "logits_1")
+    graph.publish("x", "logits_2")
+    edges = [(node.op_type, list(node.input), list(node.output)) for node in graph.nodes]
+    assert edges[:2] == [("Neg", ["x"], ["logits"]), ("Abs", ["logits"], [after])]
+    assert edges[2:] == [("Identity", ["logits"], ["logits_1"]), ("Identity", ["x"], ["logits_2"])]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from qsnn.export.packed import NODES, packed
-from qsnn.folded.layers import IntegerLayer
+from qsnn.folded.layers import IntegerInput, IntegerLayer
 
 TYPES: dict[str, tuple[int, Any]] = {
     "u8": (TensorProto.UINT8, np.uint8), "i8": (TensorProto.INT8, np.int8), "i32": (TensorProto.INT32, np.int32),
@@ -50,8 +50,9 @@ class Wire:
     ordered: bool = False
     """Spikes of single neurons: deferred they come first in time, so that a maximum of counts counts the maxima."""
     kind: str = "value"
-    """"value"; "pixels": raw uint8 images; "frames": a real image a step; "sum": a layer not written yet."""
-    layer: IntegerLayer | None = None
+    """"value"; "pixels": raw uint8 images; "frames": a real image a step; "sum" and "input": a layer, or the input's
+    quantizer, not written yet."""
+    layer: IntegerLayer | IntegerInput | None = None
     source: Wire | None = None
     place: str = ""
 
@@ -69,6 +70,7 @@ class Graph:
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     scope: str = ""
     _known: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _published: dict[str, str] = field(default_factory=dict)
     _scopes: dict[str, int] = field(default_factory=dict)
 
     def const(self, value: Any, dtype: str) -> str:
@@ -88,6 +90,17 @@ class Graph:
         place = "" if count else self.scope  # the first node of a layer bears its name
         self.nodes.append(helper.make_node(op, list(inputs), [name], name=place, **attributes))
         return name
+
+    def publish(self, name: str, output: str) -> None:
+        """Make a value an output of that name: the node that makes it is renamed, or where none can be, one is added."""
+        first = self._published.setdefault(name, output)
+        if first != output or not any(name in node.output for node in self.nodes):
+            source = first if first != output else name
+            self.nodes.append(helper.make_node("Identity", [source], [output], name=output))
+            return
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [output if each == name else each for each in names]
 
     def ones(self, shape: tuple[int, ...]) -> str:
         """A tensor of 1 in int8, which the file holds by its shape alone."""
@@ -153,8 +166,9 @@ class Values:
         self.spans = (timesteps,) if self.deferred else (1,) * timesteps
         """Steps between an answer and the one before it."""
         self.forms: dict[str, str] = {}
-        self._written: dict[int, Wire] = {}
+        self._written: dict[tuple[Any, ...], Wire] = {}
         self.write_sum: Any = None
+        self.write_input: Any = None
 
     def note(self, name: str, form: str) -> None:
         """Keep in which arithmetic a layer is written, for the file's metadata."""
@@ -168,9 +182,11 @@ class Values:
         """The wire with its tensors in the graph."""
         if wire.kind == "value":
             return wire
-        key = id(wire.layer) if wire.kind == "sum" else -1
+        key = wire.kind, id(wire.layer)
         if key not in self._written:
-            if wire.kind == "pixels":
+            if wire.kind == "input":
+                self._written[key] = self.write_input(self, wire, wire.dtype)
+            elif wire.kind == "pixels":
                 assert self.tables is not None
                 written = self.looked_up(wire, self.tables, "f32")
                 self._written[key] = replace(written, real=True)
@@ -193,6 +209,11 @@ class Values:
 
     def cast(self, wire: Wire, dtype: str) -> Wire:
         """The wire's values themselves, zero point taken off, in another type."""
+        if wire.kind == "input" and dtype == "f32" != wire.dtype:  # not by way of 8 bits
+            key = wire.kind, id(wire.layer), dtype
+            if key not in self._written:
+                self._written[key] = self.write_input(self, wire, dtype)
+            return self._written[key]
         wire = self.ready(wire)
         if wire.dtype == dtype and not wire.zero:
             return wire
