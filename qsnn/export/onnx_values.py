@@ -92,7 +92,7 @@ class Graph:
         return name
 
     def publish(self, name: str, output: str) -> None:
-        """Make a value an output of that name: the node that makes it is renamed, or where none can be, one is added."""
+        """Make a value an output of that name: the node that makes it is renamed; where none can be, one is added."""
         first = self._published.setdefault(name, output)
         if first != output or not any(name in node.output for node in self.nodes):
             source = first if first != output else name

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsnn.folded.firing import total
 from qsnn.folded.prepared import Prepared
-from qsnn.graph.call import steps
+from qsnn.graph.call import Call, current
 from qsnn.quant.activations import round_half_up
 
 EXACT_FLOAT32 = 2**23
@@ -91,6 +92,8 @@ class IntegerLayer(Prepared):
         self.weight_bits = weight_bits
         self.input_bound, self.steps = input_bound, steps
         self.options = layer_options(layer)
+        self.whole = False
+        """Whether deferred it sums its input over T first: see :func:`~qsnn.folded.whole.in_one_`."""
 
     @property
     def integers(self) -> Tensor:
@@ -122,9 +125,13 @@ class IntegerLayer(Prepared):
         return self.kept(torch.float32, lambda: fast_layout(self.integers.float()))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Integer sums in float32 or float64."""
-        weight = self.ready(steps())
-        return weighted_sum(x.to(weight.dtype), weight, self.options).round_()
+        """Integer sums in float32 or float64; of a ``whole`` layer deferred (T·B, *) -> (B, *), as W Σx is ΣW x."""
+        call = current() or Call()
+        weight = self.ready(call.timesteps)
+        x = x.to(weight.dtype)
+        if self.whole and call.firing == "deferred":
+            x = total(x, call.timesteps)
+        return weighted_sum(x, weight, self.options).round_()
 
 
 def fast_layout(weight: Tensor) -> Tensor:

@@ -271,6 +271,8 @@ class IntegerIF(Prepared):
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
         self.register_buffer("bias", bias.expand(channels).clone())
         self.register_buffer("threshold", threshold.double())
+        self.whole = False
+        """Whether deferred it gets the sum over all steps, (B, *), from the layer before it: see :func:`~qsnn.folded.whole.in_one_`."""
         self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
@@ -320,16 +322,16 @@ class IntegerIF(Prepared):
         return table
 
     def forward(self, x: Tensor) -> Tensor:
-        """Integers (T·B, *) -> spikes {0, 1} in float32 of the same shape."""
+        """Integers (T·B, *) -> spikes {0, 1} in float32, (T·B, *); deferred from sums over T, (B, *), if ``whole``."""
         call = _call()
         steps, key = call.timesteps, (call.timesteps, call.firing, x.dtype, x.dim())
         dtype, sign, limits = self.kept(key, lambda: self._ready(*key))
         x = x.to(dtype)
         if sign is not None:
             x = x * sign
-        totals = firing.summed_up(firing.in_time(x, steps))
         if call.firing == "deferred":
-            return firing.deferred(totals[-1], limits)
+            return firing.deferred(x if self.whole else firing.total(x, steps), limits)
+        totals = firing.summed_up(firing.in_time(x, steps))
         if steps <= firing.COMPARED:
             return firing.online(totals, limits)
         channels = limits.shape[2]
