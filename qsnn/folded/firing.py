@@ -62,6 +62,16 @@ def online(totals: Sequence[Tensor], limits: Sequence[Sequence[Tensor]]) -> Tens
     return torch.cat(spikes)
 
 
+def twice(totals: Sequence[Tensor], first: Tensor, later: Tensor, rise: Tensor) -> Tensor:
+    """:func:`online` for two steps of integers: the second limit is ``later``, or ``later + rise`` behind a spike.
+
+    Shape:
+        totals: 2 tensors (B, *); first, later, rise: each broadcasts against them; returned: (2·B, *) float32.
+    """
+    spikes = reached(totals[0], first)
+    return torch.cat([spikes, reached(totals[1], torch.addcmul(later, spikes.to(later.dtype), rise))])
+
+
 def one_by_one(totals: Sequence[Tensor], limit: Callable[[int, Tensor], Tensor]) -> Tensor:
     """The same where many steps would need too many comparisons: each neuron's next limit is looked up.
 

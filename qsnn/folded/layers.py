@@ -31,8 +31,15 @@ class IntegerInput(Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return clip(round_half_up(x / s), -L, L)."""
-        step = self.kept("step", lambda: self.step.double())
-        return round_half_up(x.double() / step).clamp_(-self.levels, self.levels).float()
+        step, short = self.kept("step", self._ready)
+        q = x.double() / step
+        # a quotient of two float32 is a half or at least 2**-26 away from one: adding 1/2 cannot round to a tie
+        n = q.add_(0.5).floor_() if short and x.dtype == torch.float32 else round_half_up(q)
+        return n.clamp_(-self.levels, self.levels).float()
+
+    def _ready(self) -> tuple[Tensor, bool]:
+        step = self.step.double()
+        return step, self.levels < 2**15 and bool((step == step.float()).all())
 
 
 def layer_options(layer: nn.Module) -> dict[str, Any]:
