@@ -22,7 +22,7 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(config))
 
 
-LATER = ("correct_weight", "strong_weight", "entropy_weight", "ema", "signed")
+LATER = ("correct_weight", "strong_weight", "entropy_weight", "ema", "signed", "current_weight")
 """Options that came after most records were made; 0 is what was before them, and is what a record without them says."""
 
 

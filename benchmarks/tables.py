@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -303,12 +304,16 @@ def throughput_table(records: Sequence[Record]) -> str:
         parts += [grid(head, rows), f"{words}; {seeds_of(qat)}; {world(qat)}."]
     if steps:
         rows = []
-        for m, model in ((r.metrics, r.config["model"]) for r in steps):
-            ours, plain, last = (m[key] for key in ("qsnn", "spikingjelly, contiguous", "spikingjelly"))
-            held = m["qsnn MiB"], m["spikingjelly MiB"]
+        sides = {"qsnn": "", "qsnn, rate": ", gradient of the rate"}
+        for r, (side, words) in itertools.product(steps, sides.items()):
+            m = r.metrics
+            if side not in m:
+                continue
+            ours, plain, last = (m[key] for key in (side, "spikingjelly, contiguous", "spikingjelly"))
+            held = m[f"{side} MiB"], m["spikingjelly MiB"]
             rows.append([
-                model, number(1e3 * ours, 1), number(1e3 * plain, 1), number(ours / plain), number(ours / last),
-                *(number(value, 0) for value in held), number(held[0] / held[1]),
+                f"{r.config['model']}{words}", number(1e3 * ours, 1), number(1e3 * plain, 1), number(ours / plain),
+                number(ours / last), *(number(value, 0) for value in held), number(held[0] / held[1]),
             ])  # fmt: skip
         head = [
             "one step of a student, T = 2, 128 images", "qsnn [ms]", "SpikingJelly [ms]", "ratio",

@@ -20,17 +20,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from spikingjelly.activation_based import ann2snn, functional, neuron
-from spikingjelly.activation_based import layer as sj_layer
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 import qsnn
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
+from qsnn.graph.trace import replace_module
 from qsnn.models.create import build_model
 from qsnn.quant.activations import level_quant
 from qsnn.report.records import Record, append, environment, now
 
 HERE = Path(__file__).resolve().parent
+SHAPES = {"study": (1, 28, 28), "vgg-small": (1, 28, 28), "resnet20": (3, 32, 32)}
+"""Networks whose training steps are timed, and the images they get."""
 
 
 def training_step(
@@ -66,13 +68,19 @@ def side_by_side(sides: dict[str, Callable[[], None]], repeats: int, warmup: int
     return {name: median(values) for name, values in seconds.items()}
 
 
+def _networks(model_name: str) -> tuple[nn.Module, Any, Tensor, Tensor]:
+    """The float network, its W4/L2 quantized form, and 128 images with labels."""
+    torch.manual_seed(0)
+    shape = SHAPES[model_name]
+    images, labels = torch.randn(128, *shape), torch.randint(0, 10, (128,))
+    model = build_model(model_name, shape, 10)
+    return model, qsnn.quantize(model, [(images, labels)]), images, labels
+
+
 def quantization_aware_training(model_name: str, repeats: int) -> dict[str, Any]:
     """Seconds of a training step of the float net and of its W4/L2 quantized form, and their ratio."""
     keep_freed_memory()
-    torch.manual_seed(0)
-    images, labels = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
-    model = build_model(model_name, (1, 28, 28), 10)
-    qann = qsnn.quantize(model, [(images, labels)])
+    model, qann, images, labels = _networks(model_name)
     sides = {"float": training_step(model, images, labels), "qat": training_step(qann, images, labels)}
     seconds = side_by_side(sides, repeats)
     return {**seconds, "qat / float": seconds["qat"] / seconds["float"]}
@@ -86,22 +94,31 @@ class PeerStudent(nn.Module):
 
     def __init__(self, qann: fx.GraphModule, timesteps: int) -> None:
         super().__init__()
-        self.timesteps, layers = timesteps, []
-        for node in qann.graph.nodes:
-            if node.op != "call_module":
-                continue
-            module = copy.deepcopy(qann.get_submodule(str(node.target)))
+        self.timesteps, self.network = timesteps, copy.deepcopy(qann)
+        for name in {str(node.target) for node in qann.graph.nodes if node.op == "call_module"}:
+            module = self.network.get_submodule(name)
             quant = level_quant(module)
             if quant is None or quant.signed:
-                layers.append(sj_layer.SeqToANNContainer(module))
+                replace_module(self.network, name, _Stepless(module))
             else:
-                layers.append(_ScaledNode(float(quant.step.detach()) * quant.levels))
-        self.layers = nn.Sequential(*layers)
+                replace_module(self.network, name, _ScaledNode(float(quant.step.detach()) * quant.levels))
 
     def forward(self, images: Tensor) -> Tensor:
         functional.reset_net(self)
-        answers: Tensor = self.layers(images.expand(self.timesteps, *images.shape))
+        answers: Tensor = self.network(images.expand(self.timesteps, *images.shape))
         return answers.mean(0)
+
+
+class _Stepless(nn.Module):
+    """A layer without a state on (T, B, *), as SpikingJelly's SeqToANNContainer runs it, also of two inputs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        answer: Tensor = self.module(*(x.flatten(0, 1) for x in inputs))
+        return answer.unflatten(0, inputs[0].shape[:2])
 
 
 class _ScaledNode(nn.Module):
@@ -116,18 +133,20 @@ class _ScaledNode(nn.Module):
 
 
 def _students(model_name: str, channels_last: bool = True) -> dict[str, Callable[[], None]]:
-    torch.manual_seed(0)
-    images, labels = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
-    qann: Any = qsnn.quantize(build_model(model_name, (1, 28, 28), 10), [(images, labels)])
+    _, qann, images, labels = _networks(model_name)
     snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2))
+    rates = copy.deepcopy(snn)
+    for _, node in rates.neurons():
+        node.surrogate = "rate"
     return {
-        "qsnn": training_step(snn, images, labels),
+        "qsnn": training_step(snn, images, labels), "qsnn, rate": training_step(rates, images, labels),
         "spikingjelly": training_step(PeerStudent(qann, 2), images, labels, channels_last=channels_last),
     }
 
 
 def distillation(model_name: str, repeats: int) -> dict[str, Any]:
-    """Seconds and peak memory of a training step at T = 2, ours and with SpikingJelly's IFNode.
+    """Seconds and peak memory of a training step at T = 2, ours by the gradient of each spike and by that of the rate,
+    and with SpikingJelly's IFNode.
 
     SpikingJelly takes the layout that is faster for it. Memory: what a process of its own needs beyond what it held
     before its first step.
@@ -136,8 +155,8 @@ def distillation(model_name: str, repeats: int) -> dict[str, Any]:
     sides = _students(model_name)
     sides["spikingjelly, contiguous"] = _students(model_name, channels_last=False)["spikingjelly"]
     seconds = side_by_side(sides, repeats)
-    best = min(value for name, value in seconds.items() if name != "qsnn")
-    memory = {name: _peak(model_name, name) for name in ("qsnn", "spikingjelly")}
+    best = min(value for name, value in seconds.items() if not name.startswith("qsnn"))
+    memory = {name: _peak(model_name, name) for name in ("qsnn", "qsnn, rate", "spikingjelly")}
     return {
         **seconds, "qsnn / spikingjelly": seconds["qsnn"] / best,
         **{f"{name} MiB": value for name, value in memory.items()},
@@ -241,11 +260,16 @@ def accuracy_curve(images: int, timesteps: int = 32, data_root: Path | None = No
     }
 
 
+def _images_of(model_name: str) -> str:
+    return "random " + "x".join(map(str, SHAPES[model_name]))
+
+
 def main() -> None:
     """Measure, print, append records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--only", choices=("qat", "curve", "distill"), default=None)
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=None, help="of the training steps")
     parser.add_argument("--images", type=int, default=10_000, help="test images of the accuracy curve")
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--records", type=Path, default=HERE / "records" / "throughput.jsonl")
@@ -253,11 +277,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak:
         return _print_peak(*args.peak)
-    for model_name in ("study", "vgg-small") if args.only in (None, "distill") else ():
+    chosen = args.models or list(SHAPES)
+    for model_name in chosen if args.only in (None, "distill") else ():
         metrics = distillation(model_name, args.repeats)
         print(f"{model_name}, T = 2, 128 images: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
         append(args.records, Record(
-            name=f"throughput/distill/{model_name}", data="random 1x28x28", seed=0, n=128, metrics=metrics,
+            name=f"throughput/distill/{model_name}", data=_images_of(model_name), seed=0, n=128, metrics=metrics,
             config={"model": model_name, "repeats": args.repeats, "batch": 128, "T": 2, "weight_bits": 4, "levels": 2},
             environment=environment("cpu"), time=now(),
         ))  # fmt: skip
@@ -269,13 +294,13 @@ def main() -> None:
             config={"model": "study", "timesteps": 32, "peer": "RateCoding channel-wise 99 %, half threshold"},
             environment=environment("cpu"), time=now(),
         ))  # fmt: skip
-    for model_name in ("study", "vgg-small") if args.only in (None, "qat") else ():
+    for model_name in chosen if args.only in (None, "qat") else ():
         metrics = quantization_aware_training(model_name, args.repeats)
         print(
             f"{model_name}, one training step of 128 images: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
         )
         append(args.records, Record(
-            name=f"throughput/qat/{model_name}", data="random 1x28x28", seed=0, n=128, metrics=metrics,
+            name=f"throughput/qat/{model_name}", data=_images_of(model_name), seed=0, n=128, metrics=metrics,
             config={"model": model_name, "repeats": args.repeats, "batch": 128, "weight_bits": 4, "levels": 2},
             environment=environment("cpu"), time=now(),
         ))  # fmt: skip

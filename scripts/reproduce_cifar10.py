@@ -13,7 +13,6 @@ start from the same QANN. Published for comparison, binary spikes, T = 2: ResNet
 
 import argparse
 import copy
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,10 +20,9 @@ from rich.console import Console
 
 import qsnn
 from qsnn.checkpoint import file_hash, load_weights
-from qsnn.files import write_atomic
 from qsnn.report.records import append, environment, now
 from qsnn.report.terminal import table
-from qsnn.training.budget import Stage, epoch_seconds, seconds_of, shared_epochs, told
+from qsnn.training.budget import Stage, epoch_seconds, read_plan, seconds_of, shared_epochs, told, write_plan
 from qsnn.training.processes import start
 from qsnn.training.stages import Stages
 
@@ -40,7 +38,9 @@ parser.add_argument("--epochs", type=int, nargs=3, default=(40, 30, 30), metavar
 parser.add_argument("--budget", default=None, help="90s, 110m, 2h: epochs are chosen so that the training fits")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default=None)
-parser.add_argument("--precision", choices=("fp32", "bf16"), default=None, help="of all but the teacher")
+parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=None, help="of QANN, student")
+parser.add_argument("--surrogate", choices=("rate", "box"), default="rate", help="what the student's gradient is of")
+parser.add_argument("--signed", action="store_true", help="spikes of -1 take back spikes that came too early")
 parser.add_argument("--only", choices=("student", "qann-on"), default=None, help="train one of the last two, then stop")
 parser.add_argument("--out", type=Path, default=None)
 parser.add_argument("--records", type=Path, default=None, help="append the records here too")
@@ -48,7 +48,7 @@ args = parser.parse_args()
 
 device = start(args.device)
 model, epochs, images = (args.model, args.epochs, None) if not args.quick else ("study", (4, 4, 4), 5_000)
-size = f"-w{args.weight_bits}" if args.weight_bits != 4 else ""
+size = (f"-w{args.weight_bits}" if args.weight_bits != 4 else "") + ("-signed" if args.signed else "")
 out = args.out or Path("runs") / f"cifar10-{model}{size}{'-quick' if args.quick else ''}-{args.seed}"
 out.mkdir(parents=True, exist_ok=True)
 
@@ -59,17 +59,17 @@ data = replace(data, train=data.train.to(device), val=data.val.to(device), test=
 # --- how each stage trains --------------------------------------------------------------------------------------------
 precision = "bf16" if device.type == "cuda" else "fp32"
 common = {"train_images": images, "precision": precision, "seed": args.seed}
-last_two = {"seed": args.seed + 1}  # another order than in the stages before
-low_bits = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.0, "batch_size": 64, **common}
-low_bits["precision"] = args.precision or precision
+given = args.precision or [precision]
+last_two = {"seed": args.seed + 1, "precision": given[-1]}  # another order than in the stages before
+low_bits = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.0, "batch_size": 64, **common, "precision": given[0]}
 teacher_config = qsnn.TrainConfig(epochs=epochs[0], lr=0.1, label_smoothing=0.1, **common)
 quantize_config = qsnn.QuantizeConfig(weight_bits=args.weight_bits, levels=2)
 qann_config = qsnn.TrainConfig(epochs=epochs[1], kd_weight=0.0, **low_bits)
 on_config = replace(qann_config, epochs=epochs[2], **last_two)
-convert_config = qsnn.ConvertConfig(timesteps=2, firing="online")
+convert_config = qsnn.ConvertConfig(timesteps=2, firing="online", signed=args.signed)
 student_config = qsnn.DistillConfig(
     timesteps=2, epochs=epochs[2], label_smoothing=0.0, ce_weight=0.5, step_ce_weight=0.5, kd_weight=0.0,
-    surrogate="box", train_threshold="channel", train_initial="channel", **{**low_bits, **last_two},
+    surrogate=args.surrogate, train_threshold="channel", train_initial="channel", **{**low_bits, **last_two},
 )  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def distilled(network, part, config, **options):
 # --- a budget becomes epochs, once: a run that goes on keeps its plan -------------------------------------------------
 if args.budget:
     plan = out / f"plan-{args.budget}.json"
-    if not plan.exists():
+    chosen = read_plan(plan).get("epochs")
+    if chosen is None:
         budget, one = seconds_of(args.budget), {"epochs": 1, "train_images": None}
         float_net = make_teacher()
         low = qsnn.quantize(float_net, data, quantize_config)
@@ -109,8 +110,7 @@ if args.budget:
             stages["teacher"] = Stage(seconds=took["teacher"], share=2.0)
         chosen = shared_epochs(budget, stages)
         print(told(budget, stages, chosen), flush=True)
-        write_atomic(plan, json.dumps({"epochs": chosen, "seconds": took}))
-    chosen = json.loads(plan.read_text())["epochs"]
+        write_plan(plan, {"seconds": took}, chosen)
     teacher_config = replace(teacher_config, epochs=chosen.get("teacher", 0))
     qann_config = replace(qann_config, epochs=chosen["qann"])
     on_config = replace(on_config, epochs=chosen["student + qann-on"])
@@ -157,7 +157,8 @@ def train_student(state):
 teacher = stage("teacher", ("teacher",), train_teacher)
 qann = stage("qann", ("quantize", "train"), train_qann, teacher)
 snn = stage("snn", ("convert",), lambda state: qsnn.convert(qann, convert_config), qann)
-certificate = qsnn.certify(snn, qann, data.test, images=1_000)
+deferred = qsnn.convert(qann) if args.signed else snn  # spikes that take others back have no deferred form
+certificate = qsnn.certify(deferred, qann, data.test, images=1_000)
 said = f"deferred at T = {certificate.timesteps}, {certificate.images} images: {certificate.verdict}"
 print("certificate,", said, flush=True)
 last = {

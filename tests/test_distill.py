@@ -86,18 +86,33 @@ def test_rates_that_match_cost_nothing() -> None:
 def test_all_terms_at_once_from_two_teachers(nets: tuple, digits: qsnn.Data) -> None:
     teacher, qann, snn = nets
     options = dict.fromkeys(
-        ("answer_weight", "step_ce_weight", "step_weight", "ensemble_weight", "regulariser_weight", "rate_weight"), 0.1
+        (
+            "answer_weight",
+            "step_ce_weight",
+            "step_weight",
+            "ensemble_weight",
+            "regulariser_weight",
+            "rate_weight",
+            "current_weight",
+        ),
+        0.1,
     )
     student = qsnn.distill(snn, [teacher, qann], digits, config(epochs=4, batch_size=16, **options))
     assert qsnn.accuracy(student, digits.val) > 30
 
 
-def test_rate_matching_pulls_rates_to_the_activations(nets: tuple, digits: qsnn.Data) -> None:
-    _, qann, snn = nets
+def moved(snn: qsnn.SNN) -> qsnn.SNN:
+    """A copy whose weights fit the teacher no more."""
     snn = copy.deepcopy(snn)
-    for parameter in snn.parameters():  # rates that match no more
+    for parameter in snn.parameters():
         if parameter.dim() > 1:
             parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.2)
+    return snn
+
+
+def test_rate_matching_pulls_rates_to_the_activations(nets: tuple, digits: qsnn.Data) -> None:
+    _, qann, snn = nets
+    snn = moved(snn)
     images = next(batches(digits.train, 256))[0]
 
     def distance(student: qsnn.SNN) -> float:
@@ -116,6 +131,32 @@ def test_rate_matching_pulls_rates_to_the_activations(nets: tuple, digits: qsnn.
     options = {"epochs": 4, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "train_threshold": "", **rates_alone}
     student = qsnn.distill(snn, qann, digits, config(**options))
     assert distance(student) < 0.8 * distance(snn)
+
+
+def test_current_matching_pulls_currents_to_the_pre_activations(nets: tuple, digits: qsnn.Data) -> None:
+    from qsnn.distillation.rates import current_distance, matches
+    from qsnn.graph.hooks import recorded_inputs
+
+    _, qann, snn = nets
+    images = next(batches(digits.train, 256))[0]
+
+    def distance(student: qsnn.SNN) -> dict[str, float]:
+        found = matches(student, ())
+        with torch.no_grad(), recorded_inputs({name: qann.get_submodule(name) for name in found}) as inputs:
+            qann(images)
+        with torch.no_grad(), recorded_inputs({name: match.neuron for name, match in found.items()}) as currents:
+            student(images)
+        return {
+            name: float(current_distance({name: match}, currents, inputs, student.timesteps))
+            for name, match in found.items()
+            if match.seen is match.neuron
+        }
+
+    first = next(iter(distance(snn)))
+    assert distance(snn)[first] < 1e-10  # in front of the first neuron stands the same convolution of the same images
+    alone = {"ce_weight": 0.0, "step_ce_weight": 0.0, "current_weight": 1.0, "optimizer": "sgd", "lr": 0.01}
+    student = qsnn.distill(moved(snn), qann, digits, config(epochs=4, batch_size=16, train_threshold="", **alone))
+    assert sum(distance(student).values()) < 0.8 * sum(distance(moved(snn)).values())
 
 
 def test_layers_to_match_are_named(nets: tuple, digits: qsnn.Data) -> None:

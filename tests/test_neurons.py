@@ -178,10 +178,11 @@ def test_the_rate_gradient_is_that_of_the_activation() -> None:
     assert torch.allclose(node.initial.grad.float(), expected.sum() * theta, atol=1e-5)
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("leak", [None, 2.5])
 @pytest.mark.parametrize("channels", [None, 3])
 @pytest.mark.parametrize("seen", ["spikes", "v", "y", "spikes v", "v y", "spikes v y"])
-def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak, seen):
+def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak, seen, signed):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 3, 5, 5, generator=generator)
     weights = {part: torch.randn(x.shape, generator=generator) for part in ("spikes", "v", "y")}
@@ -194,9 +195,10 @@ def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak, seen):
         current.requires_grad_()
         if fused:
             keep = None if slow is None else torch.exp(-1 / slow)
-            spikes, v, y = IFFunction.apply(current, shaped, start, 0, keep, None)
+            spikes, v, y = IFFunction.apply(current, shaped, start, 0, keep, None, signed)
         else:
-            spikes, v, _ = simulate(current, shaped, start, Dynamics(), slow)
+            spikes, v, _ = simulate(current, shaped, start, Dynamics(signed=signed), slow)
+            assert bool((spikes < 0).any()) == signed
             y = shaped * spikes
         outputs = {"spikes": spikes, "v": v, "y": y}
         sum((outputs[part] * weights[part][: len(outputs[part])]).sum() for part in seen.split()).backward()

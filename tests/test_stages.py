@@ -76,3 +76,20 @@ def test_a_stage_that_cannot_be_written_is_not_made(flow: Flow) -> None:
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
         flow.run()
     assert flow.made == []
+
+
+def test_a_new_option_that_is_off_makes_nothing_again(tmp_path: Path, digits: qsnn.Data) -> None:
+    made = []
+
+    def run(**options: object) -> None:
+        stages = Stages(tmp_path, say=lambda line: None)
+        stages.run("teacher", lambda state: made.append(1) or qsnn.create_model("study", digits), train=options)
+
+    run(epochs=2)
+    run(epochs=2, ema=0.0, signed=False, layers=[], root=None)  # as a later version has it
+    run(epochs=2)
+    assert len(made) == 1
+    run(epochs=2, ema=0.9)
+    run(epochs=2)  # and without an option that was on
+    run(ema=0.0)
+    assert len(made) == 4

@@ -29,13 +29,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "KL and entropy of each step": {"step_ce_weight": 0.0, "step_weight": 0.5, "entropy_weight": 0.05},
     "right steps teach": {"correct_weight": 0.5},
     "strongest step teaches": {"strong_weight": 0.5},
+    "currents of the QANN": {"current_weight": 0.1},
+    "gradient of the rate": {"surrogate": "rate"},
     "rates first, loop last": {"rates": 0.75},
+    "spikes of -1 take back": {"signed": True},
     "mean of weights": {"ema": 0.998},
     "threshold x 0.7 in QAT": {"threshold_scale": 0.7},
     "lr 0.003": {"lr": 0.003},
 }
 """What differs from the recipe: options of DistillConfig; ``teachers`` that teach; ``rates``, the part of the epochs
-with the gradient of the rate; ``threshold_scale`` of the quantized network."""
+with the gradient of the rate; ``threshold_scale`` of the quantized network; ``signed`` spikes, which are not binary."""
 
 
 def rows(setting: Setting, load: Load) -> Iterator[Row]:
@@ -46,7 +49,7 @@ def rows(setting: Setting, load: Load) -> Iterator[Row]:
 
 
 def _config(setting: Setting, way: dict[str, Any]) -> qsnn.DistillConfig:
-    ours = ("teachers", "rates", "threshold_scale")
+    ours = ("teachers", "rates", "threshold_scale", "signed")
     return student_config(setting, **{name: value for name, value in way.items() if name not in ours})
 
 
@@ -55,7 +58,7 @@ def _row(setting: Setting, data: qsnn.Data, way: dict[str, Any]) -> dict[str, An
     qann = qann_of(setting, data, {**W4, **scale})
     config = _config(setting, way)
     teachers = [qann] if way.get("teachers", 1) == 1 else [qann, teacher_of(setting, data)]
-    student = qsnn.convert(qann)
+    student = qsnn.convert(qann, qsnn.ConvertConfig(signed=way.get("signed", False)))
     if "rates" in way:
         first = round(way["rates"] * config.epochs)
         student = qsnn.distill(student, teachers, data, replace(config, epochs=first, surrogate="rate"))

@@ -24,9 +24,9 @@ from qsnn.distillation.losses import (
     strong_divergence,
 )
 from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
-from qsnn.distillation.rates import matches, rate_distance, teacher_layers
+from qsnn.distillation.rates import current_distance, matches, rate_distance, teacher_layers
 from qsnn.graph.arrived import arrived, evaluating
-from qsnn.graph.hooks import recorded
+from qsnn.graph.hooks import recorded, recorded_inputs
 from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
 from qsnn.measure.accuracy import find_task
 from qsnn.measure.heads import Asked, Tasks, heads, taught_by
@@ -96,8 +96,10 @@ class DistillConfig:
     """Weight of the squared distance of every step's logits from 1 (TET)."""
     rate_weight: Weight = 0.0
     """Weight of the distance of the student's firing rates from the teacher's activations [1]."""
+    current_weight: Weight = 0.0
+    """Weight of the distance of the mean currents of the student's neurons from the teacher's pre-activations [1]."""
     rate_layers: tuple[str, ...] = ()
-    """Layers whose rates are matched, "name" or "student name:teacher name"; by default all neurons."""
+    """Layers whose rates or currents are matched, "name" or "student name:teacher name"; by default all neurons."""
     kd_temperature: Factor = 1.0
     """Temperature τ of the KL terms [1]."""
     train_threshold: str = "auto"
@@ -141,13 +143,18 @@ class DistillConfig:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, TRAINED))}, got {getattr(self, name)!r}")
         if self.mutual and not self.kd_weight:
             raise ValueError("mutual=True lets the teacher learn from the student by kd_weight, which is 0; give one")
-        if self.rate_layers and not self.rate_weight:
+        if self.rate_layers and not self._matches:
             raise ValueError(
                 f"rate_layers={self.rate_layers} names layers to match, with rate_weight={self.rate_weight}; give a "
-                f"rate_weight above 0, or leave rate_layers away"
+                f"rate_weight or current_weight above 0, or leave rate_layers away"
             )
         firing_function(self.surrogate)
         self.training()
+
+    @property
+    def _matches(self) -> bool:
+        """Whether layers of student and teacher are compared."""
+        return bool(self.rate_weight or self.current_weight)
 
     def training(self) -> TrainConfig:
         """Return the options of :func:`qsnn.fit` that are the same."""
@@ -352,27 +359,31 @@ class _Loss:
         config, labels = self.config, heads(labels)
         if not torch.compiler.is_compiling():
             self.tasks.check(labels)
-        matched = matches(model.loop, config.rate_layers) if config.rate_weight else {}
+        matched = matches(model.loop, config.rate_layers) if config._matches else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
-        asked = config.kd_weight or config.answer_weight or config.step_weight or config.rate_weight
+        asked = config.kd_weight or config.answer_weight or config.step_weight or config._matches
         asked, self.first = asked or self.first, False
         seen, targets, taught = summed(images, self.teachers[0] if self.teachers else model.teacher), [], None
-        with recorded(layers) as activations:
+        with recorded(layers) as activations, recorded_inputs(layers) as inputs:
             if model.teacher is not None:
                 taught = heads(model.teacher(seen))
                 targets = [{name: each.detach() for name, each in taught.items()}]
             elif asked:
                 with torch.no_grad():
                     targets = [heads(teacher(seen)) for teacher in self.teachers]
-        with recorded({name: match.seen for name, match in matched.items()}) as outputs:
+        seen_of = {name: match.seen for name, match in matched.items()}
+        neurons = {name: match.neuron for name, match in matched.items()}
+        with recorded(seen_of) as outputs, recorded_inputs(neurons) as currents:
             z = heads(model.loop.step_logits(images, timesteps=config.timesteps))
         terms: dict[str, Tensor] = {}
         for head, task in self.tasks.by_head.items():
             expected = [taught_by(target, head, z[head].shape[1:]) for target in targets]
             for name, term in distillation_loss(z[head], expected, labels[head], config, task).items():
                 terms[name] = terms[name] + term if name in terms else term
-        if matched:
+        if config.rate_weight:
             terms["rate"] = config.rate_weight * rate_distance(matched, outputs, activations, config.timesteps)
+        if config.current_weight:
+            terms["current"] = config.current_weight * current_distance(matched, currents, inputs, config.timesteps)
         if taught is not None:
             means = {head: each.mean(0).detach() for head, each in z.items()}
             terms["teacher_ce"] = config.ce_weight * self.tasks.loss(taught, labels)

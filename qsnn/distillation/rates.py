@@ -1,4 +1,4 @@
-"""Which firing rates of a student are compared with which activations of its teacher, and how far they are apart."""
+"""Which rates and currents of a student are compared with which layers of its teacher, and how far they are apart."""
 
 from __future__ import annotations
 
@@ -82,11 +82,47 @@ def rate_distance(
     for name, match in matched.items():
         output, y = outputs[name], activations[name]
         steps = output if output.dim() == y.dim() + 1 else output.unflatten(0, (timesteps, -1))
-        level: Any = 1.0  # of a gate, which is 0 or 1 in both networks
-        if not isinstance(match.neuron, GateNode):
-            level = match.neuron.threshold if isinstance(match.neuron, IFNode) else match.neuron.v_threshold
-        theta = per_channel(torch.as_tensor(level).to(steps[0]), y.dim())
+        theta = _theta(match.neuron, y)
         # a neuron gives spikes, 0 or 1; a max pool behind it is fed θ·spikes already
         rates[name] = steps.mean(0) * (theta if match.seen is match.neuron else 1.0)
         thetas[name] = theta.detach()
     return rate_matching(rates, {name: y.detach() for name, y in activations.items()}, thetas)
+
+
+def current_distance(
+    matched: Mapping[str, Match], currents: Mapping[str, Tensor], inputs: Mapping[str, Tensor], timesteps: int
+) -> Tensor:
+    r"""How far mean currents are from the teacher's pre-activations, layer by layer, with no spike in between.
+
+    :math:`\mathrm{mean}_l\,\mathrm{mean}\,((\bar x_l - z_l) / \theta_l)^2`; layers whose max pool stands behind the
+    neuron are left out, for there the current has another shape.
+
+    Args:
+        matched: what is compared, by the teacher's layer.
+        currents: what the student's neurons were given.
+        inputs: what the teacher's layers were given, constants to the gradient.
+        timesteps: T.
+    Shape:
+        currents: (T, B, *), (T·B, *), or (B, *) where the current is the same at every step; inputs: (B, *).
+    Raises:
+        ValueError: nothing is left to compare.
+    """
+    means, thetas = {}, {}
+    for name, match in matched.items():
+        x, z = currents[name], inputs[name]
+        if match.seen is not match.neuron:
+            continue
+        if x.shape != z.shape:
+            x = (x if x.dim() == z.dim() + 1 else x.unflatten(0, (timesteps, -1))).mean(0)
+        means[name], thetas[name] = x, _theta(match.neuron, z).detach()
+    if not means:
+        raise ValueError("current_weight finds no layer to compare: all neurons stand in front of a max pool; use 0")
+    return rate_matching(means, {name: inputs[name].detach() for name in means}, thetas)
+
+
+def _theta(neuron: nn.Module, like: Tensor) -> Tensor:
+    """θ in the dtype of ``like`` (B, C, *), shaped to meet it; 1 of a gate, which is 0 or 1 in both networks."""
+    level: Any = 1.0
+    if not isinstance(neuron, GateNode):
+        level = neuron.threshold if isinstance(neuron, IFNode) else neuron.v_threshold
+    return per_channel(torch.as_tensor(level).to(like), like.dim())

@@ -15,16 +15,18 @@ def _value(threshold: Tensor) -> Any:
     return threshold if threshold.dim() else float(threshold)
 
 
-def _in_box(h: Tensor, theta: Any, scratch: Tensor) -> Tensor:
-    """1.0 where θ/2 < h < 3θ/2, else 0.0, in ``scratch``.
+def in_box(h: Tensor, theta: Any, low: float, high: float, scratch: Tensor) -> Tensor:
+    """1.0 where low·θ < h < high·θ, else 0.0, in ``scratch``.
 
     Comparisons that give bools take twice as long on a CPU as the backward of hardtanh, which is that box in one pass.
+
+    Shape:
+        h, scratch and returned: (*); theta: a number, or broadcast against h.
     """
-    low, high = 0.5, 1.5
     if torch.is_tensor(theta):
         h = h / theta
     else:
-        low, high = 0.5 * theta, 1.5 * theta
+        low, high = low * theta, high * theta
     return torch.ops.aten.hardtanh_backward.grad_input(h.new_ones(()), h, low, high, grad_input=scratch)
 
 
@@ -43,16 +45,26 @@ class IFFunction(torch.autograd.Function):
     .. math::
         \frac{\partial\ell}{\partial h_t} = b_t\,g_t + \frac{\partial\ell}{\partial v_t}, \qquad
         \frac{\partial\ell}{\partial\theta} = \sum_t (s_t - b_t)\,g_t .
+
+    Signed, :math:`s_t = [h_t \ge \theta] - [h_t < 0]\,[n_{t-1} > 0]` with the spikes so far n, b is also 1 where
+    :math:`|h_t| < \theta/2` and n > 0; that part does not move with θ.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, threshold: Tensor, v: Tensor, repeats: int, keep: Tensor | None, short: torch.dtype | None
+        ctx: Any,
+        x: Tensor,
+        threshold: Tensor,
+        v: Tensor,
+        repeats: int,
+        keep: Tensor | None,
+        short: torch.dtype | None,
+        signed: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Spikes (T, B, *), the last potential (B, *) and the amplified spikes y (T, B, *).
 
         ``repeats`` > 0: x is one step, (B, *), that stands for so many; ``keep``: d, None without leak; ``short``: the
-        dtype of y, by default that of x.
+        dtype of y, by default that of x; ``signed``: spikes of -1 take back spikes that came too early.
         """
         ctx.set_materialize_grads(False)
         ctx.constant = repeats > 0
@@ -60,11 +72,12 @@ class IFFunction(torch.autograd.Function):
         current = x.expand(repeats, *x.shape) if ctx.constant else x
         spikes = empty_steps(current)
         amplified = empty_steps(current, short)
-        # where the derivative is not 0: a byte, while the potentials would keep four until the backward
+        # where the derivative is not 0: a byte, while the potentials would keep four until the backward;
+        # -1 where it is that of a spike that is taken back
         # (signed, for a float becomes an unsigned byte ten times slower on a CPU)
         near = empty_steps(current, torch.int8)
         # the potentials are for the gradient of d alone; without it they need not live on
-        potentials = []
+        potentials, fired = [], None
         for t in range(len(current)):
             if ctx.needs_input_grad[4]:
                 potentials.append(v)
@@ -72,8 +85,15 @@ class IFFunction(torch.autograd.Function):
                 h = v + current[t] if keep is None else torch.mul(v, keep).add_(current[t])
             else:  # v is ours, and nobody asks for it again
                 h = (v if keep is None else v.mul_(keep)).add_(current[t])
-            near[t] = _in_box(h, theta, scratch=spikes[t])
-            torch.ge(h, theta, out=spikes[t])
+            near[t] = in_box(h, theta, 0.5, 1.5, scratch=spikes[t])
+            if fired is None:
+                torch.ge(h, theta, out=spikes[t])
+                fired = spikes[t].clone() if signed else None
+            else:
+                some = (fired > 0).to(h.dtype)
+                near[t] -= in_box(h, theta, -0.5, 0.5, scratch=spikes[t]).mul_(some).to(torch.int8)
+                torch.ge(h, theta, out=spikes[t])
+                fired += spikes[t].sub_(some.mul_(h < 0))
             v = subtract_(h, spikes[t], theta)
             if short is None:
                 torch.mul(spikes[t], theta, out=amplified[t])
@@ -81,7 +101,7 @@ class IFFunction(torch.autograd.Function):
                 amplified[t] = spikes[t] * theta
         # y is kept by the layer behind anyway, the spikes would be kept for this alone
         ctx.save_for_backward(near, amplified if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.signed = x.dtype, signed
         return spikes, v, amplified
 
     @staticmethod
@@ -91,8 +111,8 @@ class IFFunction(torch.autograd.Function):
         near, amplified, threshold, keep, *potentials = ctx.saved_tensors
         theta = _value(threshold)
         if grad_spikes is None and grad_v is None and grad_y is None:
-            return (None,) * 6
-        wants_theta, wants_v, _, wants_keep, _ = ctx.needs_input_grad[1:]
+            return (None,) * 7
+        wants_theta, wants_v, _, wants_keep, *_ = ctx.needs_input_grad[1:]
         grad_x = None if ctx.constant else empty_steps(near, ctx.dtype)
         grad_theta, grad_keep, total = threshold.new_zeros(threshold.shape), None, None
         for t in reversed(range(len(near))):
@@ -107,9 +127,10 @@ class IFFunction(torch.autograd.Function):
             if outer is None:  # the last potential alone has a gradient
                 outer = near.new_zeros((), dtype=ctx.dtype).expand(near.shape[1:])
             box = near[t].to(ctx.dtype) if grad_x is None else grad_x[t].copy_(near[t])
-            grad_h = box.mul_(outer)
+            upper = box.clamp(min=0).mul_(outer) if ctx.signed and wants_theta else None
+            grad_h = (box.abs_() if ctx.signed else box).mul_(outer)
             if wants_theta:
-                grad_theta -= grad_h.sum_to_size(threshold.shape)
+                grad_theta -= (grad_h if upper is None else upper).sum_to_size(threshold.shape)
             if grad_v is not None:
                 grad_h.add_(grad_v)
             if wants_keep:
@@ -119,7 +140,7 @@ class IFFunction(torch.autograd.Function):
                 total = grad_h.clone() if total is None else total.add_(grad_h)
             grad_v = grad_h if keep is None else grad_h * keep
         grad_x = total if grad_x is None else grad_x
-        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None, grad_keep, None
+        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None, grad_keep, None, None
 
 
 def _difference(x: Tensor | None, y: Tensor | None) -> Tensor | None:

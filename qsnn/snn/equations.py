@@ -69,12 +69,12 @@ class Dynamics:
     @property
     def plain(self) -> bool:
         """Whether this is the soft-reset IF neuron, which alone has an integer form and deferred firing."""
-        return self.tau is None and self.plain_but_leaky
+        return self.tau is None and not self.signed and self.fused
 
     @property
-    def plain_but_leaky(self) -> bool:
-        """Whether this is the soft-reset IF neuron, with or without leak: what has a fused step of training."""
-        return self.reset == "soft" and not self.signed and self.state_bits is None
+    def fused(self) -> bool:
+        """Whether a step of training is one function: of the soft reset, also with leak or signed spikes."""
+        return self.reset == "soft" and self.state_bits is None
 
 
 class _Fire(torch.autograd.Function):

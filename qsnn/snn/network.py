@@ -19,6 +19,7 @@ from qsnn.graph.trace import takes_frames, value_shapes
 from qsnn.options import Timesteps, check_option, expect, seen
 from qsnn.snn.counts import refuse_online
 from qsnn.snn.equations import Dynamics
+from qsnn.snn.mean_backward import MeanWalk, unsupported
 from qsnn.snn.neurons import IFNode, PlusMinus
 
 
@@ -159,8 +160,17 @@ class SNN(nn.Module):
             dtypes = (value.dtype for value in self.network.parameters() if value.dim() > 1)
             check_images(images, None if shape is None else tuple(shape), None if self.folded else next(dtypes, None))
         exact = full_precision(images.device) if self.folded else nullcontext()
+        run = MeanWalk(self.network, steps).run if self._goes_through_means(firing, frames) else self.network
         with calling(Call(steps, firing, frames)), exact:
-            return _each(lambda z: z.unflatten(0, (steps, -1)), self.network(images))
+            return _each(lambda z: z.unflatten(0, (steps, -1)), run(images))
+
+    def _goes_through_means(self, firing: str, frames: bool) -> bool:
+        """Whether one backward serves all steps: in training by the gradient of the rate, where nobody watches."""
+        if not (self.training and torch.is_grad_enabled()) or self.folded or frames or firing != "online":
+            return False
+        if torch.compiler.is_compiling() or any(module._forward_hooks for module in self.network.modules()):
+            return False
+        return unsupported(self.network) is None
 
     def forward(self, images: Tensor, *, timesteps: int | None = None, firing: str | None = None) -> Any:
         """Return the answer after each step (online), or the final one (deferred)."""

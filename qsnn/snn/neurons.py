@@ -110,18 +110,18 @@ class IFNode(BaseNode):
     @property
     def _fused(self) -> bool:
         """Whether a step of training takes the one function that has its own backward."""
-        return self.dynamics.plain_but_leaky and self.surrogate in ("box", "rate")
+        return self.dynamics.fused and self.surrogate in ("box", "rate")
 
     @torch.compiler.disable  # a function with its own backward: a compiler gains nothing, and warns
     def _trained(self, x: Tensor, v: Tensor, repeats: int, short: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The fused step: spikes, the last potential, and where it comes with them θ·spikes."""
         theta = self._theta(v) if self.threshold.dim() else self.threshold
         found: tuple[Tensor, ...]
-        if self.surrogate == "rate" and self.tau is None:
+        if self.surrogate == "rate" and self.dynamics.plain:
             found = RateFunction.apply(x, theta, v, repeats)
         else:
             keep = None if self.tau is None else kept(per_channel(self.tau, v.dim()), x.dtype)
-            found = IFFunction.apply(x, theta, v, repeats, keep, short)
+            found = IFFunction.apply(x, theta, v, repeats, keep, short, self.dynamics.signed)
         return found
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

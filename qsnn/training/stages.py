@@ -76,7 +76,7 @@ class Stages:
         if self.fresh:
             path.unlink(missing_ok=True)
             state.unlink(missing_ok=True)
-        if path.exists() and read_recipe(path).get("stage") == json.loads(json.dumps(stage)):
+        if path.exists() and _same(read_recipe(path).get("stage"), json.loads(json.dumps(stage))):
             self.say(f"{name}: done before, loaded {path}")
             return self._loaded(path)
         started = time.perf_counter()
@@ -93,3 +93,14 @@ class Stages:
         if self.check is not None:
             self.check(model, path)
         return model.to(self.device)
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two stages are one; an option that only one of them names, and leaves off, came or went with a version.
+
+    New options of the configs are off by default, 0, False, empty or None, and then change nothing.
+    """
+    if isinstance(before, dict) and isinstance(now, dict):
+        return all(_same(before.get(name), now.get(name)) if name in before and name in now
+                   else not before.get(name) and not now.get(name) for name in {*before, *now})  # fmt: skip
+    return bool(before == now)
