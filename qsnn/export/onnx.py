@@ -52,8 +52,8 @@ class OnnxConfig:
     input: str = "float"
     """"float": normalised images; "uint8": raw pixels, normalisation inside."""
     kernels: str = "int8"
-    """"int8": 8-bit products where they are exact and the faster form; "float": float32 alone, for runtimes without them
-    (OpenVINO)."""
+    """"int8": 8-bit products where they are exact and the faster form; "float": float32 alone, for runtimes that lack
+    them (OpenVINO)."""
 
     def __post_init__(self) -> None:
         """Refuse what is not known.
