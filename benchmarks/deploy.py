@@ -61,10 +61,10 @@ def networks(name: str, root: Path | None) -> tuple[qsnn.Data, nn.Module, nn.Mod
 
 
 def runtime_session(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession:
-    """ONNX Runtime on so many threads, which sleep while another side has its turn."""
+    """ONNX Runtime on so many threads, which wait as they do by default, but stop when their side's turn is over."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads == 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     raw = model.read_bytes() if isinstance(model, Path) else model
     return onnxruntime.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
 

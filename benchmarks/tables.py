@@ -350,6 +350,50 @@ def throughput_table(records: Sequence[Record]) -> str:
     return "\n\n".join(parts) or EMPTY
 
 
+ASKED = {
+    ("deferred", 1): {"of torch float": 0.35, "of ONNX Runtime int8": 1.0, "file, of the weights at 8 bit": 1.15},
+    ("deferred", 64): {"of torch float": 0.6, "of ONNX Runtime int8": 1.0, "file, of the weights at 8 bit": 1.15},
+    ("online", 1): {"of torch float": 0.7, "file, of the weights at 8 bit": 1.15},
+    ("online", 64): {"of torch float": 1.6, "file, of the weights at 8 bit": 1.15},
+}
+"""What an exported file should cost at most, by firing and batch."""
+
+
+def deploy_table(records: Sequence[Record]) -> str:
+    """What an exported file costs beside the float network: by network, batch, threads and firing."""
+    of_deploy = by_time(r for r in records if r.name.startswith("deploy/"))
+    mine = list({(r.name, r.config["batch"], r.config["threads"]): r for r in of_deploy}.values())
+    if not mine:
+        return EMPTY
+    rows, missed = list[list[str]](), dict[str, list[str]]()
+    for m, batch, threads, net in ((r.metrics, *map(r.config.get, ("batch", "threads", "model"))) for r in mine):
+        for firing in ("deferred", "online"):
+            ours = m[f"qsnn {firing} int8"]
+            ratios = {
+                "of torch float": ours / min(m["torch float"], m["torch float, contiguous"]),
+                "of ONNX Runtime int8": ours / m["ONNX Runtime int8"],
+                "of the folded network in torch": ours / m[f"qsnn {firing} folded torch"],
+                "file, of the weights at 8 bit": m[f"{firing} int8 bytes"] / m["weights"],
+            }
+            rows.append([net, str(batch), str(threads), firing, number(ours, 3), *map(number, ratios.values())])
+            for what, asked in ASKED.get((firing, batch), {}).items():
+                if ratios[what] > asked:
+                    file = what.startswith("file")
+                    where = f"{firing}, {what if file else f'batch {batch}, {what}'} (asked {asked:g})"
+                    case = net if file else f"{net} on {count_of(threads, 'thread')}"
+                    missed.setdefault(where, []).append(f"{case} {number(ratios[what])}")
+    said = "; ".join(f"{where}: {', '.join(dict.fromkeys(cases))}" for where, cases in missed.items())
+    words = (
+        f"`python benchmarks/deploy.py`; W4/L2, T = 2; medians of calls in turns, another image each; torch float: the "
+        f"faster of channels-last and contiguous, batch norm folded, frozen; ONNX Runtime "
+        f"{distinct(r.config['onnxruntime'] for r in mine)} int8: its own static quantization (QDQ) of the float "
+        f"network; {seeds_of(mine)}; {world(mine)}.\n\n"
+        f"{f'Asked and missed: {said}.' if said else 'No figure that was asked is missed.'}"
+    )
+    head = ["network", "batch", "threads", "firing", "our file [ms]", *ratios]
+    return f"{grid(head, rows)}\n\n{words}"
+
+
 def zoo_table(records: Sequence[Record]) -> str:
     """What becomes of networks that people bring: what each stage says, the refusal in its own words, cut if long."""
     rows = list({r.name: r for r in by_time(records) if r.name.startswith("zoo/")}.values())
@@ -535,7 +579,7 @@ def cells_ahead(records: Sequence[Record]) -> tuple[int, int]:
 TABLES: dict[str, Callable[[Sequence[Record]], str]] = {
     "headline": headline, "compared": compared, "in-short": in_short, "cifar10": cifar10_tables,
     "studies": all_studies, "study-list": study_list, "peers": peers_table, "throughput": throughput_table,
-    "zoo": zoo_table,
+    "zoo": zoo_table, "deploy": deploy_table,
 }  # fmt: skip
 
 

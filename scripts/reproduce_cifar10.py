@@ -39,7 +39,7 @@ parser.add_argument("--budget", default=None, help="90s, 110m, 2h: epochs are ch
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default=None)
 parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=None, help="of QANN, student")
-parser.add_argument("--surrogate", choices=("rate", "box"), default="rate", help="what the student's gradient is of")
+parser.add_argument("--surrogate", choices=("rate", "box"), default="box", help="what the student's gradient is of")
 parser.add_argument("--signed", action="store_true", help="spikes of -1 take back spikes that came too early")
 parser.add_argument("--only", choices=("student", "qann-on"), default=None, help="train one of the last two, then stop")
 parser.add_argument("--out", type=Path, default=None)
@@ -67,8 +67,9 @@ quantize_config = qsnn.QuantizeConfig(weight_bits=args.weight_bits, levels=2)
 qann_config = qsnn.TrainConfig(epochs=epochs[1], kd_weight=0.0, **low_bits)
 on_config = replace(qann_config, epochs=epochs[2], **last_two)
 convert_config = qsnn.ConvertConfig(timesteps=2, firing="online", signed=args.signed)
+steps = 0.0 if args.signed else 0.5  # a first step that may be taken back need not answer by itself
 student_config = qsnn.DistillConfig(
-    timesteps=2, epochs=epochs[2], label_smoothing=0.0, ce_weight=0.5, step_ce_weight=0.5, kd_weight=0.0,
+    timesteps=2, epochs=epochs[2], label_smoothing=0.0, ce_weight=1 - steps, step_ce_weight=steps, kd_weight=0.0,
     surrogate=args.surrogate, train_threshold="channel", train_initial="channel", **{**low_bits, **last_two},
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ pytest.importorskip("nirtorch", reason="the package nirtorch is not installed (e
 
 from qsnn.export.nir import load_into, write  # noqa: E402
 from qsnn.export.nir_read import encoded  # noqa: E402
+from qsnn.export.nir_spyx import chain_of  # noqa: E402
 from qsnn.export.nir_student import from_nir  # noqa: E402
 
 NAMES = {"plain": NETS["average pooling"], "residual": NETS["residual"], "moved": lambda data: Moved(views=False)}
@@ -60,6 +61,38 @@ def test_a_simulator_gives_every_integer_logit(simulator, written, digits):
         assert torch.equal(network(images), folded(images)), "and the answers to the last bit"
 
 
+def test_spyx_gives_every_integer_logit_of_a_chain(request, written, digits):
+    pytest.importorskip("spyx", reason="spyx is not installed (extra spyx, which brings JAX)")
+    folded, path, _ = written
+    if "residual" in request.node.name or "moved" in request.node.name:
+        pytest.skip("it branches, which is refused")
+    images = next(qsnn.batches(digits.test, 100))[0]
+    network = load_into("spyx", path)
+    with torch.no_grad():
+        for part in (images, images[:50], images[50:]):
+            assert torch.equal(network.integer_logits(part), last_integers(folded, part))
+        assert torch.equal(network(images), folded(images)), "and the answers to the last bit"
+        write(folded, path.with_name("one.nir"), timesteps=1)
+        found = load_into("spyx", path.with_name("one.nir")).integer_logits(images)
+        assert torch.equal(found, last_integers(folded, images, 1))
+
+
+def test_what_spyx_would_read_as_something_else_is_refused_by_name(request, written):
+    graph = nir.read(written[1])
+    if "residual" in request.node.name or "moved" in request.node.name:
+        with pytest.raises(ValueError, match=r"Spyx cannot run this network: .*\(it goes to .*runs chains alone"):
+            chain_of(graph)
+        return
+    chain = chain_of(graph)
+    assert set(chain) == set(graph.nodes) and (chain[0], chain[-1]) == ("input", "output")
+    first, second = [name for name in chain if isinstance(graph.nodes[name], nir.Conv2d)][:2]
+    graph.nodes[first].dilation, graph.nodes[second].groups = (2, 2), 2
+    graph.nodes[chain[-2]].weight = graph.nodes[chain[-2]].weight.astype(np.float64)
+    said = rf"{first} \(.*its dilation\); {second} \(.*its groups\); {chain[-2]} \(.*float64.*use sinabs, norse or"
+    with pytest.raises(ValueError, match=said):
+        chain_of(graph)
+
+
 def test_what_a_file_holds(written):
     _, path, found = written
     graph = nir.read(path)
@@ -92,7 +125,7 @@ def test_refusals(snn, digits, tmp_path):
     with pytest.raises(ValueError, match=r"cannot be written as NIR: .*16 bit.*MaxPool2d has no node in NIR"):
         write(pooled, path)
     assert not path.exists()
-    with pytest.raises(ValueError, match="expected a simulator of sinabs, norse, spikingjelly, got 'brian'"):
+    with pytest.raises(ValueError, match="expected a simulator of sinabs, norse, spikingjelly, spyx, got 'brian'"):
         load_into("brian", path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_into("norse", path)

@@ -30,6 +30,7 @@ from qsnn.export.affine import affine  # noqa: E402
 from qsnn.export.onnx import OnnxConfig, onnx_model  # noqa: E402
 from qsnn.export.onnx_layers import PAIR, eight_bit_weight  # noqa: E402
 from qsnn.export.onnx_values import Values, Wire  # noqa: E402
+from qsnn.export.packed import packed  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -322,11 +323,37 @@ def test_the_golden_network(digits: qsnn.Data, tmp_path: Path) -> None:
     assert found["qsnn"]["data"]["classes"] == list("0123456789") and found["qsnn"]["export"]["firing"] == "online"
 
 
-def test_the_file_is_hardly_larger_than_its_weights(plain: qsnn.SNN) -> None:
-    weights = sum(value.numel() for name, value in plain.named_buffers() if name.endswith("weight"))
-    for firing in ("deferred", "online"):
-        size = len(onnx_model(plain, OnnxConfig(firing=firing)).SerializeToString())
-        assert weights < size < 1.24 * weights, "36,984 weights; larger networks have the same few thousand bytes more"
+@pytest.mark.parametrize("bits, online, deferred", [(1, 0.38, 0.33), (4, 0.71, 0.66), (8, 1.18, 1.13)])
+def test_a_file_is_hardly_larger_than_its_weights(
+    bits: int, online: float, deferred: float, digits: qsnn.Data, tmp_path: Path
+) -> None:
+    model = scramble(qsnn.create_model("vgg-small", digits))
+    folded = qsnn.fold(qsnn.convert(qsnn.quantize(model, digits, qsnn.QuantizeConfig(weight_bits=bits, levels=2))))
+    weights = sum(value.numel() for name, value in folded.named_buffers() if name.endswith("weight"))
+    for firing, most in (("online", online), ("deferred", deferred)):
+        written = onnx_model(folded, OnnxConfig(firing=firing))
+        assert written.ByteSize() < most * weights, "36,984 weights; larger networks have the same few thousand more"
+        options = ort.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "run.onnx"), 3
+        ort.InferenceSession(written.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        run = onnx.load(tmp_path / "run.onnx")
+        assert not {node.op_type for node in run.graph.node} & {"Gather", "ConstantOfShape"}, "unpacked when loaded"
+
+
+@given(
+    values=st.lists(st.integers(-128, 127), min_size=1, max_size=20, unique=True), size=st.integers(1, 40),
+    unsigned=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_packed_weights_are_the_weights(values: list[int], size: int, unsigned: bool, seed: int) -> None:
+    kind, zero = (np.uint8, 128) if unsigned else (np.int8, 0)
+    weight = (np.random.default_rng(seed).choice(values, (size, 2)) + zero).astype(kind)
+    found, distinct = packed(weight), len(np.unique(weight))
+    if found is None:
+        assert distinct > 16
+        return
+    codes, table = found
+    assert np.array_equal(table[codes].reshape(weight.shape), weight) and table.dtype == kind
+    assert codes.size * table.shape[1] == weight.size and distinct <= 2 ** (8 // table.shape[1])
 
 
 ORDERS = (
@@ -381,3 +408,15 @@ def test_a_name_says_the_format(tmp_path: Path) -> None:
         qsnn.export(folded, tmp_path / "net.tflite")
     assert not list(tmp_path.iterdir())
     assert qsnn.export(folded, tmp_path / "net").exists()
+
+
+def test_an_output_is_named_where_it_is_made() -> None:
+    graph = Values(2, "deferred", "u8", None).graph
+    value = graph.add("Neg", "x")
+    after = graph.add("Abs", value)
+    graph.publish(value, "logits")
+    graph.publish(value, "logits_1")
+    graph.publish("x", "logits_2")
+    edges = [(node.op_type, list(node.input), list(node.output)) for node in graph.nodes]
+    assert edges[:2] == [("Neg", ["x"], ["logits"]), ("Abs", ["logits"], [after])]
+    assert edges[2:] == [("Identity", ["logits"], ["logits_1"]), ("Identity", ["x"], ["logits_2"])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, fx, nn
 
 import qsnn
 from qsnn.folded.builder import Builder
-from qsnn.folded.layers import IntegerLayer
+from qsnn.folded.firing import online, twice
+from qsnn.folded.layers import IntegerInput, IntegerLayer
 from qsnn.folded.neurons import IntegerIF
 from qsnn.graph.call import Call, calling
 from qsnn.snn.neurons import IFNode
@@ -318,3 +321,51 @@ def test_refusals(snn: qsnn.SNN, qann: nn.Module, teacher: nn.Module, digits: qs
         qsnn.certify(qann, snn, digits.test)
     with pytest.raises(ValueError, match="no quantized activation"):
         qsnn.certify(snn, teacher, digits.test)
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 3])
+def test_one_pass_for_all_steps_gives_the_spikes_of_a_pass_a_step(
+    pair: tuple[nn.Module, qsnn.SNN], images: Tensor, timesteps: int
+) -> None:
+    folded = qsnn.fold(pair[1])
+    apart = copy.deepcopy(folded)
+    graph = {node.target: node for node in folded.network.graph.nodes if node.op == "call_module"}
+    for name, module in folded.network.named_modules():
+        if isinstance(module, IntegerLayer):
+            readers = [folded.network.get_submodule(str(reader.target)) for reader in graph[name].users]
+            assert module.whole == all(isinstance(reader, IntegerIF) for reader in readers), name
+    marked = [module for module in apart.modules() if getattr(module, "whole", False)]
+    for module in marked:
+        module.whole = False
+    assert marked
+    for firing in ("deferred", "online"):
+        ours, answers = recorded(folded, images, firing=firing, timesteps=timesteps)
+        theirs, wanted = recorded(apart, images, firing=firing, timesteps=timesteps)
+        assert torch.equal(answers, wanted) and ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@given(
+    first=st.integers(-9, 9), later=st.integers(-9, 9), rise=st.integers(0, 9),
+    edge=st.sampled_from([0, 2**23, -(2**23)]),
+)  # fmt: skip
+def test_two_steps_at_once_are_the_two_steps(first: int, later: int, rise: int, edge: int) -> None:
+    one, two = torch.meshgrid(torch.arange(-12.0, 13), torch.arange(-12.0, 13), indexing="ij")
+    totals = [one.reshape(1, -1), (one + two).reshape(1, -1)]
+    again = max(later, edge) if edge else later + rise
+    limits = [torch.tensor([[float(limit)]]) for limit in (first, later if edge >= 0 else edge, again)]
+    rows = [[limits[0]], limits[1:]]
+    assert torch.equal(twice(totals, limits[0], limits[1], limits[2] - limits[1]), online(totals, rows))
+
+
+@given(
+    step=st.floats(2.0**-9, 1.0, width=32), place=st.integers(-130, 129), off=st.integers(-2, 2), short=st.booleans()
+)
+def test_pixels_are_rounded_half_up(step: float, place: int, off: int, short: bool) -> None:
+    scale = torch.tensor([step], dtype=torch.float64) * (1 if short else 1 + 2.0**-40)
+    x = ((place + 0.5) * scale).float()
+    for _ in range(abs(off)):
+        x = torch.nextafter(x, torch.full_like(x, float("inf") if off > 0 else -float("inf")))
+    wanted = math.floor(Fraction(float(x.double() / scale)) + Fraction(1, 2))
+    for pixels in (x, x.double()):
+        assert float(IntegerInput(scale, 127)(pixels)) == max(-127, min(127, wanted))

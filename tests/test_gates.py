@@ -244,6 +244,17 @@ def test_the_onnx_file_has_every_logit(firing: str, kernels: str, digits: qsnn.D
     assert torch.equal(torch.from_numpy(found), wanted[0] if firing == "deferred" else wanted)
 
 
+@pytest.mark.parametrize(("form", "said"), [("c", "integers"), ("nir", "NIR")])
+def test_other_formats_refuse_gates_by_name(form: str, said: str, digits: qsnn.Data, tmp_path: Path) -> None:
+    if form == "nir":
+        pytest.importorskip("nir")
+    qann = qsnn.quantize(attending(digits), digits, qsnn.QuantizeConfig(levels=2))
+    folded = qsnn.fold(qsnn.convert(qann))
+    with pytest.raises(ValueError, match=rf"cannot be written .* {said}: .*gate \(IntegerGate has no "):
+        qsnn.export(folded, tmp_path / "a", format=form)
+    assert not (tmp_path / "a").exists()
+
+
 def test_files_of_the_spiking_qkformer_of_before_load(digits: qsnn.Data, images: Tensor, tmp_path: Path) -> None:
     model = qsnn.create_model("spiking-qkformer", digits, weight_bits=4).eval()
     path = tmp_path / "a.safetensors"

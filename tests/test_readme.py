@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,30 @@ def test_the_first_paragraph_is_made_from_the_records():
     for words in ("2 seeds", "**89.5 %**", "68.0 %", "0.60 to 0.65 of the time", ", and 0.50 of the memory"):
         assert words in text
     assert tables.headline(records[:3]) == tables.headline([]) == tables.EMPTY
+
+
+def test_the_table_of_exported_files_names_what_is_missed():
+    def made(minute: int, batch: int, threads: int, deferred: float, bytes: int) -> Record:
+        metrics = {
+            "qsnn deferred int8": deferred, "qsnn online int8": 0.6, "torch float": 1.0, "torch float, contiguous": 1.5,
+            "ONNX Runtime int8": 0.5, "qsnn deferred folded torch": 2.0, "qsnn online folded torch": 3.0,
+            "deferred int8 bytes": 1100, "online int8 bytes": bytes, "weights": 1000,
+        }  # fmt: skip
+        config = {"model": "study", "batch": batch, "threads": threads, "onnxruntime": f"1.{minute}"}
+        found = line("deploy/study", minute, **metrics)
+        return replace(found, config=config)
+
+    records = [made(1, 1, 1, 0.9, 1100), made(2, 1, 1, 0.36, 1100), made(3, 64, 2, 0.55, 1300)]
+    text = tables.make("deploy", records)
+    assert "| study | 1 | 1 | deferred | 0.360 | 0.36 | 0.72 | 0.18 | 1.10 |" in text and "0.900" not in text
+    assert text.count("\n| study |") == 4 and "ONNX Runtime 1.2, 1.3 int8" in text
+    said = next(words for words in text.splitlines() if words.startswith("Asked and missed"))
+    assert said == (
+        "Asked and missed: deferred, batch 1, of torch float (asked 0.35): study on 1 thread 0.36; deferred, batch 64, "
+        "of ONNX Runtime int8 (asked 1): study on 2 threads 1.10; online, file, of the weights at 8 bit (asked 1.15): "
+        "study 1.30."
+    )
+    assert "No figure that was asked is missed." in tables.make("deploy", [made(1, 1, 1, 0.3, 1100)])
 
 
 @pytest.mark.parametrize("name", tables.TABLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -212,7 +213,7 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None, dtype: torc
     if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (2, 3, 4, 5)):
         hint = "add the batch: images.unsqueeze(0)" if len(got) == 3 else "resize them, or build the model for them"
         raise ValueError(f"expected images of shape ({', '.join(map(str, want))}), got {got}; {hint}")
-    if torch.isfinite(images.sum()):  # one NaN or inf spoils the sum; a sum that merely overflows passes below
+    if math.isfinite(images.sum().item()):  # one NaN or inf spoils the sum; a sum that merely overflows passes below
         return
     bad = ~torch.isfinite(images).flatten(1)
     if bad.any():

@@ -43,8 +43,8 @@ def affine(
     high = np.where(never, np.inf, np.where(always, -d * top, d * m))
     if (d * top).max(initial=0) >= 2**30:  # a sum in int32
         return None
-    if count == 1:  # one boundary: a p so large that the rounding never passes 1, and no clip is needed
-        p = 2 * d * top + 4 + (d % 2)
+    if count == 1:  # one boundary: a p so large that the rounding never passes 1, and no clip is needed; one for all
+        p = np.full_like(top, 2 * d * top.max(initial=0) + 4 + (d % 2))
         middle = np.where(always, -d * top - d / 2, np.where(never, d * top + d / 2, d * m - d / 2))[0]
         return _proved(p, p / 2 - middle, low, high, steps)
     first, second = np.triu_indices(count, 1)

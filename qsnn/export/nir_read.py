@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qsnn.export.nir_spyx import SpyxNetwork
 from qsnn.quant.activations import round_half_up
 from qsnn.snn.network import running_mean
 
 RELAYS = 2
 """Channels beside a layer's own: "start", 1 at the first step, and "clock", 1 at every step."""
-SIMULATORS = ("sinabs", "norse", "spikingjelly")
+SIMULATORS = ("sinabs", "norse", "spikingjelly", "spyx")
 
 
 def import_nir() -> Any:
@@ -35,14 +36,15 @@ def load_into(simulator: str, path: str | Path) -> Loaded:
     """Build the network of a NIR file from a simulator's own neurons, with the settings that make it exact.
 
     What each needs: sinabs one spike a step (``SingleSpike``) and no floor under the potential; Norse, whose IF resets
-    to a value, a step that subtracts θ; SpikingJelly ``v_reset=None`` and a θ for each neuron. The graph is wired by
-    ``nirtorch.nir_to_torch``, which adds what meets in a node; it runs in float64.
+    to a value, a step that subtracts θ; SpikingJelly ``v_reset=None`` and a θ for each neuron. Their graph is wired by
+    ``nirtorch.nir_to_torch``, which adds what meets in a node; it runs in float64. Spyx builds its own network, in
+    float32: :class:`~qsnn.export.nir_spyx.SpyxNetwork` gives it the steps by which its neurons are late.
 
     Args:
-        simulator: "sinabs", "norse" or "spikingjelly".
+        simulator: "sinabs", "norse", "spikingjelly" or "spyx".
         path: a file that ``qsnn export --format nir`` wrote.
     Raises:
-        ValueError: another simulator, or a file that qsnn did not write.
+        ValueError: another simulator, a file that qsnn did not write, or for Spyx what it has no form for, by name.
         ImportError: the simulator, nir or nirtorch is missing.
         FileNotFoundError: no such file.
     """
@@ -52,6 +54,11 @@ def load_into(simulator: str, path: str | Path) -> Loaded:
     if graph.metadata.get("written_by") not in ("qsnn", b"qsnn"):
         raise ValueError(f"{path} was not written by qsnn; read it with qsnn.from_nir(path, written_by=...)")
     nir = import_nir()
+    if simulator == "spyx":
+        try:
+            return Loaded(SpyxNetwork(graph), graph.metadata)
+        except ImportError as error:
+            raise ImportError(f"load_into('spyx') needs the package spyx: pip install 'spyx>=1.0' ({error})") from None
     try:
         import nirtorch
 
@@ -60,7 +67,7 @@ def load_into(simulator: str, path: str | Path) -> Loaded:
         raise ImportError(f"load_into({simulator!r}) needs nirtorch and {simulator}: {error}") from None
     kinds = {nir.IF: cell, nir.Conv2d: convolution, nir.Linear: linear, nir.Flatten: lambda node: nn.Flatten(1)}
     network = nirtorch.nir_to_torch(graph, kinds, dtype=torch.float64)
-    return Loaded(network.double().eval(), graph.metadata)
+    return Loaded(Stepped(network.double().eval()), graph.metadata)
 
 
 def read_graph(path: str | Path) -> Any:
@@ -83,11 +90,31 @@ def read_graph(path: str | Path) -> Any:
     return graph
 
 
+class Stepped(nn.Module):
+    """What ``nirtorch.nir_to_torch`` built, (input, state) -> (output, state), over all steps.
+
+    Shape:
+        frames: (T, B, *); returned: (T, B, K).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Run from rest."""
+        state, found = None, []
+        for x in frames:
+            out, state = self.network(x, state)
+            found.append(out)
+        return torch.stack(found)
+
+
 class Loaded(nn.Module):
     """A network in another simulator, called like an :class:`~qsnn.SNN`.
 
     Args:
-        network: what ``nirtorch.nir_to_torch`` built: (input, state) -> (output, state), one step.
+        network: (T, B, C + 2, H, W) -> (T, B, K), integers to integers, all steps from rest.
         metadata: of the graph: the input's quantizer, gains and biases of the logits, T.
     Shape:
         images: (B, C, H, W), normalised as for the network that was written; returned: the answer after each step,
@@ -104,11 +131,8 @@ class Loaded(nn.Module):
     @torch.no_grad()
     def integer_logits(self, images: Tensor) -> Tensor:
         """The last layer's integers at each step, (T, B, K)."""
-        state, found = None, []
-        for x in encoded(images, self.input_step, self.levels, self.timesteps):  # type: ignore[arg-type]
-            out, state = self.network(x, state)
-            found.append(out)
-        return torch.stack(found)
+        found: Tensor = self.network(encoded(images, self.input_step, self.levels, self.timesteps))  # type: ignore[arg-type]
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the answer after each step."""

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from qsnn.data.images import normalise
 from qsnn.export.onnx_gates import current_gate, gating, integer_gate
-from qsnn.export.onnx_layers import float_layer, integer_input, integer_layer, write_sum
+from qsnn.export.onnx_layers import float_layer, integer_input, integer_layer, write_input, write_sum
 from qsnn.export.onnx_moves import MOVES
 from qsnn.export.onnx_neurons import current, current_if, dynamic_if, integer_if, real_if
 from qsnn.export.onnx_pools import average_pool, count_pool, max_pool, sum_pool
@@ -52,7 +52,8 @@ class OnnxConfig:
     input: str = "float"
     """"float": normalised images; "uint8": raw pixels, normalisation inside."""
     kernels: str = "int8"
-    """"int8": 8-bit products where they are exact; "float": float32 alone, for runtimes without them (OpenVINO)."""
+    """"int8": 8-bit products where they are exact and the faster form; "float": float32 alone, for runtimes that lack
+    them (OpenVINO)."""
 
     def __post_init__(self) -> None:
         """Refuse what is not known.
@@ -126,7 +127,7 @@ def onnx_model(folded: SNN, config: OnnxConfig) -> onnx.ModelProto:
         pixels = torch.arange(256, dtype=torch.uint8).expand(shape[0], 256)[..., None]
         table = normalise(pixels, data["mean"], data["std"])[..., 0].numpy()
     values = Values(timesteps, firing, "u8" if config.kernels == "int8" else "f32", table)
-    values.write_sum = write_sum
+    values.write_sum, values.write_input = write_sum, write_input
     return _finished(values, _walk(folded, values, shape, frames), recipe, shape, frames)
 
 
@@ -217,7 +218,7 @@ def _finished(
     for wire, name in named:
         front: list[str | int | None] = ["batch"] if values.deferred else [values.timesteps, "batch"]
         if values.deferred:
-            graph.nodes.append(helper.make_node("Identity", [wire.names[0]], [name], name=name))
+            graph.publish(wire.names[0], name)
         else:
             axes = graph.const([0], "i64")
             rows = [graph.add("Unsqueeze", x, axes) for x in wire.names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -25,25 +26,41 @@ def array(x: Any) -> NDArray[Any]:
 
 
 def integer_input(values: Values, name: str, module: IntegerInput, shape: tuple[int, ...], wire: Wire) -> Wire:
-    """clip(round_half_up(x / s), -L, L): by table for raw pixels, else in float64."""
-    levels, graph = module.levels, values.graph
-    small = values.counts == "u8" and levels <= 127
-    zero = 128 if small else 0
-    if wire.kind == "pixels":
-        assert values.tables is not None
-        table = array(module(torch.from_numpy(values.tables))) + zero
-        found = values.looked_up(wire, table, "u8" if small else "f32")
-        return replace(found, bound=levels, zero=zero)
-    frames = not wire.static
-    if frames and wire.kind != "frames" and values.deferred and values.timesteps > 1:
+    """Keep the input's quantizer open: who reads it says in which type; frames are written at once."""
+    timed = not wire.static  # a sum over frames does not fit into 8 bits
+    if timed and wire.kind != "frames" and values.deferred and values.timesteps > 1:
         raise CannotWriteError(f"{name}: frames that are changed before they are quantized; use firing='online'")
-    small, zero = (False, 0) if frames else (small, zero)  # a sum over frames does not fit into 8 bits
+    small = values.counts == "u8" and module.levels <= 127 and not timed
+    new = Wire((), "u8" if small else "f32", wire.shape, module.levels, zero=128 if small else 0, static=not timed,
+               kind="input", layer=module, source=wire, place=values.graph.scope)  # fmt: skip
+    return write_input(values, new, "f32") if timed else new
+
+
+def write_input(values: Values, wire: Wire, dtype: str) -> Wire:
+    """clip(round_half_up(x / s), -L, L), in u8 around 128 or in float32: by table for raw pixels, else in float64."""
+    module, source, graph = wire.layer, wire.source, values.graph
+    assert isinstance(module, IntegerInput) and source is not None
+    levels, zero, kept = module.levels, 128 if dtype == "u8" else 0, graph.scope
+    new = replace(wire, dtype=dtype, zero=zero, kind="value", layer=None, source=None)
+    graph.scope = wire.place
+    if source.kind == "pixels":
+        assert values.tables is not None
+        names = list(values.looked_up(source, array(module(torch.from_numpy(values.tables))) + zero, dtype).names)
+    else:
+        names = _quantized(values, module, source, dtype, zero)
+    if source.kind == "frames" and values.deferred:
+        names = names[-1:]
+    graph.scope = kept
+    return replace(new, names=tuple(names), bound=levels)
+
+
+def _quantized(values: Values, module: IntegerInput, source: Wire, dtype: str, zero: int) -> list[str]:
+    graph, levels, names = values.graph, module.levels, list[str]()
     step = array(module.step).astype(np.float64)
     # a quotient of two float32 is a half or at least 2**-26 away from one: then q + 1/2 + zero cannot round to a tie
-    plain = wire.dtype == "f32" and bool((step == step.astype(np.float32)).all()) and levels < 2**15
-    names: list[str] = []
-    for source in wire.names:
-        x = source if wire.dtype == "f64" else graph.cast(source, "f64")
+    plain = source.dtype == "f32" and bool((step == step.astype(np.float32)).all()) and levels < 2**15
+    for name in source.names:
+        x = name if source.dtype == "f64" else graph.cast(name, "f64")
         q = graph.add("Div", x, graph.const(step, "f64"))
         if plain:
             q = graph.add("Floor", graph.add("Add", q, graph.const(zero + 0.5, "f64")))
@@ -52,11 +69,9 @@ def integer_input(values: Values, name: str, module: IntegerInput, shape: tuple[
             up = graph.add("GreaterOrEqual", graph.add("Sub", q, below), graph.const(0.5, "f64"))
             q = graph.add("Add", graph.add("Add", below, graph.cast(up, "f64")), graph.const(float(zero), "f64"))
         q = graph.add("Clip", q, graph.const(float(zero - levels), "f64"), graph.const(float(zero + levels), "f64"))
-        q = graph.cast(q, "u8" if small else "f32")
+        q = graph.cast(q, dtype)
         names.append(graph.add("Add", names[-1], q) if names else q)
-    if frames and values.deferred:
-        names = names[-1:]
-    return Wire(tuple(names), "u8" if small else "f32", wire.shape, levels, zero=zero, static=not frames)
+    return names
 
 
 def integer_layer(values: Values, name: str, module: IntegerLayer, shape: tuple[int, ...], wire: Wire) -> Wire:
@@ -67,9 +82,9 @@ def integer_layer(values: Values, name: str, module: IntegerLayer, shape: tuple[
 
 def write_sum(values: Values, wire: Wire) -> Wire:
     """The sums of an integer layer: int32 from 8-bit matrices, or float32, or float64, as the bounds allow."""
-    assert wire.layer is not None and wire.source is not None
+    assert isinstance(wire.layer, IntegerLayer) and wire.source is not None
     module, graph, name = wire.layer, values.graph, wire.place
-    source = values.ready(wire.source)
+    source = wire.source if wire.source.kind == "input" else values.ready(wire.source)
     most = wire.bound * (1 if wire.static else values.timesteps)
     weight, shape = array(module.weight), wire.shape
     small = weight.dtype == np.int8
@@ -81,11 +96,11 @@ def write_sum(values: Values, wire: Wire) -> Wire:
             stored, zeros, how = eight_bit_weight(values, weight, source)
             if weight.ndim == 2:
                 stored = stored.T
-            inputs = [graph.const(stored, "u8" if zeros else "i8"), graph.const(source.zero, "u8")]
+            inputs = [graph.weight(stored), graph.const(source.zero, "u8")]
             inputs += [graph.const(zeros, "u8")] if zeros else []
             op = "MatMulInteger" if weight.ndim == 2 else "ConvInteger"
             options = {} if weight.ndim == 2 else _options(module, weight, source.shape, shape)
-            names = [graph.add(op, x, *inputs, **options) for x in source.names]
+            names = [graph.add(op, x, *inputs, **options) for x in values.ready(source).names]
             values.note(name, f"{op}, {how}")
             return replace(wire, names=tuple(names), dtype="i32", kind="value", layer=None, source=None)
         if small and most < FLOAT32:
@@ -247,21 +262,58 @@ def _options(module: Any, weight: NDArray[Any], before: tuple[int, ...], after: 
     extra = module.options.get("output_padding")
     return {
         **({} if extra is None else {"output_padding": list(as_tuple(extra, dims))}),
-        "kernel_shape": list(weight.shape[2:]), "pads": padding(module, weight.shape, before, after),
-        "strides": list(as_tuple(module.options["stride"], dims)), "group": module.options["groups"],
-        "dilations": list(as_tuple(module.options["dilation"], dims)),
+        **moves(
+            weight.shape[2:], padding(module, weight.shape, before, after), as_tuple(module.options["stride"], dims),
+            as_tuple(module.options["dilation"], dims), module.options["groups"],
+        ),
     }  # fmt: skip
 
 
-def quantized_conv(
-    values: Values, x: str, wire: Wire, stored: NDArray[Any], zeros: int, m: NDArray[np.float32], beta: NDArray[Any]
-) -> str:
-    """clip(round(m·(d·A + β)), 0, 255) of an integer layer, in one node."""
-    assert wire.layer is not None and wire.source is not None
-    graph, kind = values.graph, "u8" if zeros else "i8"
-    one = graph.const(np.float32(1), "f32")
-    return graph.add(
-        "QLinearConv", x, one, graph.const(wire.source.zero, "u8"),
-        graph.const(stored, kind), graph.const(m, "f32"), graph.const(zeros, kind), one, graph.const(0, "u8"),
-        graph.const(beta, "i32"), **_options(wire.layer, stored, wire.source.shape, wire.shape),
-    )  # fmt: skip
+def moves(
+    kernel: Sequence[int], pads: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int = 1
+) -> dict[str, Any]:
+    """Where a window moves, as attributes; what is ONNX' default is left out."""
+    dims = len(kernel)
+    said: dict[str, Any] = {"kernel_shape": list(kernel)}
+    usual = {"pads": [0] * 2 * dims, "strides": [1] * dims, "dilations": [1] * dims}
+    given = {"pads": list(pads), "strides": list(stride), "dilations": list(dilation)}
+    said |= {name: sides for name, sides in given.items() if sides != usual[name]}
+    return said if groups == 1 else said | {"group": groups}
+
+
+Fit = tuple[NDArray[np.float32], NDArray[Any]]
+"""m and β of :func:`~qsnn.export.affine.affine`, a channel each."""
+
+
+def rounded(
+    values: Values, wire: Wire, weight: NDArray[Any], factor: int, fits: Sequence[Fit]
+) -> tuple[list[str], str]:
+    """clip(round(m·(d·A + β)), 0, 255) of an integer layer, for each answer in time, and by which kernel.
+
+    A convolution of one input channel is 9 products an output: as floats, whose sums are integers below 2**24, it costs
+    two thirds of what 8-bit products do. All others are one QLinearConv.
+    """
+    assert isinstance(wire.layer, IntegerLayer) and wire.source is not None
+    graph, source = values.graph, wire.source
+    options = _options(wire.layer, weight, source.shape, wire.shape)
+    scales = [graph.const(m if (m != m[0]).any() else m[0], "f32") for m, _ in fits]
+    most = max(float(wire.bound * factor + np.abs(beta).max()) for _, beta in fits)
+    if source.kind == "input" and source.shape[0] == 1 and weight.ndim == 4 and most < FLOAT32:
+        kernel = graph.stored((weight * factor).astype(np.int8), "i8", "f32")
+        x, names = values.cast(source, "f32").names[0], []
+        zeros = graph.const(np.zeros(len(weight)), "u8")
+        for m, beta in fits:  # 1/m in float32, the quotient in float32: 3 * 2**-24, within the margin of the proof
+            y = graph.add("Conv", x, kernel, graph.const(beta, "f32"), **options)
+            steps = graph.const(1 / m.astype(np.float64), "f32")
+            names.append(graph.add("QuantizeLinear", y, steps, zeros, axis=1))
+        return names, "float32 sums below 2**24, rounded"
+    source = values.ready(source)
+    stored, zero, how = eight_bit_weight(values, weight, source, factor)
+    kernel, one, none = graph.weight(stored), graph.const(np.float32(1), "f32"), graph.const(0, "u8")
+    xs = source.names * len(fits) if source.static else source.names
+    names = [
+        graph.add("QLinearConv", x, one, graph.const(source.zero, "u8"), kernel, scale,
+                  graph.const(zero, "u8" if zero else "i8"), one, none, graph.const(beta, "i32"), **options)
+        for x, scale, (_, beta) in zip(xs, scales, fits, strict=True)
+    ]  # fmt: skip
+    return names, f"QLinearConv, {how}"

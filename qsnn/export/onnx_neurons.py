@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qsnn.export.affine import affine
-from qsnn.export.onnx_layers import array, eight_bit_weight, quantized_conv
+from qsnn.export.onnx_layers import array, rounded
 from qsnn.export.onnx_values import Values, Wire
+from qsnn.folded.layers import IntegerLayer
 from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
 
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 31, 63, 127)
@@ -61,13 +62,13 @@ def thresholds(
 
 def _in_the_convolution(values: Values, name: str, module: IntegerIF, wire: Wire) -> list[str] | None:
     layer, source = wire.layer, wire.source
-    if wire.kind != "sum" or layer is None or source is None or values.counts != "u8":
+    if not isinstance(layer, IntegerLayer) or source is None or values.counts != "u8":
         return None
     weight = array(layer.weight)
     by_channel = module.shape in ((), (len(weight), *[1] * (len(wire.shape) - 1)))
     if not 3 <= weight.ndim <= 4 or weight.dtype != np.int8 or not by_channel or "output_padding" in layer.options:
         return None
-    source = values.ready(source)
+    source = source if source.kind == "input" else values.ready(source)
     if source.dtype != "u8":
         return None
     sign = np.broadcast_to(array(module.sign).astype(np.int64), len(weight))
@@ -85,16 +86,13 @@ def _in_the_convolution(values: Values, name: str, module: IntegerIF, wire: Wire
     if found is None:
         return None
     factor, fits = found
-    stored, zeros, how = eight_bit_weight(values, weight, source, factor)
-    counts = []
+    counts, how = rounded(values, wire, weight, factor, fits)
     for place, (fit, (t, bound)) in enumerate(zip(fits, steps, strict=True)):
-        x = source.names[0] if source.static else source.names[place]
-        y = quantized_conv(values, x, wire, stored, zeros, *fit)
         highest = ((bound * factor + fit[1]) * fit[0].astype(np.float64)).max()
         if (values.deferred or t == 1) and highest > t + 0.499:  # later steps clip when they settle
-            y = values.graph.add("Clip", y, values.graph.const(0, "u8"), values.graph.const(t, "u8"))
-        counts.append(y)
-    values.note(name, f"QLinearConv, {how}" + (f", weights x {factor}" if factor > 1 else ""))
+            low, high = values.graph.const(0, "u8"), values.graph.const(t, "u8")
+            counts[place] = values.graph.add("Clip", counts[place], low, high)
+    values.note(name, how + (f", weights x {factor}" if factor > 1 else ""))
     return counts
 
 
@@ -121,7 +119,6 @@ def _once(
     On a constant current the thresholds of all steps stand in one order in every channel; at T = 2 and v0 = θ/2 they
     are θ/4, θ/2 and 3θ/4.
     """
-    assert wire.source is not None
     rows = np.concatenate(limits)
     order = np.argsort(np.median(rows, 1), kind="stable")
     if (np.diff(rows[order], axis=0) < 0).any():
@@ -129,16 +126,15 @@ def _once(
     found = _fitted(weight, [rows[order]], [bound])
     if found is None:
         return None
-    factor, (fit,) = found
-    stored, zeros, how = eight_bit_weight(values, weight, wire.source, factor)
-    y = quantized_conv(values, wire.source.names[0], wire, stored, zeros, *fit)
+    factor, fits = found
+    (y,), how = rounded(values, wire, weight, factor, fits)
     place = np.argsort(order, kind="stable") + 1  # how many thresholds are reached where this one is
     counts, start = [], 0
     for part in limits:
         ranks = np.sort(place[start : start + len(part)])
         counts.append(counted(values, y, ranks, "u8"))
         start += len(part)
-    values.note(name, f"QLinearConv once for all steps, {how}" + (f", weights x {factor}" if factor > 1 else ""))
+    values.note(name, f"once for all steps, {how}" + (f", weights x {factor}" if factor > 1 else ""))
     return counts
 
 

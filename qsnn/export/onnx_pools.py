@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qsnn.export.onnx_layers import array
+from qsnn.export.onnx_layers import array, moves
 from qsnn.export.onnx_values import FLOAT32, CannotWriteError, Values, Wire
 from qsnn.folded.layers import CountPool, SumPool
 from qsnn.folded.terms import sides as as_tuple
@@ -25,10 +25,7 @@ def sum_pool(values: Values, name: str, module: SumPool, shape: tuple[int, ...],
     size, channels = math.prod(module.kernel), source.shape[0]
     bound = source.bound * size
     most = bound * (1 if source.static else values.timesteps)
-    options = {
-        "kernel_shape": list(module.kernel), "strides": list(module.stride), "pads": [*module.padding] * 2,
-        "group": channels,
-    }  # fmt: skip
+    options = moves(module.kernel, [*module.padding] * 2, module.stride, [1] * len(module.kernel), channels)
     ones = (channels, 1, *module.kernel)
     new = replace(source, shape=shape, bound=bound, ordered=False)
     if source.dtype == "u8" and not source.zero and most <= 255 and len(module.kernel) < 3:
@@ -101,7 +98,7 @@ def max_pool(values: Values, name: str, module: Any, shape: tuple[int, ...], wir
         max(0, (out - 1) * s + g * (k - 1) + 1 - side - p)
         for out, s, g, k, side, p in zip(shape[1:], stride, gap, kernel, source.shape[1:], pad, strict=True)
     ]
-    options = {"kernel_shape": list(kernel), "strides": list(stride), "pads": [*pad, *end], "dilations": list(gap)}
+    options = moves(kernel, [*pad, *end], stride, gap)
     if source.static or len(source.names) == 1:
         names = [graph.add("MaxPool", x, **options) for x in source.names]
         return replace(source, names=tuple(names), shape=shape)

@@ -10,7 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qsnn.folded.layers import IntegerLayer
+from qsnn.export.packed import NODES, packed
+from qsnn.folded.layers import IntegerInput, IntegerLayer
 
 TYPES: dict[str, tuple[int, Any]] = {
     "u8": (TensorProto.UINT8, np.uint8), "i8": (TensorProto.INT8, np.int8), "i32": (TensorProto.INT32, np.int32),
@@ -49,8 +50,9 @@ class Wire:
     ordered: bool = False
     """Spikes of single neurons: deferred they come first in time, so that a maximum of counts counts the maxima."""
     kind: str = "value"
-    """"value"; "pixels": raw uint8 images; "frames": a real image a step; "sum": a layer not written yet."""
-    layer: IntegerLayer | None = None
+    """"value"; "pixels": raw uint8 images; "frames": a real image a step; "sum" and "input": a layer, or the input's
+    quantizer, not written yet."""
+    layer: IntegerLayer | IntegerInput | None = None
     source: Wire | None = None
     place: str = ""
 
@@ -68,6 +70,7 @@ class Graph:
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     scope: str = ""
     _known: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _published: dict[str, str] = field(default_factory=dict)
     _scopes: dict[str, int] = field(default_factory=dict)
 
     def const(self, value: Any, dtype: str) -> str:
@@ -88,10 +91,24 @@ class Graph:
         self.nodes.append(helper.make_node(op, list(inputs), [name], name=place, **attributes))
         return name
 
+    def publish(self, name: str, output: str) -> None:
+        """Make a value an output of that name: the node that makes it is renamed; where none can be, one is added."""
+        first = self._published.setdefault(name, output)
+        if first != output or not any(name in node.output for node in self.nodes):
+            source = first if first != output else name
+            self.nodes.append(helper.make_node("Identity", [source], [output], name=output))
+            return
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [output if each == name else each for each in names]
+
     def ones(self, shape: tuple[int, ...]) -> str:
         """A tensor of 1 in int8, which the file holds by its shape alone."""
+        scope, self.scope = self.scope, ""
         one = numpy_helper.from_array(np.ones(1, dtype=np.int8))
-        return self.add("ConstantOfShape", self.const(shape, "i64"), value=one)
+        name = self.add("ConstantOfShape", self.const(shape, "i64"), value=one)
+        self.scope = scope
+        return name
 
     def used(self) -> list[onnx.TensorProto]:
         """The constants that some node reads."""
@@ -102,9 +119,34 @@ class Graph:
         """The same values in another type."""
         return self.add("Cast", name, to=TYPES[dtype][0])
 
+    def weight(self, weight: NDArray[Any]) -> str:
+        """Weights in 8 bits; of fewer bits several to a byte, where that makes the file smaller.
+
+        A runtime reads constants once, when it loads the file: what runs has 8-bit weights either way.
+        """
+        dtype = "u8" if weight.dtype == np.uint8 else "i8"
+        known = ("weight", dtype, weight.shape, weight.tobytes())
+        if known not in self._known:
+            self._known[known] = self._packed(weight, dtype) or self.const(weight, dtype)
+        return self._known[known]
+
+    def _packed(self, weight: NDArray[Any], dtype: str) -> str | None:
+        found = packed(weight)
+        if found is None:
+            return None
+        codes, table = found
+        new = 0 if (dtype, table.shape, table.tobytes()) in self._known else table.size
+        if codes.size + new + NODES >= weight.size:
+            return None
+        scope, self.scope = self.scope, ""  # a layer's name is for what computes
+        rows = self.add("Gather", self.const(table, dtype), self.cast(self.const(codes, "u8"), "i32"))
+        name = self.add("Reshape", rows, self.const(weight.shape, "i64"))
+        self.scope = scope
+        return name
+
     def stored(self, weight: NDArray[Any], dtype: str, like: str) -> str:
         """A constant that is stored small and used in another type."""
-        return self.cast(self.const(weight, dtype), like)
+        return self.cast(self.weight(weight) if dtype == "i8" else self.const(weight, dtype), like)
 
 
 class Values:
@@ -124,8 +166,9 @@ class Values:
         self.spans = (timesteps,) if self.deferred else (1,) * timesteps
         """Steps between an answer and the one before it."""
         self.forms: dict[str, str] = {}
-        self._written: dict[int, Wire] = {}
+        self._written: dict[tuple[Any, ...], Wire] = {}
         self.write_sum: Any = None
+        self.write_input: Any = None
 
     def note(self, name: str, form: str) -> None:
         """Keep in which arithmetic a layer is written, for the file's metadata."""
@@ -139,9 +182,11 @@ class Values:
         """The wire with its tensors in the graph."""
         if wire.kind == "value":
             return wire
-        key = id(wire.layer) if wire.kind == "sum" else -1
+        key = wire.kind, id(wire.layer)
         if key not in self._written:
-            if wire.kind == "pixels":
+            if wire.kind == "input":
+                self._written[key] = self.write_input(self, wire, wire.dtype)
+            elif wire.kind == "pixels":
                 assert self.tables is not None
                 written = self.looked_up(wire, self.tables, "f32")
                 self._written[key] = replace(written, real=True)
@@ -164,6 +209,11 @@ class Values:
 
     def cast(self, wire: Wire, dtype: str) -> Wire:
         """The wire's values themselves, zero point taken off, in another type."""
+        if wire.kind == "input" and dtype == "f32" != wire.dtype:  # not by way of 8 bits
+            key = wire.kind, id(wire.layer), dtype
+            if key not in self._written:
+                self._written[key] = self.write_input(self, wire, dtype)
+            return self._written[key]
         wire = self.ready(wire)
         if wire.dtype == dtype and not wire.zero:
             return wire

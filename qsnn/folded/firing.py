@@ -11,6 +11,7 @@ from torch import Tensor
 COMPARED = 8
 """Largest T at which every limit is compared; looking one up costs as much as several comparisons [steps]."""
 
+
 def in_time(x: Tensor, timesteps: int) -> Sequence[Tensor]:
     """What comes at each step: (T·B, *) -> T tensors (B, *), in the layout of x."""
     images = x.shape[0] // timesteps
@@ -21,6 +22,11 @@ def in_time(x: Tensor, timesteps: int) -> Sequence[Tensor]:
 def summed_up(steps: Sequence[Tensor]) -> list[Tensor]:
     """The sums up to each step, added one after the other; T tensors (B, *)."""
     return list(accumulate(steps, torch.add))
+
+
+def total(x: Tensor, timesteps: int) -> Tensor:
+    """The sum over all steps: (T·B, *) -> (B, *)."""
+    return x if timesteps == 1 else summed_up(in_time(x, timesteps))[-1]
 
 
 def deferred(total: Tensor, limits: Sequence[Tensor]) -> Tensor:
@@ -54,6 +60,16 @@ def online(totals: Sequence[Tensor], limits: Sequence[Sequence[Tensor]]) -> Tens
         if len(spikes) < len(totals):
             fired = fired + count
     return torch.cat(spikes)
+
+
+def twice(totals: Sequence[Tensor], first: Tensor, later: Tensor, rise: Tensor) -> Tensor:
+    """:func:`online` for two steps of integers: the second limit is ``later``, or ``later + rise`` behind a spike.
+
+    Shape:
+        totals: 2 tensors (B, *); first, later, rise: each broadcasts against them; returned: (2·B, *) float32.
+    """
+    spikes = reached(totals[0], first)
+    return torch.cat([spikes, reached(totals[1], torch.addcmul(later, spikes.to(later.dtype), rise))])
 
 
 def one_by_one(totals: Sequence[Tensor], limit: Callable[[int, Tensor], Tensor]) -> Tensor:

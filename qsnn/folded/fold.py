@@ -18,6 +18,7 @@ from qsnn.folded.layers import IntegerInput
 from qsnn.folded.neurons import CurrentIF, DynamicIF, IntegerIF, RealIF
 from qsnn.folded.prepared import PREPARED
 from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked, steps_of
+from qsnn.folded.whole import in_one_
 from qsnn.graph.arrived import arrived
 from qsnn.graph.call import Call
 from qsnn.graph.kinds import does
@@ -81,7 +82,9 @@ def _folded(snn: SNN, dtype: torch.dtype) -> tuple[SNN, _Folder]:
     network = copy.deepcopy(snn.network).eval()
     with torch.no_grad():
         folder = _Folder(network, value_shapes(network, shape), dtype)
-        folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True, probes=snn.probes)
+        network = folder.run()
+        in_one_(network)
+        folded = SNN(network, snn.timesteps, snn.firing, folded=True, probes=snn.probes)
         for module in folded.modules():  # a view of one value for all channels cannot be loaded into
             for name, value in module._buffers.items():
                 module._buffers[name] = None if value is None else value.contiguous()

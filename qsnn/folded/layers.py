@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsnn.folded.firing import total
 from qsnn.folded.prepared import Prepared
-from qsnn.graph.call import steps
+from qsnn.graph.call import Call, current
 from qsnn.quant.activations import round_half_up
 
 EXACT_FLOAT32 = 2**23
@@ -30,8 +31,15 @@ class IntegerInput(Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return clip(round_half_up(x / s), -L, L)."""
-        step = self.kept("step", lambda: self.step.double())
-        return round_half_up(x.double() / step).clamp_(-self.levels, self.levels).float()
+        step, short = self.kept("step", self._ready)
+        q = x.double() / step
+        # a quotient of two float32 is a half or at least 2**-26 away from one: adding 1/2 cannot round to a tie
+        n = q.add_(0.5).floor_() if short and x.dtype == torch.float32 else round_half_up(q)
+        return n.clamp_(-self.levels, self.levels).float()
+
+    def _ready(self) -> tuple[Tensor, bool]:
+        step = self.step.double()
+        return step, self.levels < 2**15 and bool((step == step.float()).all())
 
 
 def layer_options(layer: nn.Module) -> dict[str, Any]:
@@ -91,6 +99,8 @@ class IntegerLayer(Prepared):
         self.weight_bits = weight_bits
         self.input_bound, self.steps = input_bound, steps
         self.options = layer_options(layer)
+        self.whole = False
+        """Whether deferred it sums its input over T first: see :func:`~qsnn.folded.whole.in_one_`."""
 
     @property
     def integers(self) -> Tensor:
@@ -122,9 +132,13 @@ class IntegerLayer(Prepared):
         return self.kept(torch.float32, lambda: fast_layout(self.integers.float()))  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Integer sums in float32 or float64."""
-        weight = self.ready(steps())
-        return weighted_sum(x.to(weight.dtype), weight, self.options).round_()
+        """Integer sums in float32 or float64; of a ``whole`` layer deferred (T·B, *) -> (B, *), as W Σx is ΣW x."""
+        call = current() or Call()
+        weight = self.ready(call.timesteps)
+        x = x.to(weight.dtype)
+        if self.whole and call.firing == "deferred":
+            x = total(x, call.timesteps)
+        return weighted_sum(x, weight, self.options).round_()
 
 
 def fast_layout(weight: Tensor) -> Tensor:

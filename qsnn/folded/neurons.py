@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qsnn.folded import firing
-from qsnn.folded.layers import EXACT_FLOAT32
+from qsnn.folded.layers import EXACT_FLOAT32, EXACT_FLOAT64
 from qsnn.folded.prepared import Prepared
 from qsnn.folded.thresholds import integer_thresholds, refuse_many_steps
 from qsnn.graph.call import Call, current
@@ -271,6 +271,8 @@ class IntegerIF(Prepared):
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
         self.register_buffer("bias", bias.expand(channels).clone())
         self.register_buffer("threshold", threshold.double())
+        self.whole = False
+        """Whether deferred it gets the sums over T, (B, *): see :func:`~qsnn.folded.whole.in_one_`."""
         self.register_buffer("input_bound", torch.tensor(input_bound, dtype=torch.float64))
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
@@ -287,17 +289,27 @@ class IntegerIF(Prepared):
 
     def _ready(self, timesteps: int, firing_: str, dtype: torch.dtype, dims: int) -> Any:
         """The dtype in which T steps are exact, the sign where a gain is negative, and M in the form that is asked."""
-        if dtype == torch.float32 and float(self.input_bound) * timesteps ** (self.steps + 1) >= EXACT_FLOAT32:
+        most = float(self.input_bound) * timesteps ** (self.steps + 1)
+        if dtype == torch.float32 and most >= EXACT_FLOAT32:
             dtype = torch.float64
         sign = self.sign
         negative = shaped(sign, self.shape).to(dtype) if bool((sign < 0).any()) else None
-        table = self.table(timesteps, firing_).to(dtype)
+        edge = EXACT_FLOAT32 if dtype == torch.float32 else EXACT_FLOAT64
+        table = self.table(timesteps, firing_)
+        if most < edge:  # a limit that no sum reaches says the same at the edge, where differences are exact
+            table = table.clamp(-edge, edge)
+        table = table.to(dtype)
         if firing_ == "online" and timesteps > firing.COMPARED:
             return dtype, negative, table
         # each limit has a dimension for the batch, so that it is as many as a sum has
         shape = (1,) * (dims - len(self.shape)) + self.shape
         rows = [[limit.expand(math.prod(shape)).view(shape) for limit in row] for row in table]
-        return dtype, negative, rows[0] if firing_ == "deferred" else [row[: t + 1] for t, row in enumerate(rows)]
+        if firing_ == "deferred":
+            return dtype, negative, rows[0]
+        if timesteps == 2 and most < edge:
+            (first, _), (later, again) = rows
+            return dtype, negative, (first, later, again - later)
+        return dtype, negative, [row[: t + 1] for t, row in enumerate(rows)]
 
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
@@ -320,16 +332,18 @@ class IntegerIF(Prepared):
         return table
 
     def forward(self, x: Tensor) -> Tensor:
-        """Integers (T·B, *) -> spikes {0, 1} in float32 of the same shape."""
+        """Integers (T·B, *) -> spikes {0, 1} in float32, (T·B, *); deferred from sums over T, (B, *), if ``whole``."""
         call = _call()
         steps, key = call.timesteps, (call.timesteps, call.firing, x.dtype, x.dim())
         dtype, sign, limits = self.kept(key, lambda: self._ready(*key))
         x = x.to(dtype)
         if sign is not None:
             x = x * sign
-        totals = firing.summed_up(firing.in_time(x, steps))
         if call.firing == "deferred":
-            return firing.deferred(totals[-1], limits)
+            return firing.deferred(x if self.whole else firing.total(x, steps), limits)
+        totals = firing.summed_up(firing.in_time(x, steps))
+        if isinstance(limits, tuple):
+            return firing.twice(totals, *limits)
         if steps <= firing.COMPARED:
             return firing.online(totals, limits)
         channels = limits.shape[2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,54 +42,62 @@ class Prepared(nn.Module):
         """
         prepared = self._prepared  # another thread may put a new one in its place
         if torch.compiler.is_exporting():
-            if key not in prepared or not all(source.unwritten() for source in prepared["sources"]):
+            if key not in prepared or not all(source.unwritten() for source in prepared["sources"].values()):
                 raise RuntimeError(
                     f"{type(self).__name__} is not prepared for this T and firing, or was changed since it was; call "
                     f"the network once as it is to be exported, then torch.export.export(network, (images,))"
                 )
             return prepared[key]
-        if not _same(self._buffers.values(), prepared.get("sources")):
-            sources = [_Source(buffer) for buffer in self._buffers.values() if buffer is not None]
+        if not _same(self._buffers, prepared.get("sources")):
+            sources = {name: _Source(buffer) for name, buffer in self._buffers.items()}
             prepared = self._prepared = {"sources": sources}
         if key not in prepared:
             prepared[key] = make()
         return prepared[key]
 
 
+def _nothing() -> bytes:
+    return b""
+
+
 class _Source:
-    """A buffer, and what it was when it was read."""
+    """A buffer or None, and what it was when it was read."""
 
-    __slots__ = ("buffer", "bytes", "counted", "memory", "version", "words")
+    __slots__ = ("address", "buffer", "bytes", "memory", "read", "version")
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer, self.memory, self.counted = buffer, buffer.data_ptr(), not buffer.is_inference()
-        self.version = buffer._version if self.counted else 0
-        self.words: Any = None
-        plain = buffer.detach()
-        if plain.device.type == "cpu" and plain.is_contiguous() and plain.numel():
-            # the same memory; a dtype that numpy lacks is read as bytes
-            memory: Any = plain.reshape(-1).view(torch.uint8).numpy()
-            self.words = memoryview(memory)
-        self.bytes = None if self.words is None else self.words.tobytes()
+    def __init__(self, buffer: Tensor | None) -> None:
+        self.buffer, self.version = buffer, -1
+        self.read: Callable[[], bytes] = _nothing
+        if buffer is not None:
+            self.address: Callable[[], int] = buffer.data_ptr
+            plain = buffer.detach()
+            if plain.device.type == "cpu" and plain.is_contiguous() and plain.numel():
+                # the same memory; a dtype that numpy lacks is read as bytes
+                words: Any = plain.reshape(-1).view(torch.uint8).numpy()
+                self.read = memoryview(words).tobytes
+            elif not buffer.is_inference():
+                self.version = buffer._version
+        else:
+            self.address = int
+        self.memory, self.bytes = self.address(), self.read()
 
     def unwritten(self) -> bool:
         """Whether it holds what it held."""
         return (
-            (not self.counted or self.buffer._version == self.version)
-            and self.buffer.data_ptr() == self.memory
-            and (self.words is None or self.words.tobytes() == self.bytes)
+            self.read() == self.bytes
+            and self.address() == self.memory
+            and (self.version < 0 or self.buffer._version == self.version)  # type: ignore[union-attr]
         )
 
 
-def _same(buffers: Iterable[Tensor | None], sources: list[_Source] | None) -> bool:
+def _same(buffers: Mapping[str, Tensor | None], sources: Mapping[str, _Source] | None) -> bool:
     """Whether these are the buffers that were read, as they were then."""
-    if sources is None:
+    if sources is None or len(buffers) != len(sources):
         return False
-    place = 0
-    for buffer in buffers:
-        if buffer is None:
-            continue
-        if place >= len(sources) or sources[place].buffer is not buffer or not sources[place].unwritten():
+    for name, source in sources.items():  # of every layer at every call: no more than it must
+        if source.version >= 0 or buffers.get(name) is not source.buffer:
+            if buffers.get(name) is not source.buffer or not source.unwritten():
+                return False
+        elif source.read() != source.bytes or source.address() != source.memory:
             return False
-        place += 1
-    return place == len(sources)
+    return True
