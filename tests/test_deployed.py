@@ -216,3 +216,20 @@ def test_what_is_missing_is_one_line(
         [], ["net.onnx was not written: it needs onnxruntime; pip install qsnn[export]"]
     )  # fmt: skip
     assert not (tmp_path / "net.onnx").exists()
+
+
+@pytest.mark.parametrize("each", ["auto", "channel"])
+def test_a_student_of_the_default_recipe_is_integers_in_every_layer(
+    each: str, digits: qsnn.Data, tmp_path: Path
+) -> None:
+    qann = qsnn.quantize(qsnn.create_model("study", digits), digits)
+    few = qsnn.DistillConfig(epochs=1, train_images=256, train_threshold=each)
+    folded = qsnn.fold(qsnn.distill(qsnn.convert(qann), qann, digits, few))
+    neurons = {type(module).__name__ for _, module in folded.neurons()}
+    if each == "auto":
+        assert neurons == {"IntegerIF"}
+        qsnn.export(folded, tmp_path / "net.c", format="c")
+    else:
+        assert "CurrentIF" in neurons or "RealIF" in neurons
+        with pytest.raises(ValueError, match="train_threshold='channel'; use 'layer'"):
+            qsnn.export(folded, tmp_path / "net.c", format="c")

@@ -56,7 +56,7 @@ class DistillConfig:
     """How a student learns. The weights of the loss terms have no unit; 0 leaves a term out.
 
     The defaults are the recipe that was best on held-out images: the label teaches the answer after T steps and every
-    single step, thresholds and initial potentials learn by channel, AdamW.
+    single step, a threshold a layer and an initial potential a channel learn too, AdamW.
     """
 
     timesteps: Timesteps = 2
@@ -103,10 +103,10 @@ class DistillConfig:
     kd_temperature: Factor = 1.0
     """Temperature τ of the KL terms [1]."""
     train_threshold: str = "auto"
-    """Train the thresholds: one a "layer" or one a "channel"; "" leaves them as they are; "auto": one a channel, of an
-    SNN that knows the shape of its images."""
+    """Train the thresholds: one a "layer", which is what "auto" means, or one a "channel": spikes of several sizes, so
+    that the folded layers behind compute in floats; "" leaves them as they are."""
     train_initial: str = "auto"
-    """Train the initial potentials, likewise."""
+    """Train the initial potentials, likewise; "auto": one a channel, of an SNN that knows the shape of its images."""
     train_tau: str = ""
     """Train the time constants of the leak, likewise; "auto" where there is a leak."""
     surrogate: str = "box"

@@ -15,6 +15,7 @@ from qsnn.export.c_layers import count_pool, layer, pool, sum_over
 from qsnn.export.c_text import whole_type
 from qsnn.export.c_writer import Emit, Value, Writer
 from qsnn.export.gains import alike, limits_of, scores_of
+from qsnn.export.real import REAL
 from qsnn.files import write_atomic
 from qsnn.folded.layers import CountPool, IntegerInput, IntegerLayer, SumPool
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
@@ -165,7 +166,7 @@ def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
 
 def _readout(w: Writer, node: fx.Node, module: Any) -> None:
     if not w.readout(node):
-        raise ValueError(REFUSED["Current"])
+        raise ValueError(REAL["Current"])
     inputs = w.inputs(node)
     shape = w.shape(node)
     if len(shape) != 1:
@@ -217,20 +218,9 @@ EMIT: dict[type, Emit] = {
 }
 """What writes each kind of module; a kind is found by its exact type."""
 
-_REAL = "it computes in floats: "
-REFUSED = {
-    "FloatLayer": _REAL + "fp16 or float weights, a linear bottleneck, or an input without quantizer",
-    "RealIF": _REAL + "its current is real",
-    "DynamicIF": _REAL + "a leak, another reset, signed spikes or a membrane of few bits",
-    "Current": _REAL + "a current between layers (a linear bottleneck)",
-    "AvgPool1d": _REAL + "it averages a current",
-    "AvgPool2d": _REAL + "it averages a current",
-}
-"""Kinds that stay real in a folded network, and why."""
-
 
 def _judge(module: nn.Module | None, last: bool) -> str:
     kind = type(module).__name__
     if isinstance(module, IntegerLayer) and module.weight.dtype != torch.int8:
         return f"weights of {module.weight_bits} bit; at most 8 are packed"
-    return "" if kind == "Current" and last else REFUSED.get(kind, "")
+    return "" if kind == "Current" and last else REAL.get(kind, "")

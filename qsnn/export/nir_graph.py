@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qsnn.export.nir_read import RELAYS
+from qsnn.export.real import REAL
 from qsnn.graph.call import Call, calling
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import module_of
@@ -78,7 +79,7 @@ class Graph:
                 emit = self.emit.get(type(module), self.emit.get(does(module) if node.op != "output" else None))
                 if emit is None and node.op != "output":
                     what = node.target if module is None else type(module).__name__
-                    raise ValueError(f"{what} has no node in NIR that every simulator reads")
+                    raise ValueError(REAL.get(str(what), f"{what} has no node in NIR that every simulator reads"))
                 if any(n in lost for n in node.all_input_nodes):
                     lost.add(node)  # what comes behind a refused node is not judged
                     continue

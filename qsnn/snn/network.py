@@ -215,8 +215,8 @@ def final_mean(z: Tensor) -> Tensor:
 def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tuple[nn.Parameter, Tensor | float]]:
     """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
 
-    "auto" is one a channel where the number of channels is known, else one a layer; of a time constant where there is
-    a leak. Return these parameters, () or (C,), with the least value that each may take.
+    "auto" is one a layer of the threshold, for spikes of one size keep the layer behind in integers; of the others one
+    a channel where the number of channels is known, of a time constant where there is a leak. Return these parameters, () or (C,), with the least value that each may take.
 
     Raises:
         ValueError: a time constant where there is no leak, or channels of an unknown number.
@@ -230,7 +230,7 @@ def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tup
             if not each or (each == "auto" and getattr(neuron, what) is None):
                 continue
             channels = None
-            if each == "channel" or (each == "auto" and nodes[name] in shapes):
+            if each == "channel" or (each == "auto" and what != "threshold" and nodes[name] in shapes):
                 if nodes[name] not in shapes:
                     raise ValueError("a value a channel needs the image shape; convert a network that has seen data")
                 channels = shapes[nodes[name]][1]
