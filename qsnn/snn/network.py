@@ -216,7 +216,8 @@ def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tup
     """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
 
     "auto" is one a layer of the threshold, for spikes of one size keep the layer behind in integers; of the others one
-    a channel where the number of channels is known, of a time constant where there is a leak. Return these parameters, () or (C,), with the least value that each may take.
+    a channel where the number of channels is known, of a time constant where there is a leak. Return these parameters,
+    () or (C,), with the least value that each may take.
 
     Raises:
         ValueError: a time constant where there is no leak, or channels of an unknown number.
