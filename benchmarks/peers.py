@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from spikingjelly.activation_based import ann2snn, functional, neuron
@@ -160,6 +161,36 @@ def teacher_of(data: qsnn.Data, net: str, seed: int) -> tuple[nn.Module, dict[st
     return cached("peers", config, make), config
 
 
+class _Traceable(nn.Module):
+    """A block of the stranger's network in what SpikingJelly can trace: no slice and no pad.
+
+    To drop every second pixel and to pad channels of zeros is a convolution of 1x1 with ones and zeros, number for
+    number.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        layers = (block.conv1, block.bn1, block.relu1, block.conv2, block.bn2)
+        self.body, self.shortcut, self.relu2 = nn.Sequential(*layers), nn.Identity(), block.relu2
+        if block.missing:
+            half, inputs = block.missing // 2, block.conv1.in_channels
+            ones = F.pad(torch.eye(inputs), (0, 0, half, block.missing - half))
+            self.shortcut = nn.Conv2d(inputs, len(ones), 1, stride=block.stride, bias=False)
+            self.shortcut.weight.data = ones[..., None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu2(self.body(x) + self.shortcut(x))  # type: ignore[no-any-return]
+
+
+def for_peers(teacher: nn.Module) -> nn.Module:
+    """The same float network, which SpikingJelly can trace."""
+    network = copy.deepcopy(teacher).eval()
+    for stage in (getattr(network, name) for name in ("layer1", "layer2", "layer3") if hasattr(network, name)):
+        for name, block in stage.named_children():
+            setattr(stage, name, _Traceable(block))
+    return network
+
+
 @torch.no_grad()
 def spikingjelly_curve(model: nn.Module, test: Any) -> dict[int, float]:
     """Accuracy [%] after each T: single steps, the outputs added up, states reset between batches."""
@@ -188,10 +219,11 @@ def measure(method: str, teacher: nn.Module, data: qsnn.Data) -> dict[str, float
         curve = {t: qsnn.accuracy(snn, test) for t, snn in spiking.items()}
     else:
         loader = DataLoader(data.train.head(CALIBRATION), batch_size=64)  # type: ignore[attr-defined]
+        plain_net = for_peers(teacher)
         if method in OTHERS:
-            model = swapped(*OTHERS[method], teacher, loader)
+            model = swapped(*OTHERS[method], plain_net, loader)
         else:
-            model = ann2snn.Converter(recipe=recipes()[method](loader)).convert(teacher)
+            model = ann2snn.Converter(recipe=recipes()[method](loader)).convert(plain_net)
         curve = spikingjelly_curve(model, test)
     found = {"ann": qsnn.accuracy(teacher, test), **{f"T={t}": value for t, value in curve.items()}}
     return {**found, "seconds": time.perf_counter() - started}
