@@ -129,6 +129,17 @@ def test_calibration_says_when_it_takes_fewer_images(digits: qsnn.Data) -> None:
         qsnn.convert(model, digits, memory="1M")
 
 
+@pytest.mark.filterwarnings("ignore:convert calibrates on")
+@pytest.mark.parametrize("limit", ["24M", "2G"])
+def test_what_is_converted_beside_a_t_changes_nothing_of_it(limit: str, digits: qsnn.Data) -> None:
+    model = qsnn.create_model("study", digits).eval()
+    together = qsnn.convert(model, digits, timesteps=(1, 2, 4, 16), memory=limit)
+    for steps, snn in together.items():
+        alone = qsnn.convert(model, digits, qsnn.ConvertConfig(timesteps=steps), memory=limit)
+        for (name, value), wanted in zip(snn.state_dict().items(), alone.state_dict().values(), strict=True):
+            assert torch.equal(value, wanted), (steps, name)
+
+
 def test_the_command_line_bounds_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(Path(__file__).parent / "golden" / "folded.safetensors")
     with pytest.raises(SystemExit):

@@ -75,6 +75,11 @@ def within(memory: int | str | None) -> Iterator[None]:
         _LIMIT.reset(token)
 
 
+def room(each: int) -> int:
+    """How many images fit into memory, at least one, where each takes so many bytes."""
+    return max(1, _LIMIT.get() // max(1, each))
+
+
 def fewer(images: Tensor, each: int, verb: str) -> Tensor:
     """Return as many of the calibration images as fit into memory, and say so where they are fewer.
 
@@ -85,7 +90,7 @@ def fewer(images: Tensor, each: int, verb: str) -> Tensor:
     Shape:
         images and returned: (N, \\*), N >= 1.
     """
-    most = max(1, _LIMIT.get() // max(1, each))
+    most = room(each)
     if most < len(images):
         warnings.warn(
             f"{verb} calibrates on {most} of {len(images)} images: each takes {each / 2**20:.1f} MiB and memory is "

@@ -11,7 +11,7 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, fx, nn
 
-from qsnn.data.memory import fewer, within
+from qsnn.data.memory import fewer, room, within
 from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
 from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
@@ -134,12 +134,13 @@ def convert(
     snns = [_spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
     if images is not None:
         largest = max(math.prod(shape) for shape in value_shapes(network, tuple(images.shape[1:])).values())
-        with within(memory):  # a few values in float32 for the reference, and spikes in bytes for each T
-            images = fewer(images, largest * (16 + 4 * sum(steps)), "convert")
-        correct_(
-            snns, network.eval(), images, threshold=config.threshold, percentile=config.percentile,
-            correction=config.correction, initial=config.initial, targets=config.targets,
-        )  # fmt: skip
+        with within(memory):
+            groups = _side_by_side(snns, images, largest)
+        for group, some in groups:
+            correct_(
+                group, network.eval(), some, threshold=config.threshold, percentile=config.percentile,
+                correction=config.correction, initial=config.initial, targets=config.targets,
+            )  # fmt: skip
     for snn, one in zip(snns, configs, strict=True):
         if images is not None:
             refuse_not_finite(snn, "convert", images)
@@ -151,6 +152,26 @@ def convert(
         snn.train(model.training)
         set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
     return snns[0] if timesteps is None else {snn.timesteps: snn for snn in snns}
+
+
+def _side_by_side(snns: list[SNN], images: Tensor, largest: int) -> list[tuple[list[SNN], Tensor]]:
+    """Which spiking networks are calibrated at one time, and the images: for each T as many as it would have alone."""
+
+    def needed(group: list[SNN]) -> int:
+        """A few values in float32 for the reference, and spikes in bytes for each T [byte an image]."""
+        return largest * (16 + 4 * sum(snn.timesteps for snn in group))
+
+    groups, waiting = [], list(snns)
+    while waiting:
+        group = [waiting.pop(0)]
+        some = fewer(images, needed(group), "convert")
+        for snn in list(waiting):
+            as_many = min(len(images), room(needed([snn]))) == len(some)
+            if as_many and len(some) <= room(needed([*group, snn])):
+                group.append(snn)
+                waiting.remove(snn)
+        groups.append((group, some))
+    return groups
 
 
 def _spelled(model: nn.Module, images: Tensor) -> fx.GraphModule:
