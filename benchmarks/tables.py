@@ -150,7 +150,10 @@ def cifar10_tables(records: Sequence[Record]) -> str:
     """A table for every network that scripts/reproduce_cifar10.py was run on."""
     texts = []
     for net in dict.fromkeys(r.name.split("/")[1] for r in records if r.name.startswith("cifar10/")):
-        option = "--quick" if net.endswith("-quick") else f"--model {net}"
+        model, bits, *more = re.fullmatch(r"(.+?)(?:-w(\d+))?(-signed)?(-quick)?", net).groups()  # type: ignore[union-attr]
+        said = [f"--weight-bits {bits}"] if bits else []
+        said += [f"-{option}" for option in more if option]
+        option = " ".join(([] if "--quick" in said else [f"--model {model}"]) + said)
         chosen = _cifar10_flow(records, net)
         texts.append(flow_table(chosen, f"python scripts/reproduce_cifar10.py {option}"))
     return "\n\n".join(texts) or EMPTY

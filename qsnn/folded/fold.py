@@ -62,6 +62,7 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     same_network(
         folder.old, folded.network, folder.values, folder.shapes, Call(model.timesteps, model.firing, frames), dtype
     )
+    in_one_(folded.network)  # not before: what is compared are the currents of every step
     for _, neuron in folded.neurons():
         if isinstance(neuron, DynamicIF):  # what was tried is not what a user ran
             neuron.overflows = 0
@@ -70,7 +71,9 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
 
 def folded_structure(snn: SNN) -> SNN:
     """Return what :func:`fold` makes of a network whose numbers are still to be loaded, uncompared."""
-    return _folded(snn, torch.float64)[0]
+    folded = _folded(snn, torch.float64)[0]
+    in_one_(folded.network)
+    return folded
 
 
 def _folded(snn: SNN, dtype: torch.dtype) -> tuple[SNN, _Folder]:
@@ -83,7 +86,6 @@ def _folded(snn: SNN, dtype: torch.dtype) -> tuple[SNN, _Folder]:
     with torch.no_grad():
         folder = _Folder(network, value_shapes(network, shape), dtype)
         network = folder.run()
-        in_one_(network)
         folded = SNN(network, snn.timesteps, snn.firing, folded=True, probes=snn.probes)
         for module in folded.modules():  # a view of one value for all channels cannot be loaded into
             for name, value in module._buffers.items():
