@@ -58,10 +58,8 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
     if not isinstance(model, SNN):
         raise TypeError(f"expected an SNN from convert or distill, got {type(model).__name__}")
     folded, folder = _folded(model, dtype)
-    frames = recipe_of(folded).get("data", {}).get("frames") is not None
-    same_network(
-        folder.old, folded.network, folder.values, folder.shapes, Call(model.timesteps, model.firing, frames), dtype
-    )
+    call = Call(model.timesteps, model.firing, _frames(folded))
+    same_network(folder.old, folded.network, folder.values, folder.shapes, call, dtype)
     in_one_(folded.network)  # not before: what is compared are the currents of every step
     for _, neuron in folded.neurons():
         if isinstance(neuron, DynamicIF):  # what was tried is not what a user ran
@@ -85,19 +83,21 @@ def _folded(snn: SNN, dtype: torch.dtype) -> tuple[SNN, _Folder]:
     network = copy.deepcopy(snn.network).eval()
     with torch.no_grad():
         folder = _Folder(network, value_shapes(network, shape), dtype)
-        network = folder.run()
-        folded = SNN(network, snn.timesteps, snn.firing, folded=True, probes=snn.probes)
+        folded = SNN(folder.run(), snn.timesteps, snn.firing, folded=True, probes=snn.probes)
         for module in folded.modules():  # a view of one value for all channels cannot be loaded into
             for name, value in module._buffers.items():
                 module._buffers[name] = None if value is None else value.contiguous()
     folded.eval()
-    recipe = child_recipe(snn, "folded")
-    set_recipe(folded, recipe)
-    frames = recipe.get("data", {}).get("frames") is not None
+    set_recipe(folded, child_recipe(snn, "folded"))
     if snn.timesteps <= PREPARED:
         with torch.no_grad():  # a black image: every table is made now, in the dtype in which it is used
-            folded(torch.zeros(1, *([snn.timesteps] if frames else []), *shape, device=device_of(snn)))
+            folded(torch.zeros(1, *([snn.timesteps] if _frames(folded) else []), *shape, device=device_of(snn)))
     return folded, folder
+
+
+def _frames(folded: SNN) -> bool:
+    """Whether every step has an image of its own."""
+    return recipe_of(folded).get("data", {}).get("frames") is not None
 
 
 class _Folder(Builder):

@@ -40,15 +40,21 @@ class Steps:
     """Spikes that are θ·spikes already."""
 
 
+def sum_of(values: Tensor, timesteps: int) -> Tensor:
+    """The sum over time, (T·B, *) -> (B, *), a tensor of its own in the layout of a step."""
+    images = len(values) // timesteps
+    if timesteps == 1:
+        return values.clone()
+    total = values.narrow(0, 0, images) + values.narrow(0, images, images)
+    for t in range(2, timesteps):
+        total.add_(values.narrow(0, t * images, images))
+    return total
+
+
 def mean_of(values: Tensor, timesteps: int) -> Tensor:
     """The mean over time, (T·B, *) -> (B, *), in the layout of a step."""
-    images = len(values) // timesteps
-    total = values.narrow(0, 0, images)
-    if timesteps > 1:
-        total = total + values.narrow(0, images, images)
-        for t in range(2, timesteps):
-            total.add_(values.narrow(0, t * images, images))
-    return total.mul_(1 / timesteps) if timesteps > 1 else total.clone()
+    total = sum_of(values, timesteps)
+    return total.mul_(1 / timesteps) if timesteps > 1 else total
 
 
 class _Fires(torch.autograd.Function):
@@ -180,7 +186,7 @@ class _InTime(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return mean_of(grads[0], ctx.timesteps) * ctx.timesteps, None, None
+        return sum_of(grads[0], ctx.timesteps), None, None
 
 
 def unsupported(network: fx.GraphModule) -> str | None:

@@ -171,6 +171,8 @@ class SNN(nn.Module):
         """Whether one backward serves all steps: in training by the gradient of the rate, where nobody watches."""
         if not (self.training and torch.is_grad_enabled()) or self.folded or frames or firing != "online":
             return False
+        if any(getattr(neuron, "surrogate", "rate") != "rate" for _, neuron in self.neurons()):
+            return False  # the usual case, before the graph is looked through
         if torch.compiler.is_compiling() or any(module._forward_hooks for module in self.network.modules()):
             return False
         return unsupported(self.network) is None
