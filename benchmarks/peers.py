@@ -39,7 +39,8 @@ HERE = Path(__file__).resolve().parent
 TIMESTEPS = (1, 2, 4, 8, 16)
 CALIBRATION = 1024
 LTB_PASSES = 25
-OURS = "qsnn"
+OURS: dict[str, dict[str, Any]] = {"qsnn": {}, "qsnn, signed spikes": {"signed": True}}
+"""Options of qsnn's conversions: binary spikes, as every peer's, or spikes of -1 too, which take back early ones."""
 NETS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("study", {}),
     "max-pool": ("study", {"pooling": "max"}),
@@ -47,7 +48,7 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # epochs, training images
 IMAGES = 2_000
-"""Test images, the first of each data set: SpikingJelly's single steps take long."""
+"""Test images, the first of the data sets of three networks and three seeds: SpikingJelly's single steps take long."""
 TRAINING: dict[str, tuple[int, int | None]] = {"digits": (20, None), "fashion-mnist": (4, 20_000)}
 STRANGER = ("cifar10", "resnet20", "resnet20-cifar10/resnet20-12fca82f.th")
 """Data set, network and weights that somebody else trained: https://github.com/akamaster/pytorch_resnet_cifar10."""
@@ -138,7 +139,7 @@ OTHERS: dict[str, tuple[str, float]] = {
     f"{library} {percent:g} % half": (library, percent) for library in ("snnTorch", "Norse") for percent in (99.0, 99.9)
 }
 
-METHODS = (OURS, *recipes(), *OTHERS)
+METHODS = (*OURS, *recipes(), *OTHERS)
 
 
 def teacher_of(data: qsnn.Data, net: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -210,11 +211,16 @@ def spikingjelly_curve(model: nn.Module, test: Any) -> dict[int, float]:
     return {t: 100.0 * count / seen for t, count in right.items()}
 
 
+def tested(data: qsnn.Data) -> Any:
+    """The test images that every method answers."""
+    return data.test if data.name == STRANGER[0] else data.test.head(IMAGES)  # type: ignore[attr-defined]
+
+
 def measure(method: str, teacher: nn.Module, data: qsnn.Data) -> dict[str, float]:
     """Accuracy [%] of one method at every T, and of the float network."""
-    test, started = data.test.head(IMAGES), time.perf_counter()  # type: ignore[attr-defined]
-    if method == OURS:
-        config = qsnn.ConvertConfig(calibration_images=CALIBRATION)
+    test, started = tested(data), time.perf_counter()
+    if method in OURS:
+        config = qsnn.ConvertConfig(calibration_images=CALIBRATION, **OURS[method])
         spiking = qsnn.convert(teacher, data, config, timesteps=TIMESTEPS)
         curve = {t: qsnn.accuracy(snn, test) for t, snn in spiking.items()}
     else:
@@ -232,7 +238,8 @@ def measure(method: str, teacher: nn.Module, data: qsnn.Data) -> dict[str, float
 def best_of_spikingjelly(teacher: nn.Module, data: qsnn.Data, timesteps: int) -> dict[str, float]:
     """Accuracy [%] at T on all test images of the recipe that is best at it on the validation images."""
     loader = DataLoader(data.train.head(CALIBRATION), batch_size=64)  # type: ignore[attr-defined]
-    converted = {name: ann2snn.Converter(recipe=make(loader)).convert(teacher) for name, make in recipes().items()}
+    plain_net = for_peers(teacher)
+    converted = {name: ann2snn.Converter(recipe=make(loader)).convert(plain_net) for name, make in recipes().items()}
     on_val = {name: spikingjelly_curve(snn, data.val)[timesteps] for name, snn in converted.items()}
     curve = spikingjelly_curve(converted[max(on_val, key=on_val.__getitem__)], data.test)
     return {f"T={t}": curve[t] for t in (1, 2, 4)}
@@ -254,16 +261,18 @@ def run(
                 for method in methods:
                     if teacher is None:
                         teacher, config = teacher_of(data, net, seed)
-                    config = plain({**config, "calibration_images": CALIBRATION})
+                    row = plain({**config, "calibration_images": CALIBRATION, **OURS.get(method, {})})
+                    if stranger:
+                        row["test_images"] = len(tested(data))
                     name = f"peers/{net}/{method}"
-                    wanted.append(key(name, data_name, config))
+                    wanted.append(key(name, data_name, row))
                     if wanted[-1] in stored(path):
                         continue
                     world = environment("cpu")
                     metrics = measure(method, teacher, data)
                     append(path, Record(
-                        name=name, data=data_name, seed=seed, n=min(IMAGES, len(data.test)), metrics=metrics,
-                        config=config, environment=world, time=now(),
+                        name=name, data=data_name, seed=seed, n=len(tested(data)), metrics=metrics,
+                        config=row, environment=world, time=now(),
                     ))  # fmt: skip
                     shown = "  ".join(f"{what} {number(value)}" for what, value in metrics.items())
                     console.print(f"{data_name} {net} {method}, seed {seed}: {shown}", highlight=False)

@@ -275,8 +275,10 @@ def peers_table(records: Sequence[Record]) -> str:
         for r in rows:
             if (r.data, r.name.split("/")[1]) == (data, net):
                 by.setdefault(r.name.split("/", 2)[2], []).append(r)
-        ours = [plus_minus([r.metrics[key] for r in by["qsnn"]]) for key in ("ann", *steps)]
-        lines.append([f"{data}, {net}", "qsnn", *ours, seconds(by["qsnn"])])
+        mine, cell = [name for name in by if name.partition(",")[0] == "qsnn"], f"{data}, {net}"
+        for method in sorted(mine):
+            ours = [plus_minus([r.metrics[key] for r in by[method]]) for key in ("ann", *steps)]
+            lines.append([cell if method == "qsnn" else "", method, *ours, seconds(by[method])])
         for library, short in LIBRARIES.items():
             if best := best_of(library, by, steps):
                 every = (r for name, found in by.items() if name.startswith(f"{short} ") for r in found)
@@ -287,7 +289,7 @@ def peers_table(records: Sequence[Record]) -> str:
     words = (
         f"`python benchmarks/peers.py`; test accuracy, mean ± standard deviation over {seeds_of(rows)}; {sizes}; the "
         f"best of a library's recipes (SpikingJelly {recipes}; snnTorch and Norse, which have no converter, their "
-        f"neurons at two percentiles; Norse's resets to 0) is taken anew in every cell; time to calibrate and to "
+        f"neurons at two percentiles; Norse's resets to 0) is taken anew in every cell; spikes are 0 or 1, signed ones -1 too; time to calibrate and to "
         f"answer up to T = {steps[-1][2:]}, qsnn once for each T, of a library the mean of its recipes; {world(rows)}."
     )
     return f"{grid(head, lines, left=2)}\n\n{words}"
