@@ -289,8 +289,9 @@ def peers_table(records: Sequence[Record]) -> str:
     words = (
         f"`python benchmarks/peers.py`; test accuracy, mean ± standard deviation over {seeds_of(rows)}; {sizes}; the "
         f"best of a library's recipes (SpikingJelly {recipes}; snnTorch and Norse, which have no converter, their "
-        f"neurons at two percentiles; Norse's resets to 0) is taken anew in every cell; spikes are 0 or 1, signed ones -1 too; time to calibrate and to "
-        f"answer up to T = {steps[-1][2:]}, qsnn once for each T, of a library the mean of its recipes; {world(rows)}."
+        f"neurons at two percentiles; Norse's resets to 0) is taken anew in every cell; spikes are 0 or 1, signed "
+        f"ones -1 too; time to calibrate and to answer up to T = {steps[-1][2:]}, qsnn once for each T, of a library "
+        f"the mean of its recipes; {world(rows)}."
     )
     return f"{grid(head, lines, left=2)}\n\n{words}"
 
