@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from qsnn.data.fitting import enough_outputs
 from qsnn.files import header, metadata, opened, read_bytes, sealed, shown, target_of, unsealed, write_atomic
 from qsnn.folded.fold import folded_structure
 from qsnn.folded.prepared import PREPARED
-from qsnn.graph.arrived import arrived, mark_frozen_norms_
+from qsnn.graph.arrived import QsnnWarning, arrived, mark_frozen_norms_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.models.create import build_model
 from qsnn.models.spiking import SPIKING
@@ -257,6 +258,9 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
         spec["name"], None if shape is None else tuple(shape), classes,
         function=None if isinstance(function, str) else function, **spec.get("options", {}),
     )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QsnnWarning)  # another precision was said when the file was made
+        model = arrived(model)  # as the verbs took it then: unwrapped, with plain parameters
     set_recipe(model, {**recipe, "kind": "teacher"})
     if recipe.get("spiking") and isinstance(model, SNN | TimeLoop):
         model.timesteps = recipe.get("convert", {}).get("timesteps", model.timesteps)

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from qsnn.export.onnx_values import FLOAT32, Values, Wire
-from qsnn.graph.modules import Add, Concat, Mean, Pad, Permute, Slice, Sum, Upsample, View
+from qsnn.graph.modules import Add, Concat, Index, Mean, Pad, Permute, Slice, Sum, Upsample, View
 
 Shape = tuple[int, ...]
 
@@ -108,6 +108,10 @@ def _slice(values: Values, module: Slice, wire: Wire, x: str, shape: Shape) -> s
     return values.graph.add("Slice", x, *(values.graph.const(part, "i64") for part in bounds))
 
 
+def _index(values: Values, module: Index, wire: Wire, x: str, shape: Shape) -> str:
+    return values.graph.add("Gather", x, values.graph.const(module.places.tolist(), "i64"), axis=module.dim)
+
+
 def _pad(values: Values, module: Pad, wire: Wire, x: str, shape: Shape) -> str:
     pads = np.array(module.pads).reshape(-1, 2)[::-1]
     whole = np.zeros((wire.dims, 2), dtype=np.int64)
@@ -142,7 +146,7 @@ def _shuffle(values: Values, module: Any, wire: Wire, x: str, shape: Shape) -> s
 
 MOVES: dict[tuple[type[nn.Module], ...], Callable[..., Wire]] = {
     (nn.Flatten, View): _moving(_view), (Permute,): _moving(_permute), (Slice,): _moving(_slice), (Pad,): _moving(_pad),
-    (Upsample,): _moving(_upsample), (nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle): _moving(_shuffle),
+    (Index,): _moving(_index), (Upsample,): _moving(_upsample), (nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle): _moving(_shuffle),
     (Concat,): concat, (Add,): add, (Mean, Sum): over_dims,
 }  # fmt: skip
 """What writes each module that moves, joins or adds up; see ``MODULES``."""

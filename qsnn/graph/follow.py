@@ -242,6 +242,7 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
     model = copy.deepcopy(model).eval()
     for module in model.modules():  # a hook is no layer; what it does shows when the answers are compared
         module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     needed = [
         parameter.name for parameter in inspect.signature(model.forward).parameters.values()
         if parameter.default is parameter.empty
@@ -256,7 +257,8 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
         example = torch.randn(batch, *shape, generator=generator).to(first.device, first.dtype)
         tracer = Tracer(example)
         try:
-            found.append((tracer.trace(model), tracer))
+            with torch.no_grad():  # so that a block under torch.utils.checkpoint is run as it is
+                found.append((tracer.trace(model), tracer))
         except ValueError:
             raise
         except Exception as error:  # fx and the user's own code raise many kinds; each means the same to the user

@@ -250,6 +250,30 @@ class Slice(nn.Module):
         return str(self.bounds)
 
 
+class Index(nn.Module):
+    """Values at chosen places along one dimension, in any order, some of them several times or never.
+
+    Args:
+        dim: which, counted from the start; 0 is the batch, and stays.
+        places: (N,) whole numbers.
+    """
+
+    places: Tensor
+
+    def __init__(self, dim: int, places: Tensor) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("places", places.long())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *), with N places along ``dim``."""
+        return x.index_select(self.dim, self.places)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return f"dim={self.dim}, {len(self.places)} places"
+
+
 class Pad(nn.Module):
     """Zeros around the values; a negative number cuts off.
 

@@ -37,6 +37,8 @@ class Speller:
         self.graph = fx.Graph()
         self.written: dict[Any, Any] = {}
         self.places: list[str] = []
+        self.padding: dict[str, tuple[Any, str]] = {}
+        """What convolutions padded with values of the image, which a step before them does now."""
         self.ending: list[nn.Module] = []
         """What was taken off behind the last layer: a softmax or a sigmoid."""
 
@@ -51,7 +53,9 @@ class Speller:
                 self._write(node)
             except Refused as reason:
                 self.places.append(f"{self._place(node)} ({reason})")
-                instead = self.written.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+                # what comes behind it is still looked at, as if a value of the network had come of it
+                values = [self.written.get(source) for source in node.all_input_nodes]
+                instead = next((value for value in values if isinstance(value, fx.Node)), None)
                 several = self.shapes[node.name][0]
                 self.written[node] = [instead] * len(several) if isinstance(several, list) else instead
         refuse(self.places, "take")
@@ -68,7 +72,7 @@ class Speller:
             self.graph.output(fx.node.map_arg(node.args[0], self._answer))
         elif node.op == "get_attr":
             self.written[node] = self._attribute(str(node.target))
-        elif not any(isinstance(self._of(source), fx.Node | list) for source in node.all_input_nodes):
+        elif not any(isinstance(self._of(source), fx.Node | list | None) for source in node.all_input_nodes):
             self.written[node] = self._computed(node)
         elif node.op == "call_module":
             self.written[node] = self._module(node)
@@ -124,8 +128,8 @@ class Speller:
         module: Any = module_of(self.raw, node)
         call = Call(self, node)
         spelling = SPELLINGS.get(type(module))
-        if spelling is not None:
-            found: fx.Node = spelling(call)
+        found: fx.Node | None = None if spelling is None else spelling(call)
+        if found is not None:
             return found
         if self._ends(node, module):
             self.ending.append(module)

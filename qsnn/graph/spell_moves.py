@@ -10,33 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qsnn.graph.kinds import ADVICE
-from qsnn.graph.modules import Concat, Pad, Permute, Slice, Upsample
+from qsnn.graph.modules import Concat, Pad, Permute, Shift, Slice, Upsample
+from qsnn.graph.spell_places import PLACES, gathered
 from qsnn.graph.step import Call, Refused, Shape, Spelling
 
 
 def _unflatten_module(call: Call) -> fx.Node:
     return call.view()
-
-
-def _zero_pad_module(call: Call) -> fx.Node:
-    module: Any = call.speller.raw.get_submodule(str(call.node.target))
-    if getattr(module, "value", 0) != 0:
-        raise Refused(f"padding with {module.value}: only with zeros")
-    return _pad(call, module.padding)
-
-
-def _pad_function(call: Call) -> fx.Node:
-    mode, value = call.get(2, "mode", "constant"), call.get(3, "value", 0)
-    if mode != "constant" or (value or 0) != 0:
-        raise Refused(f"padding mode {mode!r} with {value}: only with constant zeros")
-    return _pad(call, call.get(1, "pad"))
-
-
-def _pad(call: Call, pads: Any) -> fx.Node:
-    pads = tuple(int(p) for p in pads)
-    if len(pads) // 2 >= len(call.shape()) and any(pads[2 * (len(call.shape()) - 1) :]):
-        raise Refused("pads dimension 0, the batch")
-    return call.put(Pad(pads[: 2 * (len(call.shape()) - 1)])) if any(pads) else call.at(call.x)
 
 
 def _upsample_module(call: Call) -> fx.Node:
@@ -50,8 +30,10 @@ def _interpolate(call: Call) -> fx.Node:
 
 def _upsampled(call: Call, mode: str) -> fx.Node:
     before, after = call.shape()[2:], call.out[2:]
-    if mode not in ("nearest", "nearest-exact") or any(b % a for a, b in zip(before, after, strict=True)):
+    if mode not in ("nearest", "nearest-exact"):
         raise Refused(f"mode {mode!r} from {before} to {after}: {ADVICE['interpolate']}")
+    if any(b % a for a, b in zip(before, after, strict=True)):
+        return gathered(call)
     return call.put(Upsample(tuple(b // a for a, b in zip(before, after, strict=True))))
 
 
@@ -108,12 +90,12 @@ def _getitem(call: Call) -> Any:
         return found[place]
     shape = call.shape(source)
     parts: list[Any] = list(place) if isinstance(place, tuple) else [place]
-    if Ellipsis in parts:
-        at = parts.index(Ellipsis)
+    at = next((at for at, part in enumerate(parts) if part is Ellipsis), None)
+    if at is not None:
         parts[at : at + 1] = [slice(None)] * (len(shape) - sum(part is not None for part in parts) + 1)
     kept = [part for part in parts if part is not None]
     if not all(isinstance(part, slice | int) for part in kept):
-        raise Refused("indexes with a tensor or a list; take slices")
+        return gathered(call)
     bounds: list[Any] = []
     for side, part in zip(shape, kept, strict=False):
         part = slice(part % side, part % side + 1) if isinstance(part, int) else part
@@ -132,6 +114,7 @@ def _parts(call: Call) -> list[fx.Node]:
     sizes: list[Shape] = call.speller.shapes[call.node.name][0]
     unbound = call.name == "unbind"
     place = call.get(1, "dim", 0) if unbound else call.get(2, "dim", 0)
+    place = {"hsplit": 1, "dsplit": 2, "vsplit": 0}.get(call.name, place)
     (dim,) = call.dims(place)
     found, start = [], 0
     for size in sizes:
@@ -144,29 +127,44 @@ def _parts(call: Call) -> list[fx.Node]:
     return found
 
 
-def _cat(call: Call) -> fx.Node:
+def _cat(call: Call, along: int | None = None) -> fx.Node:
     parts = list(call.get(0, "tensors"))
     values = [part for part in parts if call.constant(part) is None]
     rank = len(call.shape(values[0]))
-    dim = call.get(1, "dim", call.node.kwargs.get("axis", 0)) % rank
+    dim = (call.get(1, "dim", call.node.kwargs.get("axis", 0)) if along is None else along) % rank
     if dim == 0:
         raise Refused("joins along dimension 0, the batch")
     if len(values) == len(parts):
         return call.put(Concat(dim), *(call.at(part) for part in parts))
-    numbers = [call.constant(part) for part in parts if part is not values[0]]
-    if len(values) > 1 or any(number is not None and bool((number != 0).any()) for number in numbers):
-        raise Refused("joins with numbers that are not zero")
-    at = parts.index(values[0])
-    sizes = [_shape_of(call, part)[dim] for part in parts]
-    pads = [0] * (2 * (rank - dim))
-    pads[-2:] = [sum(sizes[:at]), sum(sizes[at + 1 :])]
-    return call.put(Pad(tuple(pads)), call.at(values[0]))
+    # numbers beside values: zeros there, and the numbers added to them
+    shape, added, joined, before = list(call.out), [], [], 0
+    for place, part in enumerate(parts):
+        side = _shape_of(call, part)[dim]
+        number = call.constant(part)
+        if number is not None:
+            added.append(call.fits(number).expand(1, *shape[1:dim], side, *shape[dim + 1 :]).float())
+            before += side
+            continue
+        added.append(torch.zeros(1, *shape[1:dim], side, *shape[dim + 1 :]))
+        behind = 0
+        if len(joined) == len(values) - 1:
+            behind = sum(_shape_of(call, later)[dim] for later in parts[place + 1 :])
+        pads = (*[0] * (2 * (rank - 1 - dim)), before, behind)
+        joined.append(call.put(Pad(pads), call.at(part)) if before or behind else call.at(part))
+        before = 0
+    node = call.put(Concat(dim), *joined) if len(joined) > 1 else joined[0]
+    numbers = torch.cat([number.to(added[0].device) for number in added], dim)
+    return call.put(Shift(numbers.detach()), node) if bool((numbers != 0).any()) else node
 
 
 def _shape_of(call: Call, part: Any) -> Shape:
     """The shape of a value or of a tensor that no image changes."""
     constant = call.constant(part)
     return call.shape(part) if constant is None else tuple(constant.shape)
+
+
+def _joined_at(dim: int) -> Spelling:
+    return lambda call: _cat(call, dim)
 
 
 def _stack(call: Call) -> fx.Node:
@@ -214,6 +212,7 @@ def _select(call: Call) -> fx.Node:
 
 
 MOVES: dict[Any, Spelling] = {
+    **PLACES,
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),
     **dict.fromkeys(
         (torch.reshape, torch.unsqueeze, torch.squeeze, torch.unflatten, torch.Tensor.view, nn.Unflatten, "view",
@@ -230,11 +229,9 @@ MOVES: dict[Any, Spelling] = {
     getattr: _turned, operator.getitem: _getitem,
     **dict.fromkeys((torch.narrow, "narrow"), _narrow), **dict.fromkeys((torch.select, "select"), _select),
     **dict.fromkeys((torch.chunk, torch.split, torch.unbind, torch.tensor_split, "chunk", "split", "unbind",
-                     "tensor_split", "split_with_sizes"), _parts),
+                     "tensor_split", "split_with_sizes", torch.hsplit, torch.dsplit, "hsplit", "dsplit"), _parts),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat), torch.stack: _stack,
-    F.pad: _pad_function,
-    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
-                    _zero_pad_module),
+    **dict.fromkeys((torch.hstack, torch.column_stack), _joined_at(1)), torch.dstack: _joined_at(2),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d), _upsample_module),
     **dict.fromkeys((F.interpolate, F.upsample), _interpolate),
     F.pixel_shuffle: _pixel(nn.PixelShuffle), F.pixel_unshuffle: _pixel(nn.PixelUnshuffle),

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from qsnn.graph.arrived import evaluating
 from qsnn.graph.call import Call, calling
 from qsnn.graph.kinds import CLASSES, does, kind_of, refused
+from qsnn.graph.recipe import recipe_of
 
 SPELLED = "qsnn_ending"
 """Key in ``GraphModule.meta`` of a spelled network (a copy keeps it): what was taken off behind its last layer."""
@@ -135,5 +136,13 @@ SPATIAL_3D = tuple(c for c in (*CLASSES["weighs"], *CLASSES["normalises"], *CLAS
 
 
 def takes_frames(model: nn.Module, images: Tensor) -> bool:
-    """Return whether images are frames in time, (B, T, C, H, W), for this network."""
-    return images.dim() == 5 and not any(isinstance(module, SPATIAL_3D) for module in model.modules())
+    """Return whether images are frames in time, (B, T, C, H, W), for this network.
+
+    What it was made for says so, where that is known: a folded network of volumes holds no layer that would tell.
+    """
+    if images.dim() != 5:
+        return False
+    shape = recipe_of(model).get("input_shape")
+    if shape is not None:
+        return len(shape) == 3
+    return not any(isinstance(module, SPATIAL_3D) for module in model.modules())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qsnn.folded.layers import FloatLayer, IntegerLayer, layer_options, weighted_sum
 from qsnn.graph.hooks import watching
 from qsnn.graph.kinds import CLASSES
-from qsnn.snn.counts import counted_layers
+from qsnn.snn.counts import counted_layers, timed
 from qsnn.snn.network import SNN, TimeLoop
 
 _FINEST = 4096
@@ -74,7 +74,7 @@ class Counter:
         single = isinstance(self.model, TimeLoop) and not self.model.multi_step
         calls: dict[str, int] = {}
         started = False
-        front: set[str] = set()
+        front = self._front()
 
         def in_time(name: str, x: Tensor, dims: int) -> tuple[Tensor, slice]:
             """x as (steps, B, *), and which steps they are."""
@@ -96,9 +96,9 @@ class Counter:
             self.neurons[name] = x[0, 0].numel()
 
         def arrived(name: str, module: Any, args: Any, output: Tensor) -> None:
-            if not started or name in front:
+            if name in front or not (started or folded):
                 front.add(name)
-                return  # before the first neuron: its MACs are counted as MACs
+                return  # it sees what the input gives alone: its MACs are counted as MACs
             if not hasattr(module, "weight"):  # a gate, or a value that is gated: one operation a spike
                 x, at = in_time(name, args[-1], args[-1].dim())
                 self.unit[name] = 1.0
@@ -114,6 +114,15 @@ class Counter:
         neurons, layers = dict(self.model.neurons()), dict(self._layers())
         with watching(neurons, fired), watching(layers, arrived):
             yield
+
+    def _front(self) -> set[str]:
+        """The layers that no spike reaches, wherever in the network they run; of a TimeLoop those are found by running."""
+        network: Any = self.model.network
+        if isinstance(self.model, TimeLoop):
+            return set()
+        in_time = timed(network)
+        nodes = (node for node in network.graph.nodes if node.op == "call_module")
+        return {str(node.target) for node in nodes if in_time.isdisjoint(node.all_input_nodes)}
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         counts = set(counted_layers(self.model.network))

@@ -149,9 +149,7 @@ class SNN(nn.Module):
             ValueError: images of a wrong shape or dtype, with NaN, T < 1, or an unknown way of firing.
         """
         shape = getattr(self, "qsnn_recipe", {}).get("input_shape")
-        frames = isinstance(images, Tensor) and takes_frames(self.network, images)
-        if frames and shape is not None:  # a folded network of volumes holds no layer that would tell
-            frames = images.dim() == len(shape) + 2
+        frames = isinstance(images, Tensor) and takes_frames(self, images)
         if timesteps is None:
             timesteps = images.shape[1] if frames else self.timesteps
         steps, firing = self._agreed(timesteps, self.firing if firing is None else firing)
