@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from qsnn.data.folders import with_channels
-from qsnn.data.images import Data
+from qsnn.data.images import Data, summed
 from qsnn.data.masks import MaskSet
 from qsnn.graph.arrived import arrived, evaluating
 
@@ -112,8 +112,7 @@ def describe(data: Data) -> str:
 def _run(model: nn.Module, data: Data) -> Any:
     images = default_collate([data.train[i % len(data.train)][0] for i in range(2)])  # type: ignore[arg-type]
     spiking = hasattr(model, "timesteps")
-    if data.frames is not None and not spiking:
-        images = images.mean(1)
+    images = images if spiking else summed(images, model)
     for tensor in (*model.parameters(), *model.buffers()):
         images = images.to(tensor.device)
         break

@@ -44,9 +44,7 @@ def _joined(values: Values, shape: Shape, wires: list[Wire]) -> tuple[list[Wire]
 def concat(values: Values, name: str, module: Concat, shape: Shape, *wires: Wire) -> Wire:
     """Values side by side."""
     parts, new = _joined(values, shape, list(wires))
-    names = [
-        values.graph.add("Concat", *each, axis=module.dim) for each in zip(*(w.names for w in parts), strict=True)
-    ]
+    names = [values.graph.add("Concat", *each, axis=module.dim) for each in zip(*(w.names for w in parts), strict=True)]
     return replace(new, names=tuple(names))
 
 
@@ -146,7 +144,8 @@ def _shuffle(values: Values, module: Any, wire: Wire, x: str, shape: Shape) -> s
 
 MOVES: dict[tuple[type[nn.Module], ...], Callable[..., Wire]] = {
     (nn.Flatten, View): _moving(_view), (Permute,): _moving(_permute), (Slice,): _moving(_slice), (Pad,): _moving(_pad),
-    (Index,): _moving(_index), (Upsample,): _moving(_upsample), (nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle): _moving(_shuffle),
+    (Index,): _moving(_index), (Upsample,): _moving(_upsample),
+    (nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle): _moving(_shuffle),
     (Concat,): concat, (Add,): add, (Mean, Sum): over_dims,
 }  # fmt: skip
 """What writes each module that moves, joins or adds up; see ``MODULES``."""

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from qsnn.folded.layers import FloatLayer
 from qsnn.folded.neurons import Current
 from qsnn.folded.terms import Value, current_arguments, steps_of
+from qsnn.graph.kinds import does
 
 
 class Builder:
@@ -55,11 +56,17 @@ class Builder:
         layer = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         return isinstance(layer, FloatLayer) and layer.bias is not None and layer.by_channel
 
+    def raw(self, node: fx.Node) -> bool:
+        """Whether a node of the new graph holds what the input holds, in its dtype: nothing was computed on the way."""
+        while node.op == "call_module" and does(self.root.get_submodule(str(node.target))) == "moves":
+            (node,) = node.all_input_nodes
+        return node.op == "placeholder"
 
-    def current(self, value: Value, name: str) -> fx.Node:
-        """A node that holds the value itself in float64."""
+    def current(self, value: Value, name: str, *, computes: bool = False) -> fx.Node:
+        """A node that holds the value itself in float64; the input itself only where what follows ``computes``."""
         (first, *rest) = value.terms
-        if not rest and value.bias is None and not first.factors and (first.divisor, first.steps) == (1, 0):
+        as_is = not (computes and self.raw(first.node))
+        if as_is and not rest and value.bias is None and not first.factors and (first.divisor, first.steps) == (1, 0):
             return first.node
         module = Current(*current_arguments(value), steps=steps_of(value))
         return self.call(name.replace(".", "_"), module, *(term.node for term in value.terms))

@@ -128,6 +128,8 @@ def averages(folder: Builder, node: fx.Node, pool: Any, value: Value) -> Value:
     """A mean or sum over windows or dimensions: sums of integers, the divisor counts for the gain."""
     (source,) = node.all_input_nodes
     name, shape = str(node.target), folder.shape(source)
+    if folder.raw(value.terms[0].node):  # a mean of float32 numbers is taken in float64, as every current is
+        value = real(folder.current(value, f"{node.name}_input", computes=True))
     if isinstance(pool, Mean):
         found = on_terms(value, lambda term: _over_dims(folder, name, pool, shape, term))
     else:

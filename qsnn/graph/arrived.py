@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from qsnn.graph.recipe import recipe_of, set_recipe
@@ -193,6 +193,10 @@ def _plain_(module: nn.Module) -> None:
             trained = any(module._parameters[part].requires_grad for part in parts if part in module._parameters)  # type: ignore[union-attr]
             remove: Any = remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm
             remove(module, hook.name)
+            loading = module._load_state_dict_pre_hooks  # torch wraps the hook, and does not find it again
+            for key, wrapped in list(loading.items()):
+                if isinstance(getattr(wrapped, "hook", wrapped), SpectralNormLoadStateDictPreHook):
+                    del loading[key]
             getattr(module, hook.name).requires_grad_(trained)
     if _computed(module):
         flag, own = module.training, type(module)

@@ -108,7 +108,7 @@ class Tracer(fx.Tracer):
         self.example = example
         self.values: list[weakref.ref[Following]] = []
         self.shapes: dict[fx.Node, Any] = {}
-        self._inside = False
+        self._inside, self._made = False, 0
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether ``m`` is one step: a kind of the table, a layer of torch.nn, Brevitas or SpikingJelly."""
@@ -124,6 +124,14 @@ class Tracer(fx.Tracer):
         """Follow a module, or run it where it is called on tensors: inside a step, or on what no image changes."""
         if self._inside or not any(type(leaf) is Following for leaf in tree_leaves((args, kwargs))):
             return forward(*args, **kwargs)
+        paths = self.submodule_paths or {}
+        if m not in paths:  # made on the way: a part of an nn.Sequential, or nn.ReLU()(x)
+            if not is_step(m):
+                return forward(*args, **kwargs)
+            name = f"made_{self._made}"
+            self._made += 1
+            self.root.add_module(name, m)
+            paths[m] = name
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -276,4 +284,3 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
 
 def _step(node: fx.Node) -> tuple[str, str]:
     return node.op, "" if node.op == "get_attr" else str(node.target)  # constants are numbered
-

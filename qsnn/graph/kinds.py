@@ -66,7 +66,7 @@ class Kind:
 
 def _padded(layer: Any) -> str | None:
     mode = layer.padding_mode
-    return None if mode == "zeros" else f"padding_mode={mode!r}; use zero padding"
+    return None if mode == "zeros" else f"padding_mode={mode!r}; use zero padding, or F.pad before it"
 
 
 def _statistics(norm: Any) -> str | None:
@@ -120,10 +120,33 @@ _RELU = "put nn.ReLU in its place and train again"
 _NORM = "put nn.BatchNorm in its place and train again"
 ADVICE = {
     **dict.fromkeys(
-        ("GELU", "SiLU", "Mish", "ELU", "CELU", "SELU", "Softplus", "Hardswish", "Sigmoid", "Tanh", "Hardsigmoid",
-         "LogSigmoid", "Softsign", "Tanhshrink", "Hardshrink", "Softshrink", "GLU", "gelu", "silu", "mish", "elu",
-         "sigmoid", "tanh", "hardswish", "hardsigmoid", "softplus", "exp"), _RELU,
+        ("GELU", "SiLU", "Mish", "ELU", "CELU", "SELU", "Softplus", "Hardswish", "Sigmoid", "LogSigmoid",
+         "Softsign", "Tanhshrink", "Hardshrink", "Softshrink", "gelu", "silu", "mish", "elu", "celu", "selu", "sigmoid",
+         "hardswish", "softplus", "softsign", "hardshrink", "softshrink", "tanhshrink", "exp"), _RELU,
     ),
+    **dict.fromkeys(
+        ("Tanh", "tanh"), "put nn.Hardtanh (a clip) in its place and train again; behind the last layer leave it away "
+        "and apply it to the answers",
+    ),
+    **dict.fromkeys(("Softmin", "Softmax2d"), "leave it away and apply it to the answers"),
+    **dict.fromkeys(
+        ("GLU", "glu"), "it multiplies by a sigmoid; let a step decide, qsnn.Gate(level)(a) * b of the two halves, or "
+        "put nn.ReLU in its place, and train again",
+    ),
+    **dict.fromkeys(
+        ("argmax", "argmin", "topk", "sort", "argsort", "kthvalue", "median", "mode", "cummax", "unique", "nonzero"),
+        "a network gives its scores; leave it away and apply it to the answers",
+    ),
+    **dict.fromkeys(
+        ("std", "var", "norm", "logsumexp", "sqrt", "rsqrt", "log", "log1p", "reciprocal", "cosine_similarity",
+         "pairwise_distance", "cdist", "prod"), "compute it of the answers, behind the network",
+    ),
+    **dict.fromkeys(("pow", "float_power"), "the square alone, of a quantized value"),
+    **dict.fromkeys(("cumsum", "lerp", "addcmul", "addcdiv", "bilinear", "Bilinear", "fold", "Fold"),
+                    "write it as products, additions, slices and torch.cat"),
+    **dict.fromkeys(("masked_fill", "masked_select", "clamp_", "scatter", "index_add", "index_fill"),
+                    "a choice by values of the image is a ReLU, a clamp, or qsnn.Gate(level)(x) * y"),
+    **dict.fromkeys(("ConvTranspose3d",), "use nearest upsampling and nn.Conv3d, and train again"),
     **dict.fromkeys(
         ("LeakyReLU", "PReLU", "RReLU", "leaky_relu", "prelu"),
         "its negative side needs signed levels, of a second neuron (not RReLU): quantize(model, data, "
@@ -131,7 +154,7 @@ ADVICE = {
     ),
     **dict.fromkeys(
         ("LayerNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "RMSNorm", "LocalResponseNorm", "layer_norm",
-         "group_norm", "instance_norm", "normalize"), _NORM,
+         "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"), _NORM,
     ),
     **dict.fromkeys(
         ("Softmax", "LogSoftmax", "softmax", "log_softmax", "MultiheadAttention", "scaled_dot_product_attention"),
@@ -154,12 +177,18 @@ ADVICE = {
     **dict.fromkeys(("baddbmm", "addbmm", "tensordot", "outer", "cross"), "write it as products x @ y and additions"),
     **dict.fromkeys(("sign", "heaviside", "gt", "ge", "lt", "le"),
                     "use qsnn.Gate(level), a step from 0 to 1 that can be trained"),
-    **dict.fromkeys(("maximum", "minimum", "max", "min", "amax", "where"),
+    **dict.fromkeys(("maximum", "minimum", "max", "min", "amax", "amin"),
                     "use nn.MaxPool2d for maxima over windows, or add"),
+    "where": "a choice by values of the image is a ReLU, a clamp, or qsnn.Gate(level)(x) * y",
     **dict.fromkeys(("interpolate", "Upsample", "UpsamplingBilinear2d", "grid_sample"),
                     "use nearest upsampling by a whole factor, or a transposed convolution, and train again"),
 }  # fmt: skip
 """What to write in the place of a layer or function that no row of the table names."""
+UNKNOWN = (
+    "no spiking form is known; write it with convolutions, Linear, ReLU, pools, sums, slices and torch.cat, or apply "
+    "it to the answers, behind the network"
+)
+"""The same where nothing nearer is known."""
 
 
 def kind_of(module: nn.Module | None) -> Kind | None:
@@ -191,4 +220,4 @@ def refused(module: nn.Module) -> str | None:
     if kind is not None:
         reason = kind.refuses(module)
         return None if reason is None else f"{name} with {reason}"
-    return f"{name}: {ADVICE[name]}" if name in ADVICE else name
+    return f"{name}: {ADVICE.get(name, UNKNOWN)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import fx, nn
 
 from qsnn.graph.kinds import does
@@ -77,3 +78,36 @@ def _spikes(network: fx.GraphModule, node: fx.Node, fires: Fires) -> bool:
         return True
     through = does(module) in ("takes maxima", "moves", "passes", "joins", "gates")
     return through and all(_spikes(network, source, fires) for source in node.all_input_nodes)
+
+
+def over_channels(network: fx.GraphModule, shapes: dict[str, tuple[int, ...]], fires: Fires) -> list[str]:
+    """Return the max pools whose windows hold several channels of one activation, moved there by what is in between.
+
+    Args:
+        network: spelled.
+        shapes: of every node's value for one image, by name.
+        fires: whether a module is an activation that gets a threshold a channel.
+    """
+    found = []
+    for pool, module in call_nodes(network):
+        if does(module) != "takes maxima":
+            continue
+        path: list[nn.Module] = []
+        node = pool.all_input_nodes[0]
+        while (step := module_of(network, node)) is not None and does(step) in ("moves", "passes", "takes maxima"):
+            path.append(step)
+            node = node.all_input_nodes[0]
+        if step is None or not fires(step) or node.name not in shapes or len(shapes[node.name]) < 2:
+            continue
+        shape = shapes[node.name]
+        channels = torch.arange(float(shape[1])).view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+        least = most = channels + 1
+        for move in (*reversed(path), module):
+            if does(move) == "takes maxima":  # the zeros of a padding belong to every channel
+                least, most = -move(-least.masked_fill(least == 0, torch.inf)), move(most)
+                least = least.masked_fill(least.isinf(), 0.0)
+            else:
+                least, most = move(least), move(most)
+        if not torch.equal(least, most):
+            found.append(str(pool.target))
+    return found

@@ -30,13 +30,18 @@ def input_shape_of(model: nn.Module) -> tuple[int, ...] | None:
     return tuple(shape) if shape else None
 
 
-def data_recipe(data: Any) -> dict[str, Any]:
-    """Return what a checkpoint records of a data set: name, normalisation, classes; {} for a bare loader."""
+def data_recipe(data: Any, *, in_time: bool = True) -> dict[str, Any]:
+    """Return what a checkpoint records of a data set: name, normalisation, classes; {} for a bare loader.
+
+    Args:
+        data: a data set, or a loader.
+        in_time: whether the network takes items of four dimensions as frames in time; else they are volumes.
+    """
     if not hasattr(data, "classes"):
         return {}
     found = {"name": data.name, "mean": list(data.mean), "std": list(data.std), "classes": list(data.classes)}
     frames = getattr(data, "frames", None)
-    return found if frames is None else {**found, "frames": frames}
+    return found if frames is None or not in_time else {**found, "frames": frames}
 
 
 def child_recipe(model: nn.Module, kind: str, **configs: Any) -> dict[str, Any]:
@@ -46,4 +51,3 @@ def child_recipe(model: nn.Module, kind: str, **configs: Any) -> dict[str, Any]:
     if parent is not None:
         recipe["parent"] = parent
     return {**recipe, "kind": kind, **configs}
-

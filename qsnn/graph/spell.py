@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from qsnn.graph.follow import follow
-from qsnn.graph.kinds import ADVICE, kind_of, refused
+from qsnn.graph.kinds import ADVICE, UNKNOWN, kind_of, refused
 from qsnn.graph.spell_layers import COMPUTES, adaptive, covers, ends
 from qsnn.graph.spell_moves import MOVES
 from qsnn.graph.spell_products import PRODUCTS
@@ -51,10 +52,14 @@ class Speller:
         for node in self.raw.graph.nodes:
             try:
                 self._write(node)
-            except Refused as reason:
+            except Exception as error:
+                reason = str(error)
+                if not isinstance(error, Refused):  # a spelling that did not think of these arguments
+                    name = getattr(node.target, "__name__", str(node.target))
+                    reason = f"{name} with arguments that qsnn does not take: {' '.join(reason.split())[:200]}"
                 self.places.append(f"{self._place(node)} ({reason})")
                 # what comes behind it is still looked at, as if a value of the network had come of it
-                values = [self.written.get(source) for source in node.all_input_nodes]
+                values = tree_leaves([self.written.get(source) for source in node.all_input_nodes])
                 instead = next((value for value in values if isinstance(value, fx.Node)), None)
                 several = self.shapes[node.name][0]
                 self.written[node] = [instead] * len(several) if isinstance(several, list) else instead
@@ -80,7 +85,7 @@ class Speller:
             name = getattr(node.target, "__name__", str(node.target))
             spelling = SPELLINGS.get(node.target) or SPELLINGS.get(name.removeprefix("__").removesuffix("__"))
             if spelling is None:
-                raise Refused(f"{name}: {ADVICE[name]}" if name in ADVICE else f"{name}, which spikes cannot follow")
+                raise Refused(f"{name}: {ADVICE.get(name, UNKNOWN)}")
             self.written[node] = spelling(Call(self, node))
 
     def _of(self, node: fx.Node) -> Any:

@@ -86,6 +86,45 @@ def _threshold_module(call: Call) -> fx.Node:
     return _same_place(call, nn.ReLU())
 
 
+def _hardsigmoid(call: Call) -> fx.Node:
+    """clip(x/6 + 1/2, 0, 1)."""
+    line = call.put(Shift(torch.tensor(0.5)), scaled(call, call.at(call.x), torch.tensor(1 / 6)))
+    return call.put(ClippedReLU(1.0), line)
+
+
+def _sync_norm(call: Call) -> fx.Node:
+    """Batch norm over several processes; at inference it is a batch norm of as many dimensions as its input."""
+    old: Any = call.speller.raw.get_submodule(str(call.node.target))
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(call.shape())]
+    new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+    new.__dict__.update({name: value for name, value in old.__dict__.items() if name in ("_parameters", "_buffers")})
+    return _same_place(call, new)
+
+
+def _chosen(call: Call) -> fx.Node:
+    """where(mask, x, y) and x.masked_fill(mask, y) with a mask that no image changes: x·mask + y·(1 - mask)."""
+    masked = call.name in ("masked_fill", "masked_fill_")
+    mask = call.constant(call.get(1, "mask") if masked else call.get(0, "condition"))
+    if mask is None:
+        raise Refused(f"{call.name}: {ADVICE['where']}")
+    first, second = (0, 2) if masked else (1, 2)
+    kept = mask == 0 if masked else mask != 0
+    total: fx.Node | None = None
+    for argument, part in ((call.node.args[first], kept), (call.get(second, "value" if masked else "other"), ~kept)):
+        number = call.constant(argument)
+        if number is None:
+            value = scaled(call, call.at(argument), part.float())
+            total = value if total is None else call.put(Add(), total, value)
+        elif bool((number != 0).any()):
+            shift = number.detach() * part
+            if total is None:  # the numbers stand first: they are added to the value behind
+                other = scaled(call, call.at(call.node.args[2]), (~part).float())
+                return call.put(Shift(call.fits(shift)), other)
+            total = call.put(Shift(call.fits(shift)), total)
+    assert total is not None
+    return total
+
+
 def _dropout(call: Call) -> fx.Node:
     if call.get(2, "training", True) and call.get(1, "p", 0.5) > 0:
         raise Refused(
@@ -264,6 +303,8 @@ COMPUTES: dict[Any, Spelling] = {
                      "divide", "true_divide"), _div),
     **dict.fromkeys((operator.neg, torch.neg, torch.negative, "neg", "neg_", "negative"), _neg),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d), _convolution),
-    F.linear: _linear, F.batch_norm: _batch_norm,
+    F.linear: _linear, F.batch_norm: _batch_norm, nn.SyncBatchNorm: _sync_norm,
+    **dict.fromkeys((F.hardsigmoid, nn.Hardsigmoid), _hardsigmoid),
+    **dict.fromkeys((torch.where, torch.masked_fill, "where", "masked_fill"), _chosen),
 }  # fmt: skip
 """Functions, method names and modules of torch.nn that compute, each with how it is spelled."""

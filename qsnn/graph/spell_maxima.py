@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qsnn.graph.kinds import ADVICE
-from qsnn.graph.modules import Add, ClippedReLU, Scale, Shift
+from qsnn.graph.modules import Add, ClippedReLU, Permute, Scale, Shift
 from qsnn.graph.step import Call, Refused, Spelling
 
 MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
@@ -56,10 +56,13 @@ def clipped(call: Call, low: Any, high: Any) -> fx.Node:
     return _shifted(call, call.put(fires, _shifted(call, x, -bottom)), bottom)
 
 
-def _maximum(call: Call) -> fx.Node:
+def _maximum(call: Call) -> Any:
     """max(a, b) = a + relu(b - a); min likewise, with the signs turned."""
     first, second = call.get(0, "input"), call.get(1, "other")
-    if second is None or (isinstance(second, int) and call.name == "max"):
+    along = call.node.kwargs.get("dim", second if isinstance(second, int) else None)
+    if along is not None and call.name == "max":
+        return [_over_dims(call, call.dims(along), call.get(2, "keepdim", False), call.out[0]), None]
+    if second is None or along is not None:
         raise Refused(f"{call.name}: {ADVICE['maximum']}")
     sign = -1.0 if call.name in ("minimum", "min", "fmin") else 1.0
     a, b = call.constant(first), call.constant(second)
@@ -111,7 +114,8 @@ def _leaky_function(call: Call) -> fx.Node:
 def _leaky(call: Call, slope: Tensor) -> fx.Node:
     """x above 0 and αx below: relu(x) - α·relu(-x), levels of both signs from two activations."""
     if not call.speller.signed:
-        raise Refused(f"{call.name if call.node.op != 'call_module' else 'LeakyReLU'}: {ADVICE['LeakyReLU']}")
+        layer = call.speller.raw.get_submodule(str(call.node.target)) if call.node.op == "call_module" else None
+        raise Refused(f"{call.name if layer is None else type(layer).__name__}: {ADVICE['LeakyReLU']}")
     x = call.at(call.x)
     above, below = call.put(nn.ReLU(), x), call.put(nn.ReLU(), _negative(call, x))
     if slope.numel() > 1:
@@ -121,11 +125,19 @@ def _leaky(call: Call, slope: Tensor) -> fx.Node:
 
 
 def _over(call: Call) -> fx.Node:
-    """amax over the map is a max pool."""
+    found = call.get(1, "dim", ())
+    return _over_dims(call, call.dims(None if found == () else found), call.get(2, "keepdim", False), call.out)
+
+
+def _over_dims(call: Call, dims: tuple[int, ...], keep: bool, out: Any) -> fx.Node:
+    """A maximum over the map is a max pool; over other dimensions it is one of signals, these moved behind."""
     shape = call.shape()
-    dims, keep = call.dims(call.get(1, "dim", ()) or None), call.get(2, "keepdim", False)
     if sorted(dims) != list(range(2, len(shape))) or len(shape) - 2 not in MAX_POOLS:
-        raise Refused(f"{call.name} over dimensions {sorted(dims)}: over the whole of a map alone, or use nn.MaxPool2d")
+        others, last = [d for d in range(1, len(shape)) if d not in dims], math.prod(shape[d] for d in dims)
+        order = (0, *others, *dims)
+        node = call.at(call.x) if order == tuple(range(len(shape))) else call.put(Permute(order))
+        node = call.view((0, math.prod(shape[d] for d in others), last), node)
+        return call.view(out, call.put(nn.MaxPool1d(last), node))
     pooled = call.put(MAX_POOLS[len(shape) - 2](shape[2:]))
     return pooled if keep else call.speller.put(call.node.name, nn.Flatten(), (pooled,))
 

@@ -87,6 +87,8 @@ def _getitem(call: Call) -> Any:
     source, place = call.get(0, "a"), call.get(1, "b")
     found = call.speller.written.get(source)
     if isinstance(found, list):
+        if found[place] is None and call.node.users:
+            raise Refused("the places of a maximum are read; spikes carry none")
         return found[place]
     shape = call.shape(source)
     parts: list[Any] = list(place) if isinstance(place, tuple) else [place]
@@ -137,7 +139,9 @@ def _cat(call: Call, along: int | None = None) -> fx.Node:
     if len(values) == len(parts):
         return call.put(Concat(dim), *(call.at(part) for part in parts))
     # numbers beside values: zeros there, and the numbers added to them
-    shape, added, joined, before = list(call.out), [], [], 0
+    shape, before = call.out, 0
+    added: list[Tensor] = []
+    joined: list[fx.Node] = []
     for place, part in enumerate(parts):
         side = _shape_of(call, part)[dim]
         number = call.constant(part)

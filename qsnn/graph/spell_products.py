@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import operator
 from string import ascii_letters
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qsnn.graph.gates import gives_counts, gives_gates
 from qsnn.graph.kinds import ADVICE
-from qsnn.graph.modules import Gating
+from qsnn.graph.modules import Gating, Permute
 from qsnn.graph.product import Product
 from qsnn.graph.spell_layers import scaled, with_values
 from qsnn.graph.step import Call, Refused, Spelling
@@ -61,9 +63,41 @@ def _matmul(call: Call) -> fx.Node:
             raise Refused(f"{call.name} of two values of {rank} dimensions mixes the images of a batch")
         front, (row, inner, column) = ascii_letters[: rank - 2], tuple(ascii_letters[rank - 2 : rank + 1])
         return _product(call, f"{front}{row}{inner},{front}{inner}{column}->{front}{row}{column}", first, second)
-    if weight is None or weight.dim() != 2:
-        raise Refused(f"{call.name} by numbers is taken as x @ W with a matrix W; write it as nn.Linear")
-    return call.put(with_values(nn.Linear(weight.shape[0], weight.shape[1], False), weight.detach().T, None))
+    left = weight is None
+    weight = call.constant(first) if left else weight
+    assert weight is not None
+    weight = weight[0] if weight.dim() == 3 and len(weight) == 1 else weight
+    value = second if left else first
+    rank = len(call.shape(value))
+    if weight.dim() != 2 or (left and rank < 3):
+        raise Refused(f"{call.name} by numbers is taken as x @ W or W @ x with a matrix W; write it as nn.Linear")
+    if not left:
+        return call.put(_matrix(weight.T), call.at(value))
+    turned = Permute((*range(rank - 2), rank - 1, rank - 2))
+    return call.put(copy.deepcopy(turned), call.put(_matrix(weight), call.put(turned, call.at(value))))
+
+
+def _matrix(weight: Tensor) -> nn.Module:
+    """The linear layer of a matrix (out, in)."""
+    return with_values(nn.Linear(weight.shape[1], weight.shape[0], False), weight.detach(), None)
+
+
+def _addmm(call: Call) -> fx.Node:
+    added, weight = call.constant(call.get(0, "input")), call.constant(call.get(2, "mat2"))
+    if added is None or weight is None or call.node.kwargs:
+        raise Refused("addmm is taken of numbers, a value and a matrix; write it as nn.Linear")
+    bias = added.detach().expand(weight.shape[1]) if added.dim() < 2 else added.detach()[0]
+    return call.put(with_values(nn.Linear(*weight.shape), weight.detach().T, bias), call.at(call.get(1, "mat1")))
+
+
+def _power(call: Call) -> fx.Node:
+    exponent = 2 if call.name == "square" else call.get(1, "exponent")
+    if exponent == 1:
+        return call.at(call.x)
+    if exponent != 2:
+        raise Refused(f"{call.name} with the exponent {exponent}: {ADVICE['pow']}")
+    letters = ascii_letters[: len(call.shape())]
+    return _product(call, f"{letters},{letters}->{letters}", call.x, call.x)
 
 
 def _einsum(call: Call) -> fx.Node:
@@ -73,19 +107,42 @@ def _einsum(call: Call) -> fx.Node:
     inputs, arrow, out = equation.partition("->")
     parts = [*inputs.split(","), out]
     plain = arrow and len(values) == 2 and all(part.isalpha() and len(set(part)) == len(part) for part in parts)
+    constants = [call.constant(value) for value in values]
+    if plain and any(constant is not None for constant in constants):
+        at = int(constants[1] is None)
+        return _einsum_by(call, equation, parts[at], parts[1 - at], out, values[at], constants[1 - at])
     if not plain or len({part[0] for part in parts}) > 1:
         raise Refused(
             f"einsum({equation!r}): takes two values whose first letter, and that of the result, is the batch, and no "
             f"letter twice in one, as in 'bnk,bkm->bnm'"
         )
-    if any(call.constant(value) is not None for value in values):
-        raise Refused(f"einsum({equation!r}) by numbers; write it as nn.Linear or a convolution")
     return _product(call, equation, values[0], values[1])
+
+
+def _einsum_by(
+    call: Call, equation: str, mine: str, theirs: str, out: str, value: fx.Node, weight: Tensor | None
+) -> fx.Node:
+    """A sum over letters of a value (named ``mine``) times numbers: a linear layer on what is summed over."""
+    summed = [letter for letter in mine if letter in theirs and letter not in out]
+    kept = [letter for letter in mine if letter not in summed]
+    new = [letter for letter in theirs if letter not in mine]
+    fits = summed and kept[:1] == list(mine[:1]) == list(out[:1]) and mine[0] not in theirs
+    if weight is None or not fits or sorted([*kept, *new]) != sorted(out) or len(summed) + len(new) != len(theirs):
+        raise Refused(f"einsum({equation!r}) by numbers; write it as nn.Linear or a convolution")
+    sides = dict(zip((*mine, *theirs), (*call.shape(value), *weight.shape), strict=True))
+    node = call.put(Permute(tuple(mine.index(letter) for letter in (*kept, *summed))), call.at(value))
+    node = call.view([sides[letter] for letter in kept] + [math.prod(sides[s] for s in summed)], node)
+    matrix = weight.detach().permute([theirs.index(letter) for letter in (*new, *summed)])
+    node = call.put(_matrix(matrix.reshape(math.prod(sides[n] for n in new), -1)), node)
+    node = call.view([sides[letter] for letter in (*kept, *new)], node)
+    order = tuple([*kept, *new].index(letter) for letter in out)
+    return node if order == tuple(range(len(order))) else call.put(Permute(order), node)
 
 
 PRODUCTS: dict[Any, Spelling] = {
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"), _mul),
     **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"), _matmul),
-    torch.einsum: _einsum,
+    torch.einsum: _einsum, torch.addmm: _addmm,
+    **dict.fromkeys((operator.pow, torch.pow, torch.square, "pow", "square"), _power),
 }  # fmt: skip
 """Functions and method names that multiply, each with how it is spelled."""

@@ -18,6 +18,7 @@ from qsnn.data.memory import batch_within, keep_freed_memory, peak_of, within
 from qsnn.folded.fold import fold
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.recipe import recipe_of
+from qsnn.graph.trace import takes_frames
 from qsnn.measure.accuracy import interval
 from qsnn.measure.counting import Counter
 from qsnn.measure.energy import Estimate, LayerCost, estimates
@@ -198,7 +199,7 @@ def _measured(
         raise ValueError("the data is empty: expected at least one batch of (images, labels)")
     scores, tasks = tally.scores(), tally.tasks.by_head
     image = batch[:1]
-    weigh = summary(run.network, tuple(image.shape[-3:] if image.dim() > 3 else image.shape[1:]))
+    weigh = summary(run.network, tuple(image.shape[2:] if takes_frames(run.network, image) else image.shape[1:]))
     layers = _costs(weigh, run, seen)
     rate = counter.rate(run.passes[own], own, seen) if counter else None
     neurons, state_bits = sum(counter.neurons.values()) if counter else 0, run.state_bits()

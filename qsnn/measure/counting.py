@@ -116,7 +116,7 @@ class Counter:
             yield
 
     def _front(self) -> set[str]:
-        """The layers that no spike reaches, wherever in the network they run; of a TimeLoop those are found by running."""
+        """The layers that no spike reaches, wherever they run; of a TimeLoop running shows which."""
         network: Any = self.model.network
         if isinstance(self.model, TimeLoop):
             return set()

@@ -139,8 +139,9 @@ def quantize(
         images = fewer(images, 2 * peak_of(network, images[:1]), "quantize")
     qann = _quantized(network, config)
     recipe = {**child_recipe(model, "qann", quantize=asdict(config)), "input_shape": list(images.shape[1:])}
-    if data_recipe(data):
-        recipe["data"] = data_recipe(data)
+    recorded = data_recipe(data, in_time=in_time)
+    if recorded:
+        recipe["data"] = recorded
     set_recipe(qann, recipe)
     calibrate_(qann, images, network)
     if in_time:  # the spiking network will see single frames, which reach further than their mean

@@ -16,7 +16,7 @@ from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
 from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gate
-from qsnn.graph.pools import moved_max_pools, reroute
+from qsnn.graph.pools import moved_max_pools, over_channels, reroute
 from qsnn.graph.product import Product
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
 from qsnn.graph.spell import trace
@@ -116,7 +116,8 @@ def convert(
     images = None
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)
-        images = images.mean(1) if takes_frames(model, images) else images
+        in_time = takes_frames(model, images)
+        images = images.mean(1) if in_time else images
     elif not spelled(model):
         plain = sum(isinstance(module, CLASSES["fires"]) for module in model.modules())
         raise ValueError(
@@ -125,6 +126,11 @@ def convert(
         )
     network = copy.deepcopy(model) if images is None or spelled(model) else _spelled(model, images)
     network, moved = _prepared(network, config)
+    if images is not None:
+        shapes = value_shapes(network, tuple(images.shape[1:]))
+        bad = over_channels(network, shapes, lambda module: does(module) == "fires")
+        several = "a maximum over channels, each of which gets a threshold of its own; quantize(model, data) first"
+        refuse([f"{name} ({several})" for name in bad], "convert")
     plain = sum(does(module) == "fires" for _, module in call_nodes(network))
     if plain and images is None:
         raise ValueError(
@@ -148,7 +154,8 @@ def convert(
         if images is not None:
             corrected = config.correction != "none"
             recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": corrected}
-            set_recipe(snn, {**recipe, "data": data_recipe(data)} if data_recipe(data) else recipe)
+            recorded = data_recipe(data, in_time=in_time)
+            set_recipe(snn, {**recipe, "data": recorded} if recorded else recipe)
         snn.train(model.training)
         set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
     return snns[0] if timesteps is None else {snn.timesteps: snn for snn in snns}
