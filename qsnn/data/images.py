@@ -212,6 +212,7 @@ def check_images(images: Tensor, shape: Sequence[int] | None = None, dtype: torc
     want, got = ("B", *(shape or ("C", "H", "W"))), tuple(images.shape)
     if 0 in got or (got[1:] != tuple(shape) if shape else len(got) not in (2, 3, 4, 5)):
         hint = "add the batch: images.unsqueeze(0)" if len(got) == 3 else "resize them, or build the model for them"
+        hint = "leave empty batches out" if got[:1] == (0,) else hint
         raise ValueError(f"expected images of shape ({', '.join(map(str, want))}), got {got}; {hint}")
     if math.isfinite(images.sum().item()):  # one NaN or inf spoils the sum; a sum that merely overflows passes below
         return
@@ -384,9 +385,11 @@ def checked_labels(labels: Any, count: int) -> Any:
         leaf = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or len(leaf) != count or leaf.is_complex():
             got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            one = isinstance(leaf, int | float) or (isinstance(leaf, Tensor) and leaf.dim() == 0)
+            single = "; a list of single (image, label) belongs into a torch.utils.data.DataLoader" if one else ""
             raise ValueError(
                 f"expected labels of shape ({count},) or ({count}, ...), got {got}; pass a class, a map or numbers for "
-                f"each image, of a network of several heads in the structure of its answers"
+                f"each image, of a network of several heads in the structure of its answers{single}"
             )
         if leaf.is_floating_point() and not torch.isfinite(leaf).all():
             raise ValueError("expected finite labels, got NaN or inf; fill or drop them")

@@ -166,6 +166,8 @@ def _pair(given: Any, name: str) -> tuple[Tensor, Tensor]:
         x, y = (torch.as_tensor(array if isinstance(array, Tensor) else np.array(array)) for array in given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected arrays of numbers in {name}, got: {error}") from error
+    if x.is_complex() or y.is_complex():
+        raise ValueError(f"expected real numbers in {name}, got complex ones; pass their parts as channels")
     if x.dtype == torch.uint8 and x.dim() in (3, 4):
         if x.dim() == 3:
             x = x[:, None]

@@ -180,7 +180,7 @@ class _Unfolded(fx.Interpreter):
             return result
         result = super().run_node(n)
         if n.op == "output":
-            found = zip(n.all_input_nodes, tree_leaves(self.answers), tree_leaves(result), strict=True)
+            found = zip(tree_leaves(n.args[0]), tree_leaves(self.answers), tree_leaves(result), strict=True)
             for source, ours, theirs in found:
                 self._equal(source, ours, theirs, "")
         elif isinstance(result, Tensor) and n.op != "get_attr":

@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 from qsnn.graph.recipe import recipe_of, set_recipe
 
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 """Modules that only run the one inside, as their ``module``; torch.compile's keeps it as ``_orig_mod``."""
 _FROZEN = "qsnn_frozen"
 """Attribute of a batch norm that its owner had frozen; copies keep it."""
@@ -32,8 +33,8 @@ class QsnnWarning(UserWarning):
 def arrived(model: nn.Module) -> nn.Module:
     """Return the model as the verbs take it; the argument is not changed.
 
-    ``nn.DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` are taken off, wherever they stand. Pruned
-    and parametrized weights (``torch.nn.utils.prune``, weight norm, spectral norm) become plain ones of the same
+    ``nn.DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` and ``torch.compile`` are taken off, wherever
+    they stand. Pruned and parametrized weights (``torch.nn.utils.prune``, weight norm, spectral norm) become plain ones of the same
     value. Other precisions become float32, which is said. Training flags, statistics and the recipe stay.
 
     Args:
@@ -41,7 +42,7 @@ def arrived(model: nn.Module) -> nn.Module:
     Returns:
         The model itself where there is nothing to do, else a copy.
     Raises:
-        TypeError: not a module, or one that torch.jit has compiled.
+        TypeError: not a module, or one that torch.jit or torch.export has made.
         ValueError: parameters without values (lazy ones, the meta device).
     """
     if not isinstance(model, nn.Module):
@@ -54,6 +55,11 @@ def arrived(model: nn.Module) -> nn.Module:
                 f"{name or 'the model'} was compiled by torch.jit, which leaves no layers to see; pass the nn.Module "
                 f"it was made from: build it and call load_state_dict(scripted.state_dict())"
             )
+    if "inline_constraints" in getattr(model, "meta", {}):
+        raise TypeError(
+            "the model was exported by torch.export, which keeps operators and no layers; pass the nn.Module it was "
+            "made from: build it and call load_state_dict(exported.state_dict())"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
             raise ValueError(f"{name} holds no values yet; run the network once on an image, or load its weights")
@@ -75,6 +81,28 @@ def to_float32_(model: nn.Module) -> None:
     if dtypes:
         warnings.warn(f"a model of {', '.join(dtypes)} runs in float32", QsnnWarning, stacklevel=4)
         model.float()
+
+
+def refuse_state(model: nn.Module, verb: str) -> None:
+    """Refuse what would make a network of nonsense, or fail much later: numbers, modes and dtypes, before the work.
+
+    Args:
+        model: as it arrived.
+        verb: what is to be made of it.
+    Raises:
+        ValueError: NaN or infinity in a parameter or a statistic, inference mode, or another default dtype.
+    """
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        counts = isinstance(value, nn.Parameter) or name.rpartition(".")[2].startswith("running_")
+        if counts and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"cannot {verb} a network with NaN or infinity in {name}; train it again, or load others")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"cannot {verb} in torch.inference_mode(), whose tensors cannot be trained; call it outside")
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError(
+            f"expected torch's default dtype float32, got {torch.get_default_dtype()}; call "
+            f"torch.set_default_dtype(torch.float32) before {verb}"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from qsnn.graph.arrived import evaluating
+from qsnn.graph.follow import named
 from qsnn.graph.hooks import recorded
 from qsnn.graph.trace import SPELLED, call_nodes
 
@@ -50,7 +51,16 @@ def _answers(model: nn.Module, images: Tensor) -> list[Tensor]:
     found: Any = model(images)
     for module in getattr(model, "meta", {}).get(SPELLED, ()):
         found = module(found)
-    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+    return _leaves(found)
+
+
+def _leaves(found: Any) -> list[Tensor]:
+    """The tensors of an answer, whatever holds them."""
+    leaves: list[Tensor] = []
+    for leaf in tree_leaves(found):
+        fields = named(leaf)
+        leaves += [leaf] if isinstance(leaf, Tensor) else [] if fields is None else _leaves(fields)
+    return leaves
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

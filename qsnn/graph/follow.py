@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import operator
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _orig_module_call
-from torch.utils._pytree import tree_leaves
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from qsnn.graph.kinds import kind_of, refused
 
@@ -140,9 +143,8 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Return the node behind a value."""
-        fields = getattr(a, "_fields", None) if isinstance(a, tuple) else None
-        if fields is not None:  # heads go by name: fx would write a call of the class
-            return super().create_arg(dict(zip(fields, a, strict=True)))
+        if named(a) is not None:  # heads go by name: fx would write a call of the class
+            return super().create_arg(named(a))
         if type(a) is Following:
             if a.stale is not None:
                 raise ValueError(
@@ -227,6 +229,45 @@ class Tracer(fx.Tracer):
                 other.stale = result.node.name
 
 
+def named(value: Any) -> dict[str, Any] | None:
+    """The fields of a named tuple or a dataclass that holds several answers; None for anything else."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and not isinstance(value, Mapping):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+class _Context:
+    """What a torch.autograd.Function gets while it is followed; nothing goes backward."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """Nothing is kept."""
+
+    mark_dirty = mark_non_differentiable = save_for_forward = set_materialize_grads = save_for_backward
+
+
+@contextmanager
+def _functions_followed() -> Iterator[None]:
+    """Follow what a torch.autograd.Function computes forward; its own ``apply`` takes what is followed for tensors."""
+    function: Any = torch.autograd.Function
+    own = vars(function)["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(type(leaf) is Following for leaf in tree_leaves((args, kwargs))):
+            return own.__get__(None, cls)(*args, **kwargs)
+        apart = cls.setup_context is not function.setup_context
+        return cls.forward(*args, **kwargs) if apart else cls.forward(_Context(), *args, **kwargs)
+
+    function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        function.apply = own
+
+
 def is_step(module: nn.Module) -> bool:
     """Return whether a module is one step of a graph: a question of its class, not of where the class was written."""
     if kind_of(module) is not None or any(hasattr(module, name) for name in ("act_quant", "weight_quant", "step_mode")):
@@ -257,7 +298,8 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]  # fmt: skip
     if len(needed) != 1:
-        raise ValueError(f"expected a model with one input, {type(model).__name__} takes {needed}")
+        instead = "join several along the channels, and slice them in forward" if needed else "write forward(self, x)"
+        raise ValueError(f"expected a model with one input, {type(model).__name__} takes {needed}; {instead}")
     first = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     found = []
     for batch in _BATCHES:
@@ -265,21 +307,31 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
         example = torch.randn(batch, *shape, generator=generator).to(first.device, first.dtype)
         tracer = Tracer(example)
         try:
-            with torch.no_grad():  # so that a block under torch.utils.checkpoint is run as it is
+            with torch.no_grad(), _functions_followed():  # so that a block under torch.utils.checkpoint is run as it is
                 found.append((tracer.trace(model), tracer))
         except ValueError:
             raise
         except Exception as error:  # fx and the user's own code raise many kinds; each means the same to the user
             raise ValueError(
                 f"cannot follow {type(model).__name__} with torch.fx on images of shape {tuple(shape)} ({error}); a "
-                f"model must have one input and no control flow that depends on its values"
+                f"model must have one input and no control flow (nor assertion) that depends on its values"
             ) from error
     (graph, tracer), (again, other) = found
+    _restructure_(graph)
     nodes, twins = list(graph.nodes), list(again.nodes)
     if list(map(_step, nodes)) != list(map(_step, twins)):
         raise ValueError(f"the way through {type(model).__name__} depends on the number of images in a batch")
     shapes = {n.name: (tracer.shapes.get(n), other.shapes.get(t)) for n, t in zip(nodes, twins, strict=True)}
     return fx.GraphModule(tracer.root, graph, type(model).__name__), shapes
+
+
+def _restructure_(graph: fx.Graph) -> None:
+    """Give answers their structure again, in place: of a model that takes ``**options`` fx writes a list of them."""
+    if isinstance(graph._codegen, _PyTreeCodeGen):
+        spec: Any = graph._codegen.pytree_info.out_spec
+        (output,) = (node for node in graph.nodes if node.op == "output")
+        output.args = (tree_unflatten(cast(Any, output.args[0]), spec),)
+        graph.set_codegen(fx.graph.CodeGen())
 
 
 def _step(node: fx.Node) -> tuple[str, str]:

@@ -141,6 +141,15 @@ ADVICE = {
         ("std", "var", "norm", "logsumexp", "sqrt", "rsqrt", "log", "log1p", "reciprocal", "cosine_similarity",
          "pairwise_distance", "cdist", "prod"), "compute it of the answers, behind the network",
     ),
+    **dict.fromkeys(
+        ("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "max_unpool1d",
+         "max_unpool2d", "max_unpool3d", "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"),
+        "spikes carry no indices; use nearest upsampling, or a transposed convolution, and train again",
+    ),
+    **dict.fromkeys(("randn_like", "rand_like", "bernoulli", "normal_", "uniform_", "empty_like"),
+                    "what is drawn at random, or not set, is for training alone: put it under `if self.training:`"),
+    **dict.fromkeys(("long", "int", "round", "floor", "ceil", "trunc", "bool"),
+                    "numbers are rounded by the quantizers of qsnn; leave it away, or do it before the network"),
     **dict.fromkeys(("pow", "float_power"), "the square alone, of a quantized value"),
     **dict.fromkeys(("cumsum", "lerp", "addcmul", "addcdiv", "bilinear", "Bilinear", "fold", "Fold"),
                     "write it as products, additions, slices and torch.cat"),
@@ -157,12 +166,14 @@ ADVICE = {
          "group_norm", "instance_norm", "rms_norm", "local_response_norm", "normalize"), _NORM,
     ),
     **dict.fromkeys(
-        ("Softmax", "LogSoftmax", "softmax", "log_softmax", "MultiheadAttention", "scaled_dot_product_attention"),
+        ("Softmax", "LogSoftmax", "softmax", "log_softmax", "MultiheadAttention", "scaled_dot_product_attention",
+         "Transformer", "TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoderLayer"),
         "a softmax inside a network has no spiking form (one right before the output is taken off by itself); for "
         "attention let a step decide: qsnn.Gate(level)(q.sum(...)) * k, as the network 'qkformer' does; or leave the "
         "softmax away: relu(q) @ (relu(k).mT @ relu(v)) / N, exact on counts, deferred",
     ),
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), "a recurrent layer has its own time; use convolutions over time"),
+    **dict.fromkeys(("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"),
+                    "a recurrent layer has its own time; use convolutions over time"),
     **dict.fromkeys(("Embedding", "embedding"), "feed the network with what the embedding gives"),
     **dict.fromkeys(
         ("LPPool1d", "LPPool2d", "lp_pool2d", "FractionalMaxPool2d"), "use average pooling and train again"

@@ -7,7 +7,7 @@ image, adaptive pooling to 1 and average pooling over the whole map become one; 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Speller:
         if node.op == "placeholder":
             self.written[node] = self.graph.placeholder(node.name)
         elif node.op == "output":
-            self.graph.output(fx.node.map_arg(node.args[0], self._answer))
+            self.graph.output(self._answers(node.args[0]))
         elif node.op == "get_attr":
             self.written[node] = self._attribute(str(node.target))
         elif not any(isinstance(self._of(source), fx.Node | list | None) for source in node.all_input_nodes):
@@ -91,11 +91,19 @@ class Speller:
     def _of(self, node: fx.Node) -> Any:
         return self.written.get(node)
 
-    def _answer(self, node: fx.Node) -> fx.Node:
-        found = self.written[node]
-        if not isinstance(found, fx.Node):
-            raise Refused("an answer that does not depend on the image")
-        return found
+    def _answers(self, given: Any) -> Any:
+        """The answers in their structure; what is the same for every image (None, a number) is left out."""
+        if isinstance(given, fx.Node):
+            found = self.written[given]
+            return found if isinstance(found, fx.Node) else None
+        if isinstance(given, Mapping):
+            parts = {name: self._answers(part) for name, part in given.items()}
+            kept: Any = {name: part for name, part in parts.items() if part is not None}
+        elif isinstance(given, list | tuple):
+            kept = type(given)(part for part in map(self._answers, given) if part is not None)
+        else:
+            return None
+        return kept or None
 
     def _attribute(self, name: str) -> Tensor:
         value: Any = self.raw

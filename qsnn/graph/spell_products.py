@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.graph.gates import gives_counts, gives_gates
 from qsnn.graph.kinds import ADVICE
-from qsnn.graph.modules import Gating, Permute
+from qsnn.graph.modules import Gating, Permute, Sum
 from qsnn.graph.product import Product
 from qsnn.graph.spell_layers import scaled, with_values
 from qsnn.graph.step import Call, Refused, Spelling
@@ -106,6 +106,8 @@ def _einsum(call: Call) -> fx.Node:
     equation = str(call.get(0, "equation")).replace(" ", "")
     inputs, arrow, out = equation.partition("->")
     parts = [*inputs.split(","), out]
+    if len(values) == 1 and parts[0].isalpha() and set(out) < set(parts[0]) and len(set(inputs)) == len(inputs):
+        return _summed_out(call, inputs, out)
     plain = arrow and len(values) == 2 and all(part.isalpha() and len(set(part)) == len(part) for part in parts)
     constants = [call.constant(value) for value in values]
     if plain and any(constant is not None for constant in constants):
@@ -117,6 +119,14 @@ def _einsum(call: Call) -> fx.Node:
             f"letter twice in one, as in 'bnk,bkm->bnm'"
         )
     return _product(call, equation, values[0], values[1])
+
+
+def _summed_out(call: Call, letters: str, out: str) -> fx.Node:
+    """A sum of one value over the letters that the result does not have."""
+    node = call.put(Sum(call.dims([letters.index(letter) for letter in letters if letter not in out])))
+    kept = [letter for letter in letters if letter in out]
+    order = tuple(kept.index(letter) for letter in out)
+    return node if order == tuple(range(len(out))) else call.put(Permute(order), node)
 
 
 def _einsum_by(

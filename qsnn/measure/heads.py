@@ -188,15 +188,20 @@ def _find(answers: Any, labels: Any, asked: str | None, head: str) -> Task:
     else:
         fitting = [task for task in TASKS.values() if task.floats == floating and task.fits(answers, labels)]
         if not fitting:
+            whole = floating and labels.dim() == 1 and bool((labels == labels.round()).all())
+            classes = "labels.long(), if they are classes; " if whole and answers.dim() == 2 else ""
             kinds = "; ".join(f"{task.name!r}: {task.takes}" for task in TASKS.values())
-            raise ValueError(f"{shapes} belong to no task; pass labels that fit, and task= where it is said ({kinds})")
+            hint = f"pass {classes}labels that fit, and task= where it is said ({kinds})"
+            raise ValueError(f"{shapes} belong to no task; {hint}")
         task = fitting[0]
-        if task is BINARY and labels.dim() == 2 and labels.shape[1] > 2 and bool((labels.sum(1) == 1).all()):
+        zeros_and_ones = bool(((labels == 0) | (labels == 1)).all())
+        wide = labels.dim() == 2 and labels.shape[1] > (1 if floating else 2) and zeros_and_ones
+        if (task is BINARY or floating) and wide and bool((labels.sum(1) == 1).all()):
             raise ValueError(
                 f"{shapes} look like one class an image, as one-hot; pass labels.argmax(1), or task='binary' for "
                 f"{labels.shape[1]} decisions an image"
             )
-        if floating and bool(((labels == 0) | (labels == 1)).all()):
+        if floating and zeros_and_ones:
             raise ValueError(
                 f"{shapes}, all 0 or 1, may be numbers or decisions; pass task='regression', or task='binary' "
                 f"('segmentation' of a map)"

@@ -157,9 +157,16 @@ def _correcting(qann: fx.GraphModule, wanted: dict[str, tuple[Tensor, Tensor]]) 
 
 
 def calibration_images(source: Any, count: int) -> Tensor:
-    """Return the first ``count`` images of a Dataset or an iterable of (images, labels), (N, C, H, W)."""
+    """Return the first ``count`` images of a Dataset or an iterable of (images, labels), (N, C, H, W).
+
+    Raises:
+        ValueError: they have several shapes.
+    """
     found: list[Tensor] = []
     for images, _ in batches(source, min(count, 512)):
+        if found and images.shape[1:] != found[0].shape[1:]:
+            one, other = tuple(found[0].shape[1:]), tuple(images.shape[1:])
+            raise ValueError(f"expected images of one shape, got {one} and {other}; resize them, or pad them")
         found.append(images)
         if sum(len(part) for part in found) >= count:
             break

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.data.memory import fewer, peak_of, within
-from qsnn.graph.arrived import arrived, evaluating
+from qsnn.graph.arrived import arrived, evaluating, refuse_state
 from qsnn.graph.compare import refuse_not_finite, same_answers
 from qsnn.graph.kinds import does
 from qsnn.graph.pools import moved_max_pools
-from qsnn.graph.recipe import child_recipe, data_recipe, set_recipe
+from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
 from qsnn.graph.spell import trace
 from qsnn.graph.trace import add_module, call_nodes, replace_module, takes_frames
 from qsnn.options import ActBits, Factor, Images, InputBits, Levels, WeightBits, check_options, expect
@@ -130,6 +130,10 @@ def quantize(
     if data is None:
         raise ValueError("quantize needs data to calibrate on: quantize(model, data, config)")
     model = arrived(model)
+    kind = recipe_of(model).get("kind", "teacher")
+    if kind != "teacher":
+        raise ValueError(f"expected a float network, got one of kind {kind!r}; quantize the one that it was made from")
+    refuse_state(model, "quantize")
     frames = calibration_images(getattr(data, "train", data), config.calibration_images)
     in_time = takes_frames(model, frames)
     images = frames.mean(1) if in_time else frames
@@ -181,7 +185,7 @@ def quantized_structure(model: nn.Module, config: QuantizeConfig, shape: tuple[i
 
 def _quantized(network: fx.GraphModule, config: QuantizeConfig) -> fx.GraphModule:
     """A copy of a spelled network with quantized layers in the place of its own."""
-    network = copy.deepcopy(network)
+    model, network = type(network).__name__, copy.deepcopy(network)
     names: dict[str, list[str]] = {"weighs": [], "fires": []}  # a gate stays: its one level is all its precision
     for node, module in call_nodes(network):
         found = names.get(does(module) or "")
@@ -190,8 +194,8 @@ def _quantized(network: fx.GraphModule, config: QuantizeConfig) -> fx.GraphModul
     weighted, relus = names["weighs"], names["fires"]
     if not relus or not weighted:
         raise ValueError(
-            f"nothing to quantize in {type(network).__name__}: it holds {len(weighted)} convolution or linear layers "
-            f"and {len(relus)} ReLUs, and needs both"
+            f"nothing to quantize in {model}: it holds {len(weighted)} convolution or linear layers and {len(relus)} "
+            f"ReLUs, and needs both; put nn.ReLU between its layers and train again"
         )
     idle = [pattern for pattern in config.overrides if not fnmatch.filter(weighted, pattern)]
     if idle:

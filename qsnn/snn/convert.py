@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qsnn.data.memory import fewer, room, within
-from qsnn.graph.arrived import arrived, set_training_flags_, training_flags
+from qsnn.graph.arrived import arrived, refuse_state, set_training_flags_, training_flags
 from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
 from qsnn.graph.modules import Gate
@@ -113,6 +113,9 @@ def convert(
         raise ValueError("expected timesteps such as (1, 2, 4), got none")
     configs = [replace(config, timesteps=step) for step in dict.fromkeys(steps)]
     model = arrived(model)
+    if isinstance(model, SNN) or recipe_of(model).get("kind") in ("snn", "student", "folded"):
+        raise ValueError(f"expected a float or a quantized network, got {type(model).__name__}, which spikes already")
+    refuse_state(model, "convert")
     images = None
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)

@@ -194,7 +194,7 @@ def fit(
             path, model, optimizer, scheduler, asdict(config), done, {} if average is None else average.weights
         ),
     )  # fmt: skip
-    with bar, torch.random.fork_rng(), board, evaluating(*[] if teacher is None else [teacher]):
+    with bar, torch.random.fork_rng(), board, torch.enable_grad(), evaluating(*[] if teacher is None else [teacher]):
         for epoch in range(len(done.history), config.epochs):
             # convolutions and batch norm run faster in channels-last on a CPU
             lay_out_(_awake_(model, frozen), torch.channels_last)
