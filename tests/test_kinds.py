@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import qsnn
 from qsnn.folded.kinds import FOLD
@@ -35,6 +38,9 @@ class Net(nn.Module):
         self.position, self.gain = nn.Parameter(torch.randn(1, 8, 8, 8) / 4), nn.Parameter(torch.rand(8, 1, 1) + 0.5)
         self.line, self.token = nn.Linear(8, 8), nn.Linear(64, 6)
         self.gate = qsnn.Gate(level=0.4)
+        self.round = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+        self.patch, self.coord = nn.Linear(32, 4), nn.Conv2d(10, 8, 3)
+        self.register_buffer("order", torch.tensor([3, 2, 1, 0, 7, 7, 5, 4]))
         self.last = nn.LazyLinear(4)
         with torch.no_grad():
             self.norm.weight.uniform_(-1, 1)
@@ -57,6 +63,16 @@ def a(net: Net, x: Tensor) -> Tensor:
 def b(net: Net, x: Tensor) -> Tensor:
     """A current, (B, 8, 8, 8)."""
     return net.mix(x)  # type: ignore[no-any-return]
+
+
+class Through(torch.autograd.Function):
+    """A ReLU whose gradient passes everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Clipped from below."""
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
 
 
 def _iadd(net: Net, x: Tensor) -> Tensor:
@@ -183,6 +199,32 @@ FORMS: dict[str, Forward] = {
     "max pool of a gate": lambda n, x: F.relu(b(n, F.max_pool2d(n.gate(y := a(n, x)), 3, 1, 1) * y)),
     "max pool before a gate": lambda n, x: F.relu(b(n, n.gate(F.max_pool2d(b(n, y := a(n, x)), 3, 1, 1)) * y)),
     "max pool of gated spikes": lambda n, x: F.relu(b(n, F.max_pool2d(n.gate((y := a(n, x))[:, :1]) * y, 2))),
+    # values at other places, in any way; and numbers beside them
+    "flipped, rolled, turned": lambda n, x: F.relu(b(n, torch.rot90(
+        torch.roll(a(n, x).flip(-1), (1, 2), (1, 2)), 1, (2, 3)))),
+    "repeated": lambda n, x: F.relu(b(n, a(n, x)[:, :4, ::2].repeat(1, 2, 1, 1).repeat_interleave(2, 2))),
+    "expanded": lambda n, x: F.relu(b(n, (y := a(n, x)).mean((2, 3), keepdim=True).expand_as(y) + n.position.expand(
+        len(x), -1, -1, -1))),
+    "indexed": lambda n, x: F.relu(n.wide(torch.hstack([
+        a(n, x[:, [2, 1, 0]])[:, n.order],
+        a(n, x)[:, n.order > 3][:, :, torch.arange(7, -1, -1)].repeat(1, 2, 1, 1)]))),
+    "unfolded": lambda n, x: F.relu(n.patch(F.unfold(a(n, x), 2, stride=4).mT)),
+    "padded with values": lambda n, x: F.relu(n.round(F.pad(n.round(a(n, x)), (1, 2, 2, 1), "reflect")[..., 1:-2])),
+    "padded with a number": lambda n, x: F.relu(b(n, F.pad(a(n, x), (1, 0, 0, 1), value=0.5))),
+    "upsampled by 3/2": lambda n, x: F.relu(b(n, F.interpolate(a(n, x), size=(12, 6)))),
+    "coordinates joined": lambda n, x: F.relu(n.coord(torch.cat([torch.linspace(-1, 1, 8).expand(
+        len(x), 1, 8, 8), a(n, x), torch.ones(1, 1, 8, 8).expand(len(x), -1, -1, -1)], 1))),
+    "chosen by a mask": lambda n, x: F.relu(b(n, torch.where(n.order > 3, a(n, x), 0.25).masked_fill(n.order == 7, 0))),
+    # products by numbers, maxima over dimensions, what is made on the way
+    "a matrix on the left": lambda n, x: F.relu(n.token.weight @ a(n, x).flatten(2).mT),
+    "einsum by numbers": lambda n, x: torch.einsum("bchw->bc", F.relu(torch.einsum(
+        "oc,bchw->bhow", n.line.weight, a(n, x))) / 64),
+    "addmm": lambda n, x: F.relu(torch.addmm(n.line.bias, a(n, x).mean((2, 3)), n.line.weight)),
+    "max over tokens": lambda n, x: torch.max(F.relu(b(n, a(n, x))).flatten(2), 2, keepdim=True)[0].squeeze(-1),
+    "hard sigmoid": lambda n, x: F.relu(b(n, F.hardsigmoid(n.stem(x)))),
+    "modules made on the way": lambda n, x: nn.Sequential(n.mix, nn.ReLU(), n.norm)[:2](nn.ReLU()(n.stem(x))),
+    "an autograd function": lambda n, x: F.relu(b(n, Through.apply(n.stem(x)))),
+    "checkpointed": lambda n, x: F.relu(b(n, checkpoint(lambda y: a(n, y), x, use_reentrant=False))),
     # layers called twice, branches, heads
     "a shared layer": lambda n, x: F.relu(b(n, F.relu(b(n, a(n, x))))),
     "a branch from the input": lambda n, x: F.relu(b(n, torch.cat([a(n, x)[:, :5], x], 1))),
@@ -265,6 +307,103 @@ def test_a_named_tuple_of_heads_goes_by_its_names() -> None:
     assert list(qsnn.quantize(net, DATA)(IMAGES)) == ["map", "points"]
 
 
+def test_what_is_moved_is_moved_as_torch_does() -> None:
+    """Each form of places by itself, without levels that would hide a value at the wrong place."""
+    x = torch.arange(2 * 8 * 8 * 8.0).view(2, 8, 8, 8)
+    moves: list[Callable[[Tensor], Tensor]] = [
+        lambda y: y.flip((1, 3)), lambda y: y.roll(3, 2), lambda y: y.tile((1, 2, 1)), lambda y: y.rot90(1, (1, 2)),
+        lambda y: y[:, :1].expand(len(y), 8, 8, 8)[:, :, [1, 1, 0]], lambda y: y.tril(), lambda y: y.diagonal(0, 2, 3),
+        lambda y: y.unfold(2, 3, 2), lambda y: F.unfold(y, 3, padding=1), lambda y: F.pad(y, (2, 1, 1, 2), "circular"),
+        lambda y: y.repeat_interleave(torch.tensor([1, 0, 2, 1, 1, 1, 1, 3]), 3),
+        lambda y: y[:, torch.arange(8) % 3 == 0],
+        lambda y: y[..., [0, 3], 2:], lambda y: y[:, [1, 2], [3, 4]], lambda y: F.interpolate(y, (5, 12)),
+    ]  # fmt: skip
+    for move in moves:
+        network = trace(Moved(move), (8, 8, 8))
+        assert torch.equal(network(x), move(x))
+        assert {does(module) for _, module in call_nodes(network)} == {"moves"}
+
+
+class Moved(nn.Module):
+    """What a function does."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.move = move
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *) -> (B, *)."""
+        return self.move(x)
+
+
+def test_a_maximum_over_channels_has_one_threshold_or_is_refused() -> None:
+    net = Net(lambda n, x: n.token(F.relu(b(n, a(n, x))).amax(1).flatten(1)))
+    net.last = nn.Linear(6, 4)
+    qann = qsnn.quantize(net, DATA, qsnn.QuantizeConfig(levels=3)).eval()
+    assert qsnn.certify(qsnn.convert(qann), qann, DATA).exact
+    with pytest.raises(ValueError, match=r"amax\w* \(a maximum over channels, .*quantize\(model, data\) first"):
+        qsnn.convert(net, DATA)
+
+
+def test_the_square_of_quantized_values_is_exact_deferred() -> None:
+    net = Net(lambda n, x: torch.square(a(n, x)) + b(n, a(n, x) ** 2))
+    qann = qsnn.quantize(net, DATA, qsnn.QuantizeConfig(levels=3)).eval()
+    assert qsnn.certify(qsnn.convert(qann, qsnn.ConvertConfig(firing="deferred")), qann, DATA).exact
+
+
+@dataclass
+class Answer:
+    """As many libraries answer."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+def test_answers_come_in_any_structure() -> None:
+    shapes: dict[str, Forward] = {
+        "a dataclass": lambda n, x: Answer(n.last(torch.flatten(a(n, x), 1))),
+        "None beside": lambda n, x: {"logits": n.last(torch.flatten(a(n, x), 1)), "loss": None},
+    }
+    for name, forward in shapes.items():
+        net = Net(FORMS["relu function"])
+        net.way = forward
+        qann = qsnn.quantize(Structured(net), DATA, qsnn.QuantizeConfig(levels=3)).eval()
+        found = qann(IMAGES)
+        assert list(found) == ["logits"], name
+        assert qsnn.certify(qsnn.convert(qann), qann, DATA).exact
+        assert list(qsnn.fold(qsnn.convert(qann))(IMAGES)) == ["logits"]
+    twice = Net(lambda n, x: (y := n.last(torch.flatten(a(n, x), 1)), y))
+    first, second = qsnn.fold(qsnn.convert(qsnn.quantize(twice, DATA)))(IMAGES)
+    assert torch.equal(first, second)
+
+
+class Structured(nn.Module):
+    """Takes options, as many models do, and hands its answer on as it is."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        """(B, *) -> an answer."""
+        assert not options.get("labels"), f"none at inference: {options}"
+        return self.net.way(self.net, x)
+
+
+def test_a_hook_before_a_layer_shows() -> None:
+    net = Net(FORMS["relu function"])
+    net.mix.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    with pytest.raises(ValueError, match=r"does not answer as the network itself: they differ from layer mix on"):
+        qsnn.quantize(net, DATA)
+
+
+def test_batch_norm_of_several_processes_is_a_batch_norm() -> None:
+    net = Net(FORMS["a gate of a current"])
+    network = trace(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net)), (3, 8, 8))
+    assert type(network.get_submodule("norm")) is nn.BatchNorm2d
+    assert torch.equal(network(IMAGES), net(IMAGES))
+
+
 SHAPES = {
     "volumes": ((2, 6, 6, 6), [nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.AvgPool3d(2), nn.Conv3d(
         4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4, 3)]),
@@ -333,7 +472,13 @@ REFUSED: dict[str, tuple[Forward, str]] = {
     "a comparison": (lambda n, x: F.relu(b(n, (y := a(n, x)) * (y > 0.5))), r"gt: use qsnn\.Gate\(level\)"),
     "over the batch": (lambda n, x: F.relu(b(n, a(n, x) - a(n, x).mean(0, keepdim=True))), "dimension 0, the batch"),
     "a softmax inside": (lambda n, x: F.relu(b(n, a(n, x).softmax(1))), r"softmax: .*right before the output.*\.Gate"),
-    "reflection": (lambda n, x: F.relu(n.mix(F.pad(a(n, x), (1, 1, 1, 1), "reflect")[..., 1:-1, 1:-1])), "reflect"),
+    "a mean of windows": (lambda n, x: F.relu(b(n, F.interpolate(a(n, x), (8, 8), mode="area"))), "mode 'area'"),
+    "images turned round": (lambda n, x: F.relu(b(n, a(n, x)) + a(n, x).flip(0)), "flip moves the batch, or mixes"),
+    "a choice by values": (lambda n, x: b(n, torch.where((y := n.stem(x)) > 0, y, 0 * y)), "a ReLU, a clamp, or"),
+    "scores are decided": (lambda n, x: a(n, x) + a(n, x).argmax(1, keepdim=True), "argmax: a network gives its"),
+    "places of maxima": (lambda n, x: a(n, x) + a(n, x).max(3, keepdim=True)[1].float(), "spikes carry none"),
+    "noise": (lambda n, x: F.relu(b(n, a(n, x) + torch.randn_like(x[:, :1]))), "randn_like: what is drawn at random"),
+    "numbers that nobody thought of": (lambda n, x: F.relu(b(n, a(n, x))).cumsum(1), "cumsum: write it as"),
     "bilinear": (lambda n, x: F.avg_pool2d(F.interpolate(a(n, x), scale_factor=2, mode="bilinear"), 2), "bilinear"),
     "a leaky ReLU": (lambda n, x: F.leaky_relu(b(n, a(n, x))), "signed"),
     "dropout that never stops": (lambda n, x: F.relu(b(n, F.dropout(a(n, x), 0.5))), "training=self.training"),

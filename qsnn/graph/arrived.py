@@ -34,8 +34,8 @@ def arrived(model: nn.Module) -> nn.Module:
     """Return the model as the verbs take it; the argument is not changed.
 
     ``nn.DataParallel``, ``DistributedDataParallel``, ``AveragedModel`` and ``torch.compile`` are taken off, wherever
-    they stand. Pruned and parametrized weights (``torch.nn.utils.prune``, weight norm, spectral norm) become plain ones of the same
-    value. Other precisions become float32, which is said. Training flags, statistics and the recipe stay.
+    they stand. Pruned and parametrized weights (``torch.nn.utils.prune``, weight norm, spectral norm) become plain ones
+    of the same value. Other precisions become float32, which is said. Training flags, statistics and the recipe stay.
 
     Args:
         model: a float network, or one of qsnn's own.
@@ -83,18 +83,19 @@ def to_float32_(model: nn.Module) -> None:
         model.float()
 
 
-def refuse_state(model: nn.Module, verb: str) -> None:
+def refuse_state(model: nn.Module, verb: str, *, numbers: bool = True) -> None:
     """Refuse what would make a network of nonsense, or fail much later: numbers, modes and dtypes, before the work.
 
     Args:
         model: as it arrived.
         verb: what is to be made of it.
+        numbers: whether its numbers are looked at too.
     Raises:
         ValueError: NaN or infinity in a parameter or a statistic, inference mode, or another default dtype.
     """
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         counts = isinstance(value, nn.Parameter) or name.rpartition(".")[2].startswith("running_")
-        if counts and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if numbers and counts and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"cannot {verb} a network with NaN or infinity in {name}; train it again, or load others")
     if torch.is_inference_mode_enabled():
         raise ValueError(f"cannot {verb} in torch.inference_mode(), whose tensors cannot be trained; call it outside")

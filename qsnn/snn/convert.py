@@ -115,7 +115,7 @@ def convert(
     model = arrived(model)
     if isinstance(model, SNN) or recipe_of(model).get("kind") in ("snn", "student", "folded"):
         raise ValueError(f"expected a float or a quantized network, got {type(model).__name__}, which spikes already")
-    refuse_state(model, "convert")
+    refuse_state(model, "convert", numbers=not spelled(model))
     images = None
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)

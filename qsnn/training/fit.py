@@ -159,6 +159,8 @@ def fit(
     """
     expect("fit(model, data)", "model", model, nn.Module)
     expect("fit(model, data)", "data", data, "train val")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("nothing is trained in torch.inference_mode(); call fit outside")
     expect("fit(model, data, teacher=model)", "teacher", teacher, (nn.Module, type(None)))
     for name, value in (("loss", loss), ("after_step", after_step)):
         if value is not None and not callable(value):
