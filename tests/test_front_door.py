@@ -169,3 +169,29 @@ def test_a_float_network_may_begin_with_a_mean(first: nn.Module) -> None:
     for made in (qsnn.convert(net.eval(), data), qsnn.convert(qsnn.quantize(net, data, qsnn.QuantizeConfig(
             input_bits=None)))):  # fmt: skip
         assert float((qsnn.fold(made)(images) - made(images)).detach().abs().max()) < 1e-4
+
+
+class InADict(nn.Module):
+    """One answer under a name, as torchvision's segmentation networks give it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(SMALL)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 1, 4, 4) -> {"out": (B, 2)}."""
+        return {"out": self.net(x)}
+
+
+def test_one_answer_in_a_dict_takes_plain_labels() -> None:
+    part = torch.utils.data.TensorDataset(*SOME[0])
+    data = qsnn.Data(name="few", train=part, val=part, test=part, mean=(0.0,), std=(1.0,), classes=("a", "b"))
+    net, train = InADict(), qsnn.TrainConfig(epochs=1, batch_size=3)
+    qsnn.fit(net, data, train)
+    qann = qsnn.quantize(net, data)
+    qsnn.fit(qann, data, train, teacher=net)
+    student = qsnn.distill(qsnn.convert(qann), qann, data, qsnn.DistillConfig(epochs=1, batch_size=3))
+    result = qsnn.benchmark(qsnn.fold(student), data.test, timesteps=2)
+    right = (student(SOME[0][0])["out"][-1].argmax(1) == SOME[0][1]).float().mean()
+    assert result.accuracy[-1] == pytest.approx(100 * float(right))
+    assert qsnn.check(net.eval(), data, seconds=1).ready

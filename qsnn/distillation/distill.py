@@ -356,7 +356,7 @@ class _Loss:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Any) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
-        config, labels = self.config, heads(labels)
+        config, labels = self.config, self.tasks.own(heads(labels))
         if not torch.compiler.is_compiling():
             self.tasks.check(labels)
         matched = matches(model.loop, config.rate_layers) if config._matches else {}

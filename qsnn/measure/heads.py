@@ -61,6 +61,7 @@ class Tasks:
         Raises:
             ValueError: another head, number of dimensions, or a class that the network cannot give.
         """
+        labels = self.own(labels)
         for name, (classes, dims) in self.classes.items():
             found, where = labels.get(name), f" of head {name!r}" if name else ""
             if found is None or found.dim() != dims:
@@ -68,6 +69,11 @@ class Tasks:
                 raise ValueError(f"expected labels{where} of {dims} dimensions, as in the first batch, got {got}")
             if not self.by_head[name].floats:
                 _refuse_labels(self.by_head[name], classes, found, where)
+
+    def own(self, labels: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Labels by the names of the heads; a network of one head, whatever holds it, takes them as one tensor."""
+        (name, *others) = self.by_head
+        return {name: labels[""]} if list(labels) == [""] and not others else labels
 
     @property
     def first(self) -> Task:
@@ -78,7 +84,8 @@ class Tasks:
         """The loss of the labels, which are checked."""
         if not torch.compiler.is_compiling():
             self.check(labels)
-        return self.summed(lambda task, name: task.loss(answers[name], labels[name], smoothing))
+        wanted = self.own(labels)
+        return self.summed(lambda task, name: task.loss(answers[name], wanted[name], smoothing))
 
     def taught(self, answers: Mapping[str, Tensor], target: Mapping[str, Tensor], temperature: float) -> Tensor:
         """The distance from a teacher."""
@@ -94,7 +101,8 @@ class Tasks:
     def count(self, answers: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of a batch, by head."""
         self.check(labels)
-        return {name: task.count(answers[name], labels[name]).cpu() for name, task in self.by_head.items()}
+        wanted = self.own(labels)
+        return {name: task.count(answers[name], wanted[name]).cpu() for name, task in self.by_head.items()}
 
     def read(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """The scores, by head."""
@@ -143,7 +151,8 @@ def find_tasks(answers: Any, labels: Any, asked: Asked = None) -> Tasks:
 
     Args:
         answers: of a batch, without time: a tensor, or a tuple, list or dict of them.
-        labels: of the same images, in the same structure; there may be more of them than answers.
+        labels: of the same images, in the same structure; there may be more of them than answers. For a single answer
+            in a tuple, list or dict a tensor will do.
         asked: what the user says.
     Raises:
         ValueError: the structures differ, an unknown task, shapes or labels that fit none, or two alike.
@@ -154,6 +163,8 @@ def find_tasks(answers: Any, labels: Any, asked: Asked = None) -> Tasks:
     if isinstance(asked, Tasks):
         return asked
     found, wanted = heads(answers), heads(labels)
+    if len(found) == 1 and list(wanted) == [""]:  # one answer in a dict, as libraries give it
+        wanted = dict.fromkeys(found, labels)
     if list(found) != list(wanted):
         if set(found) != set(wanted):
             have, got = (", ".join(map(repr, names)) if [*names] != [""] else "one tensor" for names in (found, wanted))
