@@ -240,9 +240,7 @@ class _Flow:
         }
         usual: tuple[TrainConfig | DistillConfig, ...] = (self.teacher_config, self.qat_config, self.distill_config)
         return {
-            name: Stage(
-                seconds=epoch_seconds(train, data, batch_size=config.batch_size), share=float(config.epochs)
-            )
+            name: Stage(seconds=epoch_seconds(train, data, batch_size=config.batch_size), share=float(config.epochs))
             for (name, train), config in zip(trains.items(), usual, strict=True)
             if name != "teacher" or self.config.weights is None
         }

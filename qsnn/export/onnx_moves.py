@@ -44,9 +44,7 @@ def _joined(values: Values, shape: Shape, wires: list[Wire]) -> tuple[list[Wire]
 def concat(values: Values, name: str, module: Concat, shape: Shape, *wires: Wire) -> Wire:
     """Values side by side."""
     parts, new = _joined(values, shape, list(wires))
-    names = [
-        values.graph.add("Concat", *each, axis=module.dim) for each in zip(*(w.names for w in parts), strict=True)
-    ]
+    names = [values.graph.add("Concat", *each, axis=module.dim) for each in zip(*(w.names for w in parts), strict=True)]
     return replace(new, names=tuple(names))
 
 

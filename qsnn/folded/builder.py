@@ -55,7 +55,6 @@ class Builder:
         layer = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         return isinstance(layer, FloatLayer) and layer.bias is not None and layer.by_channel
 
-
     def current(self, value: Value, name: str) -> fx.Node:
         """A node that holds the value itself in float64."""
         (first, *rest) = value.terms

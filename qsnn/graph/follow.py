@@ -274,4 +274,3 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
 
 def _step(node: fx.Node) -> tuple[str, str]:
     return node.op, "" if node.op == "get_attr" else str(node.target)  # constants are numbered
-

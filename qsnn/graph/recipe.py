@@ -46,4 +46,3 @@ def child_recipe(model: nn.Module, kind: str, **configs: Any) -> dict[str, Any]:
     if parent is not None:
         recipe["parent"] = parent
     return {**recipe, "kind": kind, **configs}
-
