@@ -196,15 +196,10 @@ class _Flow:
             most = min(self.quantize_config.calibration_images, config.train_images)
             self.quantize_config = replace(self.quantize_config, calibration_images=most)
         self.convert_config = ConvertConfig(timesteps=config.timesteps, firing="online", signed=config.signed)
-        steps = (
-            0.0 if config.signed else DistillConfig().step_ce_weight
-        )  # a step that may be taken back need not answer
         self.distill_config = DistillConfig(
             timesteps=config.timesteps,
             epochs=epochs[2],
             label_smoothing=config.label_smoothing,
-            ce_weight=1.0 - steps,
-            step_ce_weight=steps,
             seed=config.seed,
             **few,
         )
