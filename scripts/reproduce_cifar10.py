@@ -28,9 +28,10 @@ from qsnn.training.stages import Stages
 
 STRANGERS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """What public ResNet-20 weights were trained with: ImageNet's numbers."""
+MODELS = ("resnet18", "resnet20", "vgg16", "study", "qkformer", "convnext")
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", choices=("resnet18", "resnet20", "vgg16", "study"), default="resnet18")
+parser.add_argument("--model", choices=MODELS, default="resnet18")
 parser.add_argument("--weights", type=Path, default=None, help="trained float weights; the teacher is then not trained")
 parser.add_argument("--weight-bits", type=int, default=4)
 parser.add_argument("--quick", action="store_true", help="study net, the first 5,000 images, 4 epochs a stage")
@@ -158,10 +159,6 @@ def train_student(state):
 teacher = stage("teacher", ("teacher",), train_teacher)
 qann = stage("qann", ("quantize", "train"), train_qann, teacher)
 snn = stage("snn", ("convert",), lambda state: qsnn.convert(qann, convert_config), qann)
-deferred = qsnn.convert(qann) if args.signed else snn  # spikes that take others back have no deferred form
-certificate = qsnn.certify(deferred, qann, data.test, images=1_000)
-said = f"deferred at T = {certificate.timesteps}, {certificate.images} images: {certificate.verdict}"
-print("certificate,", said, flush=True)
 last = {
     "student": lambda: stage("student", ("distill",), train_student, snn),
     "qann-on": lambda: stage("qann-on", ("on",), train_on, qann),
@@ -172,6 +169,10 @@ if args.only:  # two processes share a machine of two cores; a third start tests
 student, on = last["student"](), last["qann-on"]()
 
 # --- test, read once --------------------------------------------------------------------------------------------------
+deferred = qsnn.convert(qann) if args.signed else snn  # spikes that take others back have no deferred form
+certificate = qsnn.certify(deferred, qann, data.test)
+said = f"deferred at T = {certificate.timesteps}, {certificate.images} images: {certificate.verdict}"
+print("certificate,", said, flush=True)
 models = {"teacher": teacher, "QANN": qann, "QANN on": on, "SNN online": snn, "student": student}
 results = [qsnn.benchmark(m, data.test, timesteps=4, name=name, reference=qann) for name, m in models.items()]
 

@@ -45,6 +45,9 @@ def make(num_classes):
 def wide(num_classes):
     return nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, num_classes))
 
+def pooled(num_classes):
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, num_classes))
+
 def fails():
     raise ValueError("this model is not finished")
 
@@ -222,6 +225,27 @@ def test_a_stopped_run_is_not_continued_by_another_one(chain: Path, tmp_path: Pa
     assert steps.of(*student, chain / "qann", "--timesteps", 1) == 4
     assert steps.of(*student, chain / "qann", "--step-weight", 0.5) == 4
     assert steps.of(*student, chain / "qann") == 2
+
+
+def test_the_whole_flow_with_signed_spikes(
+    tiny: str, tmp_path: Path, steps: Steps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot take spikes back is refused before any training; the certificate is of the deferred network."""
+    run = ("run", "--data", "digits", "--signed", "--epochs", 1, 1, 1, "--max-timesteps", 2, "--batch-size", 128)
+    with pytest.raises(SystemExit):
+        qsnn_command(*run, "--model", tiny.replace("make", "pooled"), "--out", tmp_path / "no")
+    assert steps.done == 0 and "signed spikes: use average pooling" in capsys.readouterr().err
+    assert steps.of(*run, "--model", tiny, "--out", tmp_path / "flow") == 27
+    assert "certificate: EXACT (deferred, T = 2, 540 test images)" in capsys.readouterr().out
+    student, folded = (
+        qsnn.load(tmp_path / "flow" / f"{name}.safetensors", model=tiny) for name in ("student", "folded")
+    )
+    assert all(neuron.dynamics.signed for _, neuron in student.neurons())
+    assert {type(neuron).__name__ for _, neuron in folded.neurons()} == {"IntegerIF"}
+    again = ("run", "--data", "digits", "--epochs", 1, 1, 1, "--max-timesteps", 2, "--batch-size", 128, "--model", tiny)
+    assert steps.of(*again, "--out", tmp_path / "flow") == 9  # the student alone
+    plain = qsnn.load(tmp_path / "flow" / "student.safetensors", model=tiny)
+    assert not any(neuron.dynamics.signed for _, neuron in plain.neurons())
 
 
 def test_the_whole_flow_does_no_stage_twice(

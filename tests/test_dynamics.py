@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from conftest import scramble
 from hypothesis import given
 from hypothesis import strategies as st
 from spikingjelly.activation_based.neuron import STBIFNode
@@ -131,6 +133,25 @@ def test_folding_keeps_spikes_and_answers(options: dict, qann: torch.nn.Module, 
         # a rounded membrane may stand exactly on θ or between two grid points, where the last bit of a sum decides
         assert share == 1.0 or (options.get("state_bits") and share > 0.999), (name, share)
     assert torch.equal(logits.argmax(-1), answers.argmax(-1)) or options.get("state_bits")
+
+
+@pytest.mark.parametrize("timesteps", [2, 5, 10])
+def test_signed_spikes_fold_to_integers(timesteps: int, teacher: torch.nn.Module, images: Tensor) -> None:
+    """Where a spike is taken back follows from the same integer limits: no potential in floats is left."""
+    from test_fold import recorded
+
+    qann = qsnn.quantize(
+        scramble(copy.deepcopy(teacher)), [(images, torch.zeros(len(images), dtype=torch.int64))]
+    ).eval()
+    snn = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=timesteps, signed=True))
+    folded = qsnn.fold(snn)
+    plain = qsnn.fold(qsnn.convert(qann))
+    assert [type(n) for _, n in folded.neurons()] == [type(n) for _, n in plain.neurons()]
+    spikes, logits = recorded(snn.double(), images.double())
+    kept, answers = recorded(folded, images)
+    assert any(bool((train < 0).any()) for train in spikes.values())
+    assert all(torch.equal(train.float(), kept[name].float()) for name, train in spikes.items())
+    assert torch.equal(logits.argmax(-1), answers.argmax(-1))
 
 
 def test_overflows_are_reported(qann: torch.nn.Module, digits: qsnn.Data) -> None:

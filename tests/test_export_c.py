@@ -175,6 +175,17 @@ def test_what_moves_and_meets_is_folds(form, tmp_path):
     assert_is_fold(qsnn.fold(qsnn.convert(qann)), raw, normalise(raw, mean, std), tmp_path, mean=mean, std=std)
 
 
+@pytest.mark.parametrize(("name", "timesteps"), [("average pooling", 2), ("residual", 2), ("residual", 5)])
+def test_signed_spikes_are_folds(name, timesteps, digits, bytes_, tmp_path):
+    images, real = bytes_
+    qann = qsnn.quantize(scramble(NETS[name](digits)), digits, qsnn.QuantizeConfig(weight_bits=4, levels=2)).eval()
+    folded = qsnn.fold(qsnn.convert(qann, qsnn.ConvertConfig(timesteps=timesteps, signed=True)))
+    with torch.no_grad(), recorded(dict(folded.neurons())) as spikes:
+        folded(real[:50])
+    assert any(bool((train < 0).any()) for train in spikes.values())
+    assert_is_fold(folded, images[:100], real[:100], tmp_path, firing="online")
+
+
 def test_plus_minus_one(digits, bytes_, tmp_path):
     model = qsnn.create_model("vgg-small", digits, pooling="max")
     qann = qsnn.quantize(scramble(model), digits, qsnn.QuantizeConfig(weight_bits=1, act_form="sign")).eval()

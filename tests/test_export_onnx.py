@@ -193,7 +193,10 @@ KINDS: dict[str, Any] = {
     "16-bit input": (NETS["residual"], {"levels": 2, "input_bits": 16}, {}),
     "signs": (NETS["average pooling"], {"weight_bits": 1, "act_form": "sign"}, {"timesteps": 1}),
     "hard reset": (NETS["residual"], {"levels": 2}, {"reset": "hard", "tau": (4.0,)}),
-    "signed spikes": (NETS["residual"], {"levels": 2}, {"signed": True, "state_bits": "int8"}),
+    "signed spikes, few bits": (NETS["residual"], {"levels": 2}, {"signed": True, "state_bits": "int8"}),
+    "signed spikes": (NETS["average pooling"], {"levels": 2}, {"signed": True}),
+    "signed spikes meet": (NETS["residual"], {"levels": 3}, {"signed": True}),
+    "signed spikes, float weights": (NETS["residual"], {"weight_bits": 32, "levels": 2}, {"signed": True}),
     "few bits": (NETS["residual"], {"levels": 2}, {"reset": "decay", "state_bits": "fp16"}),
 }
 

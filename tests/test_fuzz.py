@@ -411,9 +411,7 @@ def lines_refused(originals: dict[str, Path], at: Path, count: int, patch: pytes
     return outcomes
 
 
-def test_strange_command_lines(
-    originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strange_command_lines(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines_refused(originals, tmp_path, 15, monkeypatch).total() == 15
 
 

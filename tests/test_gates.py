@@ -90,14 +90,14 @@ def test_a_channel_without_gain_decides_by_its_bias() -> None:
 def test_gated_spikes_keep_their_levels_and_ties_are_exact(digits: qsnn.Data) -> None:
     net = attending(digits)
     qann = power_of_two(qsnn.quantize(net, digits, qsnn.QuantizeConfig(weight_bits=4, levels=2)).eval())
-    gate, step = qann.get_submodule("6.gate"), level_quant(qann.get_submodule("6.query.2")).step
+    gate, step = qann.get_submodule("9.gate"), level_quant(qann.get_submodule("9.query.2")).step
     gate.level.data.copy_((gate.level / step).detach().round() * step.detach())  # sums meet the level exactly
     certificate = qsnn.certify(qsnn.convert(qann), qann, digits.test, images=100)
-    (check,) = [layer for layer in certificate.layers if layer.name == "6.gate"]
+    (check,) = [layer for layer in certificate.layers if layer.name == "9.gate"]
     assert certificate.verdict == "EXACT" and check.ties > 0
     with recorded({"product": dict(qann.named_modules())["mul"], "gate": gate}) as seen, torch.no_grad():
         qann(next(qsnn.batches(digits.test, 50))[0])
-    key = level_quant(qann.get_submodule("6.key.2")).step
+    key = level_quant(qann.get_submodule("9.key.2")).step
     assert set((seen["product"] / key).unique().tolist()) == {0.0, 1.0, 2.0}
     assert set(seen["gate"].unique().tolist()) == {0.0, 1.0}
 
@@ -115,7 +115,7 @@ def test_qkformer_and_convnext_are_exact(name: str, options: dict, bits: int, le
     qann = qsnn.quantize(net, digits, qsnn.QuantizeConfig(weight_bits=bits, levels=levels)).eval()
     certificate = qsnn.certify(qsnn.convert(qann), qann, digits.test, images=200)
     assert certificate.exact and certificate.timesteps == levels, str(certificate)
-    assert ("6.gate" in [layer.name for layer in certificate.layers]) == (name == "qkformer")
+    assert ("9.gate" in [layer.name for layer in certificate.layers]) == (name == "qkformer")
 
 
 @pytest.mark.parametrize("firing", ["online", "deferred"])
@@ -124,7 +124,7 @@ def test_folding_keeps_every_gate_at_every_T(firing: str, digits: qsnn.Data, ima
     snn = qsnn.convert(qsnn.quantize(net, digits)).double().eval()
     folded = qsnn.fold(snn)
     names = [name for name, _ in folded.neurons()]
-    assert isinstance(folded.network.get_submodule("6.gate"), IntegerGate)
+    assert isinstance(folded.network.get_submodule("9.gate"), IntegerGate)
     with torch.no_grad(), recorded({n: snn.network.get_submodule(n) for n in names}) as wanted:
         expected = snn(images.double(), timesteps=3, firing=firing)
     with torch.no_grad(), recorded({n: folded.network.get_submodule(n) for n in names}) as found:
@@ -132,7 +132,7 @@ def test_folding_keeps_every_gate_at_every_T(firing: str, digits: qsnn.Data, ima
     for name in names:
         assert torch.equal(found[name].double(), wanted[name]), name
     assert torch.allclose(answers.double(), expected)
-    assert 0 < float(found["6.gate"].mean()) < 1
+    assert 0 < float(found["9.gate"].mean()) < 1
 
 
 # ---- by hand
@@ -190,11 +190,11 @@ def test_synops_of_a_gate_by_hand() -> None:
 def test_the_summary_names_gates_without_macs(digits: qsnn.Data) -> None:
     net = qsnn.create_model("qkformer", digits)
     rows = {row.name: row for row in qsnn.summary(net).layers}
-    assert rows["6.gate"].kind == "gate" and rows["6.gate"].shape == (2, 1, 4, 4) and rows["6.gate"].macs == 0
+    assert rows["9.gate"].kind == "gate" and rows["9.gate"].shape == (2, 1, 4, 4) and rows["9.gate"].macs == 0
     found = qsnn.summary(qsnn.quantize(net, digits))
     rows = {row.name: row for row in found.layers}
     assert rows["mul"].kind == "gating" and rows["mul"].input_bits == 2
-    assert rows["6.projection.0"].input_bits == 2 and not any("W0" in key for key in found.macs_by_precision)
+    assert rows["9.projection.0"].input_bits == 2 and not any("W0" in key for key in found.macs_by_precision)
 
 
 def test_quantizing_keeps_how_often_a_gate_is_open(digits: qsnn.Data) -> None:
@@ -203,7 +203,7 @@ def test_quantizing_keeps_how_often_a_gate_is_open(digits: qsnn.Data) -> None:
     images = next(qsnn.batches(digits.train, 512))[0]
     shares = []
     for model in (net, qann.eval()):
-        with recorded({"gate": model.get_submodule("6.gate")}) as seen, torch.no_grad():
+        with recorded({"gate": model.get_submodule("9.gate")}) as seen, torch.no_grad():
             model(images)
         shares.append(float(seen["gate"].mean()))
     assert 0.05 < shares[0] < 0.95 and abs(shares[0] - shares[1]) < 0.08
@@ -219,8 +219,8 @@ def test_a_student_with_gates_has_a_twin_and_is_loaded_again(digits: qsnn.Data, 
         timesteps=2, epochs=1, train_images=128, batch_size=32, rate_weight=0.1, train_threshold="", train_initial=""
     )
     student = qsnn.distill(qsnn.convert(qann), qann, digits, config)
-    level = student.network.get_submodule("6.gate").level
-    assert not torch.equal(level, qann.get_submodule("6.gate").level), "the level learns"
+    level = student.network.get_submodule("9.gate").level
+    assert not torch.equal(level, qann.get_submodule("9.gate").level), "the level learns"
     twin = qsnn.as_qann(student, qann)
     assert qsnn.certify(student, twin, digits.test, images=50).exact
     for model in (student, qsnn.fold(student), twin):

@@ -65,8 +65,11 @@ def test_what_is_not_prepared_is_not_exported(snn: qsnn.SNN, images: Tensor) -> 
 
 
 CHANGES: dict[type[Prepared], tuple[str, ...]] = {
-    IntegerInput: ("step",), IntegerLayer: ("weight",), IntegerIF: ("factors", "bias", "threshold", "initial"),
-    CurrentIF: ("factors_0", "bias", "threshold", "initial"), Current: ("factors_0", "bias"),
+    IntegerInput: ("step",),
+    IntegerLayer: ("weight",),
+    IntegerIF: ("factors", "bias", "threshold", "initial"),
+    CurrentIF: ("factors_0", "bias", "threshold", "initial"),
+    Current: ("factors_0", "bias"),
 }
 
 

@@ -144,7 +144,8 @@ def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
         words = [f"({total}){gain}[{j * columns} + {column}] * a{j}" for j in range(len(inputs))]
     times = 1 if deferred else w.timesteps
     high = np.array([w.timesteps if deferred else 1])
-    new = w.buffered(Value(shape, np.array([0]), high, times, monotone=True))
+    low = np.array([-1 if module.signed else 0])
+    new = w.buffered(Value(shape, low, high, times, monotone=not module.signed))
     target = f"({w.start(new, True)})[c * {new.area} + p]"
     if deferred:
         inner = [
@@ -153,9 +154,10 @@ def _neuron(w: Writer, node: fx.Node, module: Any) -> Value:
         ]  # fmt: skip
         w.loops(shape, inputs, 1, inner)
     else:
+        back = f" - (k > 0 && sum < {limit}[(t * (t + 1) / 2 + k - 1) * {columns} + {column}])" if module.signed else ""
         inner = [
             f"sum += {' + '.join(words)};",
-            f"const int fired = sum >= {limit}[(t * (t + 1) / 2 + k) * {columns} + {column}];",
+            f"const int fired = (sum >= {limit}[(t * (t + 1) / 2 + k) * {columns} + {column}]){back};",
             f"{target} = (int8_t)fired;", "k += fired;",
         ]  # fmt: skip
         w.loops(shape, inputs, w.timesteps, inner, f"{total} sum = 0; int k = 0;")

@@ -251,6 +251,8 @@ def _neuron(graph: Graph, node: fx.Node, module: Any) -> Value:
     sources = [n for n in node.args if isinstance(n, fx.Node)]
     if any(n not in graph.values for n in sources):
         raise ValueError("it sees a real current")
+    if module.signed:
+        raise ValueError("its spikes are signed, and NIR's IF cannot take one back")
     inputs = [graph.values[n] for n in sources]
     ranges = [(v.low, v.high) for v in inputs]
     shape, channels = inputs[0].shape, inputs[0].shape[0]

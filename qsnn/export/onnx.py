@@ -126,7 +126,8 @@ def onnx_model(folded: SNN, config: OnnxConfig) -> onnx.ModelProto:
             raise ValueError("input='uint8' needs the mean and std of image data in the recipe; use input='float'")
         pixels = torch.arange(256, dtype=torch.uint8).expand(shape[0], 256)[..., None]
         table = normalise(pixels, data["mean"], data["std"])[..., 0].numpy()
-    values = Values(timesteps, firing, "u8" if config.kernels == "int8" else "f32", table)
+    signed = any(getattr(neuron, "signed", False) for _, neuron in folded.neurons())
+    values = Values(timesteps, firing, "u8" if config.kernels == "int8" else "f32", table, signed)
     values.write_sum, values.write_input = write_sum, write_input
     return _finished(values, _walk(folded, values, shape, frames), recipe, shape, frames)
 
@@ -188,9 +189,7 @@ def _placeholder(values: Values, shape: tuple[int, ...], frames: bool) -> Wire:
     return Wire(tuple(names), "f32", shape, real=True, kind="frames")
 
 
-def _answer(
-    values: Values, network: fx.GraphModule, source: fx.Node, wires: dict[fx.Node, Wire]
-) -> Answer:
+def _answer(values: Values, network: fx.GraphModule, source: fx.Node, wires: dict[fx.Node, Wire]) -> Answer:
     """The mean of a readout over the steps so far, and the integer sums it was made of."""
     graph, wire, module = values.graph, wires[source], module_of(network, source)
     dtype = "f32" if values.ready(wire).dtype == "f32" and wire.real else "f64"

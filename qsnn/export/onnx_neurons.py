@@ -21,7 +21,7 @@ _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 31, 63, 127)
 
 def integer_if(values: Values, name: str, module: IntegerIF, shape: tuple[int, ...], wire: Wire) -> Wire:
     """Integer thresholds: in one node with the convolution before it where that is proved, else by comparisons."""
-    new = Wire((), values.counts, shape, 1.0, ordered=True)
+    new = Wire((), values.counts, shape, 1.0, ordered=not module.signed)
     counts = _in_the_convolution(values, name, module, wire)
     if counts is None:
         source = values.ready(wire)
@@ -39,7 +39,7 @@ def integer_if(values: Values, name: str, module: IntegerIF, shape: tuple[int, .
             count, how = _counted_integers(values, x, limits, bound, dtype, module)
             counts.append(count)
         values.note(name, how)
-    return replace(new, names=tuple(settled(values, counts)))
+    return replace(new, names=tuple(settled(values, counts, module.signed)))
 
 
 def _shaped(module: IntegerIF, x: NDArray[Any]) -> NDArray[Any]:
@@ -166,14 +166,21 @@ def counted(values: Values, x: str, limits: Iterable[NDArray[Any]], dtype: str) 
     return count
 
 
-def settled(values: Values, counts: list[str]) -> list[str]:
-    """Spikes up to each answer: deferred what is counted; online at most one more than before, and never fewer."""
+def settled(values: Values, counts: list[str], signed: bool = False) -> list[str]:
+    """Spikes up to each answer: deferred what is counted; online at most one more than before, and never fewer.
+
+    Signed ones may be one fewer, and never fewer than none.
+    """
     if values.deferred:
         return counts
-    graph, fired = values.graph, counts[:1]
+    graph, fired, one = values.graph, counts[:1], values.graph.const(1, values.counts)
     for count in counts[1:]:
-        more = graph.add("Add", fired[-1], graph.const(1, values.counts))
-        fired.append(graph.add("Min", graph.add("Max", count, fired[-1]), more))
+        more = graph.add("Add", fired[-1], one)
+        if signed:  # no number below 0 on the way, which bytes do not have
+            least = graph.add("Sub", graph.add("Max", graph.add("Add", count, one), fired[-1]), one)
+        else:
+            least = graph.add("Max", count, fired[-1])
+        fired.append(graph.add("Min", least, more))
     return fired
 
 
@@ -234,7 +241,7 @@ def current_if(values: Values, name: str, module: CurrentIF, shape: tuple[int, .
     for t, total in zip(values.steps, totals, strict=True):
         counts.append(counted(values, total, [(k + offset) * theta for k in range(t)], "f64"))
     values.note(name, "real: sums of currents in float64")
-    return Wire(tuple(settled(values, counts)), values.counts, shape, 1.0, ordered=True)
+    return Wire(tuple(settled(values, counts, module.signed)), values.counts, shape, 1.0, ordered=not module.signed)
 
 
 def real_if(values: Values, name: str, module: RealIF, shape: tuple[int, ...], wire: Wire) -> Wire:
@@ -266,7 +273,7 @@ def real_if(values: Values, name: str, module: RealIF, shape: tuple[int, ...], w
 
 
 def dynamic_if(values: Values, name: str, module: DynamicIF, shape: tuple[int, ...], *wires: Wire) -> Wire:
-    """Other resets, leak, signed spikes and membranes of few bits: the equation of `Dynamics`, unrolled."""
+    """Other resets, leak and membranes of few bits, signed or not: the equation of `Dynamics`, unrolled."""
     graph, rule, dims = values.graph, module.dynamics, len(shape) + 1
     drive = current(values, name, module, shape, *wires)
     xs = drive.names * (len(values.steps) if drive.static else 1)

@@ -157,10 +157,13 @@ class Values:
         firing: "online": an answer after every step; "deferred": one after all.
         counts: type that spike counts have, "u8" or "f32".
         tables: for raw pixels, the normalised value of each, (C, 256) float32.
+        signed: whether a count may be less than the one before.
     """
 
-    def __init__(self, timesteps: int, firing: str, counts: str, tables: NDArray[np.float32] | None) -> None:
-        self.graph = Graph()
+    def __init__(
+        self, timesteps: int, firing: str, counts: str, tables: NDArray[np.float32] | None, signed: bool = False
+    ) -> None:
+        self.graph, self.signed = Graph(), signed
         self.timesteps, self.deferred, self.counts, self.tables = timesteps, firing == "deferred", counts, tables
         self.steps = (timesteps,) if self.deferred else tuple(range(1, timesteps + 1))
         self.spans = (timesteps,) if self.deferred else (1,) * timesteps
@@ -243,6 +246,8 @@ class Values:
         wire = self.ready(wire)
         if wire.static or wire.real or len(wire.names) == 1:
             return list(self.cast(wire, dtype).names)
+        if self.signed:  # the small type may have no number below 0
+            wire = self.cast(wire, dtype)
         before, names = "", []
         for name in wire.names:  # the difference in the small type; its zero point falls out, except of the first
             names.append(self.graph.add("Sub", name, before) if before else name)

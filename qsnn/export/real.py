@@ -8,7 +8,7 @@ REAL = {
     + "fp16 or float weights, spikes of several sizes in front (train_threshold='channel'; use 'layer'), a linear "
     "bottleneck, or an input without quantizer",
     "RealIF": _REAL + "its current is real",
-    "DynamicIF": _REAL + "a leak, another reset, signed spikes or a membrane of few bits",
+    "DynamicIF": _REAL + "a leak, another reset or a membrane of few bits",
     "Current": _REAL + "a current between layers (a linear bottleneck)",
     "AvgPool1d": _REAL + "it averages a current",
     "AvgPool2d": _REAL + "it averages a current",

@@ -53,7 +53,7 @@ def same_network(
     * what each of these answers to random currents around its threshold. Where the unfolded one
       answers x - δ, x and x + δ (δ: rounding) differently, a tie is near, and either answer is right.
 
-    What is tried is a seeded sample: one or two images, at most 8 steps (of more, 2), no spikes of -1. Layers that are
+    What is tried is a seeded sample: one or two images, at most 8 steps (of more, 2). Layers that are
     no neuron are not looked at one by one, but by what reaches the next one.
 
     Args:
@@ -139,7 +139,9 @@ class _Folded(fx.Interpreter):
         if quant is not None:
             return ((self.draw.uniform(x.shape) * 2 - 1) * quant.levels).round().float()
         steps = self.call.timesteps if self.once(self.folded.get_submodule(str(n.target))) else 1
-        return self.draw.bits((len(x) * steps, *x.shape[1:])).float()
+        shape = (len(x) * steps, *x.shape[1:])
+        signed = isinstance(module, IFNode) and module.dynamics.signed
+        return (self.draw.bits(shape) - self.draw.bits(shape) if signed else self.draw.bits(shape)).float()
 
     def once(self, neuron: nn.Module) -> bool:
         """Whether one current, (B, *), stands for all steps of a neuron."""

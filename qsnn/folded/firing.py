@@ -41,12 +41,15 @@ def deferred(total: Tensor, limits: Sequence[Tensor]) -> Tensor:
     return torch.cat([reached(total, limit) for limit in limits])
 
 
-def online(totals: Sequence[Tensor], limits: Sequence[Sequence[Tensor]]) -> Tensor:
+def online(totals: Sequence[Tensor], limits: Sequence[Sequence[Tensor]], *, signed: bool = False) -> Tensor:
     """After k spikes a neuron fires at step t where its sum reaches limit (t, k): where more than k are reached.
+
+    A signed one takes a spike back, -1, where fewer than k are.
 
     Args:
         totals: the sums up to each step.
         limits: by t and k <= t; of one t none below the one before.
+        signed: whether spikes are -1 too; k is then what is left of them.
     Shape:
         totals: T tensors (B, *); limits: each broadcasts against them; returned: (T·B, *) float32.
     """
@@ -56,23 +59,26 @@ def online(totals: Sequence[Tensor], limits: Sequence[Sequence[Tensor]]) -> Tens
         count = reached(total, first)
         for limit in others:
             count.add_(reached(total, limit))
-        spikes.append(torch.gt(count, fired, out=count))
+        spikes.append(count.sub_(fired).clamp_(-1.0, 1.0) if signed else torch.gt(count, fired, out=count))
         if len(spikes) < len(totals):
             fired = fired + count
     return torch.cat(spikes)
 
 
-def twice(totals: Sequence[Tensor], first: Tensor, later: Tensor, rise: Tensor) -> Tensor:
+def twice(totals: Sequence[Tensor], first: Tensor, later: Tensor, rise: Tensor, *, signed: bool = False) -> Tensor:
     """:func:`online` for two steps of integers: the second limit is ``later``, or ``later + rise`` behind a spike.
 
     Shape:
         totals: 2 tensors (B, *); first, later, rise: each broadcasts against them; returned: (2·B, *) float32.
     """
     spikes = reached(totals[0], first)
-    return torch.cat([spikes, reached(totals[1], torch.addcmul(later, spikes.to(later.dtype), rise))])
+    second = reached(totals[1], torch.addcmul(later, spikes.to(later.dtype), rise))
+    if signed:  # behind a spike, which is taken back below ``later``
+        second.sub_(spikes * (1.0 - reached(totals[1], later)))
+    return torch.cat([spikes, second])
 
 
-def one_by_one(totals: Sequence[Tensor], limit: Callable[[int, Tensor], Tensor]) -> Tensor:
+def one_by_one(totals: Sequence[Tensor], limit: Callable[[int, Tensor], Tensor], *, signed: bool = False) -> Tensor:
     """The same where many steps would need too many comparisons: each neuron's next limit is looked up.
 
     Args:
@@ -83,8 +89,11 @@ def one_by_one(totals: Sequence[Tensor], limit: Callable[[int, Tensor], Tensor])
     """
     fired, spikes = torch.zeros_like(totals[0]), list[Tensor]()
     for t, total in enumerate(totals):
-        spikes.append(reached(total, limit(t, fired)))
-        fired = fired + spikes[-1]
+        spike = reached(total, limit(t, fired))
+        if signed and t:
+            spike.sub_((fired > 0) * (1.0 - reached(total, limit(t, (fired - 1).clamp(min=0)))))
+        spikes.append(spike)
+        fired = fired + spike
     return torch.cat(spikes)
 
 

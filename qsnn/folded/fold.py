@@ -160,19 +160,21 @@ class _Folder(Builder):
             terms = tuple(replace(t, node=self.call(f"{name}_repeat", Repeat(), t.node)) for t in value.terms)
             value = replace(value, terms=terms)
         (first, *rest), bias = value.terms, bias_of(value)
-        if neuron.dynamics.plain and first.integer and not rest and not threshold.dim():
+        signed = neuron.dynamics.signed
+        if neuron.dynamics.by_sums and first.integer and not rest and not threshold.dim():
             started = self.by_channel(initial, node)
             shape, _ = spread(*first.factors, bias, started)
             factors, _ = stacked(first.factors, shape)
             flat = bias.expand(shape).reshape(-1) if bias.numel() > 1 else bias.reshape(1)
             if started.numel() > 1 and math.prod(shape) != started.numel():
                 initial = started.expand(shape).reshape(-1)
-            bound, steps = first.bound, first.steps
-            module = IntegerIF(factors, first.divisor, flat, threshold, initial, bound, shape, steps=steps)
+            module = IntegerIF(
+                factors, first.divisor, flat, threshold, initial, first.bound, shape, steps=first.steps, signed=signed
+            )
         else:
             currents, powers = current_arguments(value), steps_of(value)
-            if neuron.dynamics.plain:
-                module = CurrentIF(*currents, threshold, initial, steps=powers)
+            if neuron.dynamics.by_sums:
+                module = CurrentIF(*currents, threshold, initial, steps=powers, signed=signed)
             else:
                 module = DynamicIF(*currents, threshold, initial, neuron.dynamics, neuron.tau, steps=powers)
         return Value((Term(self.call(name, module, *(term.node for term in value.terms)), spikes=True),))

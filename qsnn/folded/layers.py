@@ -91,9 +91,7 @@ class IntegerLayer(Prepared):
 
     weight: Tensor
 
-    def __init__(
-        self, weight: Tensor, layer: nn.Module, input_bound: float, weight_bits: int, steps: int = 0
-    ) -> None:
+    def __init__(self, weight: Tensor, layer: nn.Module, input_bound: float, weight_bits: int, steps: int = 0) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.weight_bits = weight_bits

@@ -104,7 +104,10 @@ class Current(Prepared):
 
 
 class CurrentIF(Current):
-    """An IF neuron where currents meet, or that sees a real current: it fires when S >= (k + ½)·θ, in float64."""
+    """An IF neuron where currents meet, or that sees a real current: it fires when S >= (k + ½)·θ, in float64.
+
+    A signed one takes a spike back where S < (k - ½)·θ.
+    """
 
     is_spiking = True
     threshold: Tensor
@@ -120,8 +123,10 @@ class CurrentIF(Current):
         initial: Tensor | float,
         *,
         steps: tuple[int, ...] = (),
+        signed: bool = False,
     ) -> None:
         super().__init__(factors, divisors, bias, shapes, steps=steps)
+        self.signed = signed
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
 
@@ -130,7 +135,7 @@ class CurrentIF(Current):
         return per_channel(self.threshold, dims)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Spikes {0, 1} in float32, (T·B, *)."""
+        """Spikes {0, 1}, or {-1, 0, 1} where signed, in float32, (T·B, *)."""
         call = _call()
         steps = call.timesteps
         totals = self.totals(inputs, steps)
@@ -139,9 +144,9 @@ class CurrentIF(Current):
         if call.firing == "deferred":
             return firing.deferred(totals[-1], limits)
         if steps <= firing.COMPARED:
-            return firing.online(totals, [limits[: t + 1] for t in range(steps)])
+            return firing.online(totals, [limits[: t + 1] for t in range(steps)], signed=self.signed)
         theta, offset = self.kept(("θ", dims), lambda: (self.theta(dims), per_channel(1.0 - self.initial, dims)))
-        return firing.one_by_one(totals, lambda t, fired: (fired + offset) * theta)
+        return firing.one_by_one(totals, lambda t, fired: (fired + offset) * theta, signed=self.signed)
 
     def _limits(self, timesteps: int, dims: int) -> list[Tensor]:
         """(k + ½)·θ for each k < T, shaped to meet a sum."""
@@ -179,7 +184,6 @@ class RealIF(Prepared):
         x = x.expand(call.timesteps, *x.shape) if once else x.unflatten(0, (call.timesteps, -1))
         return (deferred if call.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
 
-
     def _shaped(self, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor]:
         """θ and v₀, shaped to meet a step; a number as (1,), which is never read back from a device."""
         theta = torch.ones_like(self.threshold) if self.unit else self.threshold
@@ -188,7 +192,7 @@ class RealIF(Prepared):
 
 
 class DynamicIF(CurrentIF):
-    """A neuron with another reset, leak, signed spikes or a membrane of few bits: its equation in float64."""
+    """A neuron with another reset, a leak or a membrane of few bits: its equation in float64."""
 
     tau: Tensor | None
 
@@ -225,6 +229,8 @@ class DynamicIF(CurrentIF):
 class IntegerIF(Prepared):
     r"""An IF neuron in integers: it fires at step t, after k spikes, when :math:`A_t \ge M_{t,k}`.
 
+    A signed one takes a spike back, -1, when :math:`A_t < M_{t,k-1}`.
+
     .. math:: M_{t,k} = \lceil ((k + 1)\,\theta - v_0 - t\,b_c) / g_c \rceil
 
     A_t is the integer input summed up to step t, g_c > 0 the current of one unit, b_c the bias of a step. M is an
@@ -240,6 +246,7 @@ class IntegerIF(Prepared):
         input_bound: largest absolute input of a step; times T^``steps``.
         shape: in which the n values broadcast against an image; () for n = 1.
         steps: how many sums over time the input is a product of.
+        signed: whether spikes are -1 too.
     Shape:
         input and output: (T·B, *).
     """
@@ -263,9 +270,10 @@ class IntegerIF(Prepared):
         shape: Shape,
         *,
         steps: int = 0,
+        signed: bool = False,
     ) -> None:
         super().__init__()
-        self.shape, self.steps = shape, steps
+        self.shape, self.steps, self.signed = shape, steps, signed
         channels = max(factors.shape[1], bias.shape[0], torch.as_tensor(initial).numel())
         self.register_buffer("factors", factors.expand(-1, channels).clone())
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
@@ -332,7 +340,7 @@ class IntegerIF(Prepared):
         return table
 
     def forward(self, x: Tensor) -> Tensor:
-        """Integers (T·B, *) -> spikes {0, 1} in float32, (T·B, *); deferred from sums over T, (B, *), if ``whole``."""
+        """Integers (T·B, *) -> spikes in float32, (T·B, *); deferred from sums over T, (B, *), if ``whole``."""
         call = _call()
         steps, key = call.timesteps, (call.timesteps, call.firing, x.dtype, x.dim())
         dtype, sign, limits = self.kept(key, lambda: self._ready(*key))
@@ -343,12 +351,14 @@ class IntegerIF(Prepared):
             return firing.deferred(x if self.whole else firing.total(x, steps), limits)
         totals = firing.summed_up(firing.in_time(x, steps))
         if isinstance(limits, tuple):
-            return firing.twice(totals, *limits)
+            return firing.twice(totals, *limits, signed=self.signed)
         if steps <= firing.COMPARED:
-            return firing.online(totals, limits)
+            return firing.online(totals, limits, signed=self.signed)
         channels = limits.shape[2]
         # where each neuron's threshold stands in a row of the table, k·n + c; a spike moves it on by n
         first = shaped(torch.arange(channels, device=x.device), self.shape).expand(x.shape[1:])
         return firing.one_by_one(
-            totals, lambda t, fired: limits[t].flatten()[first + channels * fired.to(torch.int64)]
+            totals,
+            lambda t, fired: limits[t].flatten()[first + channels * fired.to(torch.int64)],
+            signed=self.signed,
         )

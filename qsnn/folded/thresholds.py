@@ -66,9 +66,7 @@ def _as_float(limits: NDArray[Any]) -> NDArray[np.float64]:
     return found
 
 
-def _mostly_float(
-    a: int, s: int, b: int, q: int, t: NDArray[np.int64], k: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _mostly_float(a: int, s: int, b: int, q: int, t: NDArray[np.int64], k: NDArray[np.int64]) -> NDArray[np.float64]:
     """⌈(k·a - s - t·b) / q⌉: in float64, and once more in whole numbers where its error could matter."""
     try:
         x, y, z = (float(Fraction(value, q)) for value in (a, s, b))  # each rounded once

@@ -15,6 +15,8 @@ FORMS = {"self": ("key",), "token": ("query", "key"), "channel": ("query", "key"
 """The forms of attention, each with its matrices."""
 GROUPS = 32
 """Groups of a residual block's 3x3 convolutions."""
+EMBEDDED = 8
+"""Groups of the second 3x3 convolution of a patch embedding."""
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -105,7 +107,7 @@ class Residual(nn.Module):
 
 
 class QKFormer(nn.Sequential):
-    """Patch embedding by 3x3 convolutions, then blocks of attention and a two-layer MLP.
+    """Patch embedding by 3x3 convolutions, one that halves the sides and one in groups, attention, a two-layer MLP.
 
     Args:
         in_channels: C of the images.
@@ -126,6 +128,7 @@ class QKFormer(nn.Sequential):
         for index, (before, width) in enumerate(pairwise(widths)):
             # the attention behind a grouped embedding mixes all channels; ungrouped it would hold half of all weights
             layers += [*conv_norm(before, width, stride=2, groups=4 if index else 1), nn.ReLU()]
+            layers += [*conv_norm(width, width, groups=EMBEDDED), nn.ReLU()]
             layers.append(Attention(width, attention))
             layers.append(Residual(*conv_norm(width, hidden, 1), nn.ReLU(), *conv_norm(hidden, width, 1)))
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
@@ -175,12 +178,11 @@ def qkformer(
     num_classes: int,
     attention: str = "token",
     widths: Sequence[int] | None = None,
-    hidden: int | None = None,
+    hidden: int = 64,
 ) -> nn.Module:
     """Return the network for images (C, H, W): 32-64-128 channels, or 16-32 for images of at most 12 pixels."""
-    small = shape[-1] <= 12
-    chosen = list(widths or ([16, 32] if small else [32, 64, 128]))
-    return QKFormer(shape[0], num_classes, chosen, hidden or (64 if small else 128), attention)
+    chosen = list(widths or ([16, 32] if shape[-1] <= 12 else [32, 64, 128]))
+    return QKFormer(shape[0], num_classes, chosen, hidden, attention)
 
 
 def convnext(

@@ -41,4 +41,3 @@ class LevelScaling(nn.Module):
     def forward(self, bit_width: Tensor) -> Tensor:
         """L, as (), whatever the bit width."""
         return self.levels()
-

@@ -41,7 +41,7 @@ class ConvertConfig:
     tau_slope: Slope = 0.0
     """Added to the time constant from each spiking layer to the next [steps]; before the factor."""
     signed: bool = False
-    """Spikes of -1 take back spikes that came too early (ST-BIF)."""
+    """Spikes of -1 take back spikes that came too early (ST-BIF): better in few online steps, exact in integers too."""
     state_bits: str | None = None
     """What holds the membrane: "int8", "int16", "fp16"; None: float."""
     strict: bool = False

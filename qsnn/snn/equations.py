@@ -68,8 +68,13 @@ class Dynamics:
 
     @property
     def plain(self) -> bool:
-        """Whether this is the soft-reset IF neuron, which alone has an integer form and deferred firing."""
-        return self.tau is None and not self.signed and self.fused
+        """Whether this is the soft-reset IF neuron, which alone fires deferred."""
+        return self.by_sums and not self.signed
+
+    @property
+    def by_sums(self) -> bool:
+        """Whether spikes follow from the sum of the current and the spikes before alone; these have an integer form."""
+        return self.tau is None and self.fused
 
     @property
     def fused(self) -> bool:

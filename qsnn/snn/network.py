@@ -241,4 +241,3 @@ def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tup
             low: Tensor | float = 0.01 * value.detach().clone() if what == "threshold" else 0.05
             limits.append((value, low if what != "initial" else -1.0))
     return limits
-

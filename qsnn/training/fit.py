@@ -266,7 +266,6 @@ class _Loader:
             # DDP takes the mean over processes, whose shares of the batch may differ by one image
             yield laid_out(images, torch.channels_last), labels, len(images) * self.world / self.sizes[batch]
 
-
     def some(self, images: int) -> Iterator[Tensor]:
         """The first batches of an epoch's kind, about so many images, for batch norms."""
         for seen, (batch, _, _) in enumerate(self.epoch(0, 0)):
