@@ -6,7 +6,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -103,7 +103,7 @@ def gated(y: Tensor, how: str, gate: nn.Module) -> Tensor:
     return y
 
 
-def awkward(norm: nn.BatchNorm2d, seed: int) -> nn.BatchNorm2d:
+def awkward(norm: nn.Module, seed: int) -> nn.Module:
     """Negative and zero γ, channels that never or always fire."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -171,12 +171,106 @@ def test_every_random_network_with_gates_is_exact(
     certify_random_net([{**blocks[0], "gate": gate}, *blocks[1:]], weight_bits, levels, seed)
 
 
+STEPS = (
+    "plain", "up", "transposed", "clipped", "minus", "tokens", "shared", "input", "places", "maximum", "absolute",
+)  # fmt: skip
+
+
+class Various(nn.Module):
+    """Steps of one width, of signals or images, that RandomNet does not have."""
+
+    def __init__(self, plan: list[str], dims: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.plan, self.dims = plan, dims
+        conv: type[nn.Module] = nn.Conv1d if dims == 1 else nn.Conv2d
+        turned: type[nn.Module] = nn.ConvTranspose1d if dims == 1 else nn.ConvTranspose2d
+        self.stem, self.same, self.last = conv(2, 4, 3, padding=1), conv(4, 4, 3, padding=1), nn.Linear(4, 3)
+        self.layers = nn.ModuleList()
+        for place, step in enumerate(plan):
+            layer: nn.Module = conv(6 if step == "input" else 4, 4, 3, padding=1)
+            layer = nn.Linear(4, 4) if step == "tokens" else layer
+            if step == "transposed":
+                layer = turned(4, 4, 3, 2, 1, output_padding=1, groups=1 + place % 2)
+            self.layers.append(layer)
+        norm: type[nn.Module] = nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d
+        self.norms = nn.ModuleList(awkward(norm(4), seed + place) for place, _ in enumerate(plan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 2, *) -> (B, 3)."""
+        y = F.relu(self.stem(x))
+        for step, layer, norm in zip(self.plan, self.layers, self.norms, strict=True):
+            y = getattr(self, step)(y, x, layer, norm)
+            y = y[..., ::2] if y.shape[-1] > 16 else y
+            y = y[:, :, ::2] if y.shape[2] > 16 else y
+        return self.last(y.flatten(2).mean(2))
+
+    def plain(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        """A layer, a norm, a ReLU; so are the other steps, but for what their names say."""
+        return F.relu(norm(layer(y)))
+
+    def up(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return F.relu(norm(layer(F.interpolate(y, scale_factor=2))))
+
+    transposed = plain
+
+    def clipped(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return F.hardtanh(norm(layer(F.relu6(layer(y)))), -0.25 * (y.shape[-1] % 3), 0.75)
+
+    def minus(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return F.relu(norm(layer(y)) - y)
+
+    def tokens(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return F.relu(norm(layer(y.flatten(2).mT).mT.reshape(y.shape)))
+
+    def shared(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return F.relu(norm(self.same(F.relu(norm(self.same(y))))))
+
+    def input(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return F.relu(norm(layer(torch.cat([F.interpolate(x, size=y.shape[2:]), y], 1))))
+
+    def places(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return F.relu(
+            norm(
+                layer(
+                    F.pad(y[:, [2, 0, 1, 1]].flip(-1), (2, 0, 0, 0)[: 2 * self.dims], "replicate").roll(1, -1)[
+                        ..., 1:-1
+                    ]
+                )
+            )
+        )
+
+    def maximum(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return torch.maximum(y, F.relu(norm(layer(y))))
+
+    def absolute(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
+        return norm(layer(y)).abs()
+
+
+@settings(SETTINGS, max_examples=max(1, int(os.environ["QSNN_RANDOM_NETS"]) // 3))
+@given(
+    plan=st.lists(st.sampled_from(STEPS), min_size=1, max_size=4),
+    dims=st.sampled_from([1, 2]),
+    weight_bits=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    levels=st.sampled_from([1, 2, 3, 7]),
+    seed=st.integers(0, 1000),
+)
+@example(plan=["plain", "transposed"], dims=2, weight_bits=1, levels=2, seed=3)  # in groups
+def test_every_random_network_of_other_steps_is_exact(
+    plan: list[str], dims: int, weight_bits: int, levels: int, seed: int
+) -> None:
+    certify(Various(plan, dims, seed), (2, *[6 + seed % 7] * dims), weight_bits, levels, seed)
+
+
 def certify_random_net(blocks: list[dict], weight_bits: int, levels: int, seed: int) -> None:
     first = {**blocks[0], "join": "none", "linear": False, "extra": "none"}
-    net = RandomNet([first, *blocks[1:]], channels=2, seed=seed).eval()
-    images = torch.randn(8, 2, 16, 16, generator=torch.Generator().manual_seed(seed))
+    certify(RandomNet([first, *blocks[1:]], channels=2, seed=seed), (2, 16, 16), weight_bits, levels, seed)
+
+
+def certify(net: nn.Module, shape: tuple[int, ...], weight_bits: int, levels: int, seed: int) -> None:
+    images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(seed))
     data = [(images, torch.zeros(8, dtype=torch.int64))]
     config = qsnn.QuantizeConfig(weight_bits=weight_bits, levels=levels)
-    qann = qsnn.quantize(net, data, config).eval()
+    qann = qsnn.quantize(net.eval(), data, config).eval()
     certificate = qsnn.certify(qsnn.convert(qann), qann, data)
     assert certificate.exact, str(certificate)

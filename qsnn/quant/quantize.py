@@ -24,7 +24,7 @@ from qsnn.graph.trace import add_module, call_nodes, replace_module, takes_frame
 from qsnn.options import ActBits, Factor, Images, InputBits, Levels, WeightBits, check_options, expect
 from qsnn.quant.activations import HalfActQuant, LevelActQuant, LevelQuant, SignActQuant, level_quant
 from qsnn.quant.calibrate import calibrate_, calibration_images
-from qsnn.quant.weights import IntegerWeightQuant, weight_quantizer
+from qsnn.quant.weights import IntegerWeightQuant, XnorWeightQuant, weight_quantizer
 
 _LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: qnn.QuantConv1d,
@@ -267,6 +267,8 @@ def _quantized_layer(layer: Any, name: str, weighted: list[str], config: Quantiz
         options |= {place: getattr(layer, place) for place in places}
         if transposed and options.get("weight_quant") is IntegerWeightQuant:
             options["weight_channel_dim"] = 1
+        elif transposed and options.get("weight_quant") is XnorWeightQuant:
+            options["weight_out_channels"] = layer.out_channels // layer.groups  # as many scales as its weights have
         new = make(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
     for mine, given in ((new.weight, layer.weight), (new.bias, layer.bias)):
         if given is not None:
