@@ -345,6 +345,17 @@ def test_a_maximum_over_channels_has_one_threshold_or_is_refused() -> None:
         qsnn.convert(net, DATA)
 
 
+@pytest.mark.parametrize("bits", [1, 16])
+def test_what_makes_large_sums_or_signs_is_exact_too(bits: int) -> None:
+    """fp16 weights right behind others make sums beyond the 53 bits of float64; a maximum of signs is -1 or 1."""
+    net = Net(FORMS["max pool before the ReLU"] if bits == 1 else lambda n, x: F.relu(b(n, n.stem(x))))
+    config = qsnn.QuantizeConfig(weight_bits=bits, act_form="sign" if bits == 1 else "levels")
+    qann = qsnn.quantize(net, DATA, config).eval()
+    timesteps = 1 if bits == 1 else 2
+    certificate = qsnn.certify(qsnn.convert(qann, qsnn.ConvertConfig(timesteps=timesteps)), qann, DATA)
+    assert certificate.exact, str(certificate)
+
+
 def test_the_square_of_quantized_values_is_exact_deferred() -> None:
     net = Net(lambda n, x: torch.square(a(n, x)) + b(n, a(n, x) ** 2))
     qann = qsnn.quantize(net, DATA, qsnn.QuantizeConfig(levels=3)).eval()
@@ -359,7 +370,7 @@ class Answer:
     loss: Tensor | None = None
 
 
-def test_answers_come_in_any_structure() -> None:
+def test_answers_come_in_any_structure(tmp_path: Path) -> None:
     shapes: dict[str, Forward] = {
         "a dataclass": lambda n, x: Answer(n.last(torch.flatten(a(n, x), 1))),
         "None beside": lambda n, x: {"logits": n.last(torch.flatten(a(n, x), 1)), "loss": None},
@@ -373,8 +384,11 @@ def test_answers_come_in_any_structure() -> None:
         assert qsnn.certify(qsnn.convert(qann), qann, DATA).exact
         assert list(qsnn.fold(qsnn.convert(qann))(IMAGES)) == ["logits"]
     twice = Net(lambda n, x: (y := n.last(torch.flatten(a(n, x), 1)), y))
-    first, second = qsnn.fold(qsnn.convert(qsnn.quantize(twice, DATA)))(IMAGES)
+    folded = qsnn.fold(qsnn.convert(twice, DATA))
+    first, second = folded(IMAGES)
     assert torch.equal(first, second)
+    written = pytest.importorskip("onnx").load(qsnn.export(folded, tmp_path / "twice.onnx", firing="deferred"))
+    assert [output.name for output in written.graph.output] == ["logits", "logits_1"]
 
 
 class Structured(nn.Module):

@@ -12,6 +12,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from qsnn.data.images import normalise
 from qsnn.export.onnx_gates import current_gate, gating, integer_gate
@@ -155,7 +156,7 @@ def _walk(folded: SNN, values: Values, shape: tuple[int, ...], frames: bool) -> 
             if node.op == "placeholder":
                 wires[node] = _placeholder(values, shape, frames)
             elif node.op == "output":
-                answers = [_answer(values, network, source, wires) for source in node.all_input_nodes]
+                answers = [_answer(values, network, source, wires) for source in tree_leaves(node.args[0])]
             else:
                 wires[node] = _written(values, network, node, wires, shapes)
         except CannotWriteError as error:

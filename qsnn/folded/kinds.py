@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qsnn.folded.builder import Builder
 from qsnn.folded.gates import CurrentGate, IntegerGate
-from qsnn.folded.layers import CountPool, FloatLayer, IntegerLayer, layer_options, weighted_sum
+from qsnn.folded.layers import EXACT_FLOAT64, CountPool, FloatLayer, IntegerLayer, layer_options, weighted_sum
 from qsnn.folded.products import IntegerProduct
 from qsnn.folded.terms import (
     Term,
@@ -38,6 +38,9 @@ from qsnn.folded.terms import (
 from qsnn.graph.modules import Add, Concat, Gating, Mean, Sum
 from qsnn.quant.weights import integer_weights, weight_bits
 from qsnn.snn.counts import CountProduct
+
+_STEPS = 2**6
+"""Sums of so many steps stay whole numbers in float64."""
 
 
 def weighs(folder: Builder, node: fx.Node, layer: Any, value: Value) -> Value:
@@ -71,7 +74,11 @@ def weighs(folder: Builder, node: fx.Node, layer: Any, value: Value) -> Value:
             bias = None
         return Value((Term(folder.call(name, kept, source), integer=False, bound=float("inf")),), bias)
     term = value.terms[0]
-    if not (value.integer and term.per_tensor):
+    stored = integers if integers.dtype == torch.int8 else (integers * 2.0**-24).half()
+    module = IntegerLayer(stored, layer, term.bound, weight_bits(layer), term.steps)
+    # of a product of counts too large sums are refused; fp16 weights right behind fp16 weights pass a current on
+    held = term.steps > 0 or module.bound < EXACT_FLOAT64 / _STEPS
+    if not (value.integer and term.per_tensor and held):
         weight = integers.double() * scale.double()
         kept = FloatLayer(weight, layer, weight_bits(layer), by_channel=by_channel)
         call = folder.call(name, kept, folder.current(value, f"{name}_input"))
@@ -81,8 +88,6 @@ def weighs(folder: Builder, node: fx.Node, layer: Any, value: Value) -> Value:
         added = value.bias.expand(folder.shape(source)).unsqueeze(0)
         seen = weighted_sum(added, integers.double() * scale.double(), layer_options(layer))[0]
         bias = compressed(seen if bias is None else seen + bias)
-    stored = integers if integers.dtype == torch.int8 else (integers * 2.0**-24).half()
-    module = IntegerLayer(stored, layer, term.bound, weight_bits(layer), term.steps)
     factors = (*term.factors, over_outputs(scale))
     call, bound = folder.call(name, module, term.node), module.bound
     return Value((Term(call, factors, term.divisor, True, bound, steps=term.steps),), bias)

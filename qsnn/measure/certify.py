@@ -212,6 +212,8 @@ def certify(
             answers = folded(batch, timesteps=steps, firing=firing)
         stepped = {name: train.unflatten(0, (steps, -1)) for name, train in spikes.items()}
         fired = {name: (train[-1] if name in reference.gates else train.sum(0)) for name, train in stepped.items()}
+        for name in reference.signs.intersection(folded.probes):  # behind a moved max pool a sign is ±1 already
+            fired[name] = (fired[name] + 1) / 2
         with full_precision(batch.device):
             return answers, fired, *reference(batch, fired)
 
@@ -329,7 +331,8 @@ class _Reference:
         steps = {name: quant.step.double() for name, quant in quants.items()}
         self.model = model.double()
         self.gates: dict[str, Any] = {name: m for name, m in layers.items() if does(m) == "decides"}
-        self.levels = {name: 1 for name, m in layers.items() if is_sign(m)} | dict.fromkeys(self.gates, 1)
+        self.signs = {name for name, m in layers.items() if is_sign(m)}
+        self.levels = dict.fromkeys(self.signs, 1) | dict.fromkeys(self.gates, 1)
         self.steps: dict[str, Tensor] = {}
         self.ties: dict[str, int] = {}
         self.usual_logits: list[Tensor] = []
