@@ -23,7 +23,8 @@ from qsnn.files import header, metadata, opened, read_bytes, sealed, shown, targ
 from qsnn.folded.fold import folded_structure
 from qsnn.folded.prepared import PREPARED
 from qsnn.graph.arrived import QsnnWarning, arrived, mark_frozen_norms_
-from qsnn.graph.recipe import recipe_of, set_recipe
+from qsnn.graph.recipe import input_shape_of, recipe_of, set_recipe
+from qsnn.graph.trace import value_shapes
 from qsnn.models.create import build_model
 from qsnn.models.spiking import SPIKING
 from qsnn.models.weights import load_weights as load_weights
@@ -283,10 +284,15 @@ def _build(recipe: dict[str, Any], tensors: dict[str, torch.Tensor], function: N
 
 def _with_thresholds(snn: SNN, recipe: dict[str, Any], tensors: dict[str, torch.Tensor]) -> SNN:
     """The spiking network with thresholds of the file's shapes, folded where the file's is."""
+    shapes = value_shapes(snn.network, input_shape_of(snn)) if recipe["kind"] == "folded" else {}
+    nodes = {str(node.target): node.name for node in snn.network.graph.nodes} if shapes else {}
     for name, neuron in snn.neurons():  # a θ a channel; and fold joins spikes as integers only where θ is the same
         for what in ("threshold", "initial", "tau"):  # a trained one may be a value a channel
             value = tensors.get(f"network.{name}.{what}")
             if value is not None and isinstance(neuron, IFNode):
+                channels = shapes.get(nodes.get(name, ""), (0, 0))[1]
+                if value.dim() == 1 and value.numel() > channels > 0:  # where the bias is a map, fold spreads v0 too
+                    value = value.unflatten(0, (channels, -1))[:, 0]
                 getattr(neuron, what).data = value.clone()
     return folded_structure(snn) if recipe["kind"] == "folded" else snn
 

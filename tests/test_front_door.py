@@ -195,3 +195,26 @@ def test_one_answer_in_a_dict_takes_plain_labels() -> None:
     right = (student(SOME[0][0])["out"][-1].argmax(1) == SOME[0][1]).float().mean()
     assert result.accuracy[-1] == pytest.approx(100 * float(right))
     assert qsnn.check(net.eval(), data, seconds=1).ready
+
+
+class Placed(nn.Module):
+    """A map added to the image, so that every place has a bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.map, self.first, self.last = nn.Parameter(torch.randn(1, 1, 4, 4)), nn.Conv2d(1, 3, 3), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, 4, 4) -> (B, 2)."""
+        return self.last(torch.flatten(torch.relu(self.first(x + self.map)), 1))
+
+
+def test_a_folded_student_with_a_bias_by_place_is_loaded_again(tmp_path: Path) -> None:
+    """Its initial potentials learn by channel, and fold spreads them over the places."""
+    part = torch.utils.data.TensorDataset(*SOME[0])
+    data = qsnn.Data(name="few", train=part, val=part, test=part, mean=(0.0,), std=(1.0,), classes=("a", "b"))
+    qann = qsnn.quantize(Placed().eval(), data)
+    folded = qsnn.fold(qsnn.distill(qsnn.convert(qann), qann, data, qsnn.DistillConfig(epochs=1, batch_size=3)))
+    qsnn.save(folded, tmp_path / "folded", model_name="test_front_door:Placed")
+    assert torch.equal(qsnn.load(tmp_path / "folded", model=Placed)(SOME[0][0]), folded(SOME[0][0]))
