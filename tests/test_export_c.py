@@ -213,7 +213,8 @@ def test_the_compiled_size_is_the_reported_one(snn, digits, tmp_path):
 def neuron(gains: list[float], theta: float, bias: float) -> CurrentIF:
     factors = [torch.tensor([[g]], dtype=torch.float64) for g in gains]
     shapes: list[tuple[int, ...]] = [()] * (len(gains) + 1)
-    return CurrentIF(factors, [1] * len(gains), torch.tensor([bias]).double(), shapes, torch.tensor(theta), 0.5)
+    given = factors, [1] * len(gains), torch.tensor([bias]).double(), shapes
+    return CurrentIF(*given, threshold=torch.tensor(theta), initial=0.5)
 
 
 @pytest.mark.parametrize("firing", ["online", "deferred"])

@@ -174,7 +174,8 @@ class _Folder(Builder):
         else:
             currents, powers = current_arguments(value), steps_of(value)
             if neuron.dynamics.by_sums:
-                module = CurrentIF(*currents, threshold, initial, steps=powers, signed=signed)
+                module = CurrentIF(*currents, threshold=threshold, initial=initial, steps=powers, signed=signed)
             else:
-                module = DynamicIF(*currents, threshold, initial, neuron.dynamics, neuron.tau, steps=powers)
+                other: dict[str, Any] = {"dynamics": neuron.dynamics, "tau": neuron.tau, "steps": powers}
+                module = DynamicIF(*currents, threshold=threshold, initial=initial, **other)
         return Value((Term(self.call(name, module, *(term.node for term in value.terms)), spikes=True),))

@@ -102,7 +102,7 @@ class CurrentGate(Current):
     r"""A gate where currents meet, or that sees a real one: :math:`\sum_{i\le t} x_i \ge t\,\lambda`, in float64.
 
     Args:
-        factors, divisors, bias, shapes, steps: see :class:`~qsnn.folded.neurons.Current`.
+        current: what :class:`~qsnn.folded.neurons.Current` takes; so do ``options``.
         level: λ, ().
     Shape:
         inputs and output: (T·B, \*).
@@ -111,17 +111,8 @@ class CurrentGate(Current):
     is_spiking = True
     level: Tensor
 
-    def __init__(
-        self,
-        factors: list[Tensor],
-        divisors: list[int],
-        bias: Tensor,
-        shapes: list[Shape],
-        level: Tensor,
-        *,
-        steps: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__(factors, divisors, bias, shapes, steps=steps)
+    def __init__(self, *current: Any, level: Tensor, **options: Any) -> None:
+        super().__init__(*current, **options)
         self.register_buffer("level", level.detach().double())
 
     def forward(self, *inputs: Tensor) -> Tensor:

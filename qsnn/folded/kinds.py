@@ -213,7 +213,7 @@ def decides(folder: Builder, node: fx.Node, gate: Any, value: Value) -> Value:
             factors, first.divisor, flat, gate.level, shape, spikes=first.spikes, steps=first.steps
         )
     else:
-        module = CurrentGate(*current_arguments(value), gate.level, steps=steps_of(value))
+        module = CurrentGate(*current_arguments(value), level=gate.level, steps=steps_of(value))
     return Value((Term(folder.call(str(node.target), module, *(term.node for term in value.terms)), spikes=True),))
 
 

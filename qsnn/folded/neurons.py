@@ -107,6 +107,12 @@ class CurrentIF(Current):
     """An IF neuron where currents meet, or that sees a real current: it fires when S >= (k + ½)·θ, in float64.
 
     A signed one takes a spike back where S < (k - ½)·θ.
+
+    Args:
+        current: what :class:`Current` takes; so do ``options``.
+        threshold: θ, () or (C,).
+        initial: v0 [θ], likewise.
+        signed: whether it takes spikes back.
     """
 
     is_spiking = True
@@ -114,18 +120,9 @@ class CurrentIF(Current):
     initial: Tensor
 
     def __init__(
-        self,
-        factors: list[Tensor],
-        divisors: list[int],
-        bias: Tensor,
-        shapes: list[Shape],
-        threshold: Tensor,
-        initial: Tensor | float,
-        *,
-        steps: tuple[int, ...] = (),
-        signed: bool = False,
+        self, *current: Any, threshold: Tensor, initial: Tensor | float, signed: bool = False, **options: Any
     ) -> None:
-        super().__init__(factors, divisors, bias, shapes, steps=steps)
+        super().__init__(*current, **options)
         self.signed = signed
         self.register_buffer("threshold", threshold.double())
         self.register_buffer("initial", torch.as_tensor(initial, dtype=torch.float64))
@@ -192,24 +189,18 @@ class RealIF(Prepared):
 
 
 class DynamicIF(CurrentIF):
-    """A neuron with another reset, a leak or a membrane of few bits: its equation in float64."""
+    """A neuron with another reset, a leak or a membrane of few bits: its equation in float64.
+
+    Args:
+        current: what :class:`Current` takes; ``options`` are those of :class:`CurrentIF`.
+        dynamics: the equation.
+        tau: time constant [steps], () or (C,); None without leak.
+    """
 
     tau: Tensor | None
 
-    def __init__(
-        self,
-        factors: list[Tensor],
-        divisors: list[int],
-        bias: Tensor,
-        shapes: list[Shape],
-        threshold: Tensor,
-        initial: Tensor | float,
-        dynamics: Dynamics,
-        tau: Tensor | None,
-        *,
-        steps: tuple[int, ...] = (),
-    ) -> None:
-        super().__init__(factors, divisors, bias, shapes, threshold, initial, steps=steps)
+    def __init__(self, *current: Any, dynamics: Dynamics, tau: Tensor | None, **options: Any) -> None:
+        super().__init__(*current, **options)
         self.dynamics = dynamics
         self.register_buffer("tau", tau)
         self.overflows = 0
