@@ -20,7 +20,7 @@ settings.load_profile("qsnn")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--random-nets", type=int, default=40, help="random networks to certify")
+    parser.addoption("--random-nets", type=int, default=30, help="random networks to certify")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -230,15 +230,8 @@ class Various(nn.Module):
         return F.relu(norm(layer(torch.cat([F.interpolate(x, size=y.shape[2:]), y], 1))))
 
     def places(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
-        return F.relu(
-            norm(
-                layer(
-                    F.pad(y[:, [2, 0, 1, 1]].flip(-1), (2, 0, 0, 0)[: 2 * self.dims], "replicate").roll(1, -1)[
-                        ..., 1:-1
-                    ]
-                )
-            )
-        )
+        y = F.pad(y[:, [2, 0, 1, 1]].flip(-1), (2, 0, 0, 0)[: 2 * self.dims], "replicate")
+        return F.relu(norm(layer(y.roll(1, -1)[..., 1:-1])))
 
     def maximum(self, y: Tensor, x: Tensor, layer: nn.Module, norm: nn.Module) -> Tensor:
         return torch.maximum(y, F.relu(norm(layer(y))))

@@ -21,7 +21,7 @@ FLOAT = ("resnet18", "squeezenet1_1", "mobilenet_v2")
 SLOW = ("resnet50",)
 
 
-def batch(count: int = 16) -> list[tuple[Tensor, Tensor]]:
+def batch(count: int = 8) -> list[tuple[Tensor, Tensor]]:
     images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     return [(images, torch.zeros(count, dtype=torch.int64))]
 
@@ -40,7 +40,7 @@ def network(name: str) -> nn.Module:
 
 
 def certificate_of(name: str) -> qsnn.Certificate:
-    config = qsnn.QuantizeConfig(weight_bits=8, act_bits=4)
+    config = qsnn.QuantizeConfig(weight_bits=8, act_bits=3)
     qann = qsnn.quantize(network(name), batch(), config).eval()
     return qsnn.certify(qsnn.convert(qann), qann, batch())
 
@@ -48,14 +48,14 @@ def certificate_of(name: str) -> qsnn.Certificate:
 @pytest.mark.parametrize("name", NAMES)
 def test_exact(name: str) -> None:
     certificate = certificate_of(name)
-    assert certificate.exact and certificate.timesteps == 15, str(certificate)
+    assert certificate.exact and certificate.timesteps == 7, str(certificate)
 
 
 @pytest.mark.parametrize("name", FLOAT)
 def test_float_ones_convert_too(name: str) -> None:
     """Calibrated on the images it then answers, 32 steps go along with the network's own answers."""
     model, ((images, _),) = network(name), batch()
-    snn = qsnn.convert(model, batch(), qsnn.ConvertConfig(timesteps=32, correction="bias", calibration_images=16))
+    snn = qsnn.convert(model, batch(), qsnn.ConvertConfig(timesteps=32, correction="bias", calibration_images=8))
     with torch.no_grad():
         answers, expected = snn(images)[-1], model(images)
         error = (answers - expected).square().mean() / expected.var()
@@ -80,5 +80,5 @@ def test_a_timm_model_goes_the_same_way() -> None:
     import timm
 
     model = timm.create_model("resnet18", num_classes=10).eval()
-    qann = qsnn.quantize(model, batch(), qsnn.QuantizeConfig(weight_bits=8, act_bits=4)).eval()
+    qann = qsnn.quantize(model, batch(), qsnn.QuantizeConfig(weight_bits=8, act_bits=3)).eval()
     assert qsnn.certify(qsnn.convert(qann), qann, batch()).exact
