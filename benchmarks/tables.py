@@ -486,6 +486,31 @@ def _on_cifar10(records: Sequence[Record]) -> str:
         f"({count_of(len(student), 'seed')}) has {at('student', 1)} % in one step, {at('student', 2)} % in two and "
         f"{at('student', 4)} % in four, its quantized network {at('QANN', 1)} %{longer}, the float one "
         f"{at('teacher', 1)} %; published for two steps: 82.3 % (SlipReLU, which is trained for it). "
+        f"{_on_signed(records)}{_untrained(records)}"
+    )
+
+
+def _on_signed(records: Sequence[Record]) -> str:
+    """What spikes of -1 give the same student; "" where it has no records."""
+    student = _cifar10_flow(records, "resnet20-signed").get("student", [])
+    one, two, four = (number(fmean(accuracies(student, t) or [math.nan]), 1) for t in (1, 2, 4))
+    return f"With spikes of -1 too, which take early ones back, it has {one}, {two} and {four} %. " if student else ""
+
+
+def _untrained(records: Sequence[Record]) -> str:
+    """What the float ResNet-20 has at T = 2 without any training, beside SpikingJelly; "" without records."""
+    by: dict[str, list[Record]] = {}
+    for r in peer_records(records):
+        if (r.data, r.name.split("/")[1]) == ("cifar10", "resnet20"):
+            by.setdefault(r.name.split("/", 2)[2], []).append(r)
+    peer, ours = best_of("SpikingJelly", by, ["T=2"]), [by.get(name) for name in ("qsnn", "qsnn, signed spikes")]
+    if not peer or None in ours:
+        return ""
+    plain, signed = (number(fmean(r.metrics["T=2"] for r in rows or ()), 1) for rows in ours)
+    best = number(float(peer[0].split()[0]), 1)
+    return (
+        f"Converted without any training, its float network has {plain} % in two steps, {signed} % with spikes of -1 "
+        f"too, by SpikingJelly's best recipe {best} %. "
     )
 
 
