@@ -51,6 +51,29 @@ def test_eight_threads_with_calls_of_their_own_get_their_own_answers(snn: qsnn.S
     assert len(seen) >= 8 and not wrong
 
 
+def test_networks_are_followed_one_at_a_time(teacher: nn.Module, digits: qsnn.Data, images: Tensor):
+    """torch.fx is for one thread: it puts its own functions into torch's classes while it traces."""
+    plain, found, wrong = vars(torch.autograd.Function)["apply"], [], []
+    own = [copy.deepcopy(teacher) for _ in range(4)]
+
+    def work(model: nn.Module) -> None:
+        try:
+            for _ in range(3):
+                qann = qsnn.quantize(model, [(images, torch.zeros(len(images), dtype=torch.int64))])
+                with torch.no_grad():
+                    found.append(qsnn.fold(qsnn.convert(qann))(images))
+        except ValueError as error:
+            wrong.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(found) == 12 and all(torch.equal(found[0], other) for other in found)
+    assert vars(torch.autograd.Function)["apply"] is plain
+
+
 def _answered(network: nn.Module, images: Tensor, queue: mp.SimpleQueue) -> None:
     with torch.no_grad():
         queue.put(network(images).numpy().tolist())

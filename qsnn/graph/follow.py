@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -238,6 +239,10 @@ def named(value: Any) -> dict[str, Any] | None:
     return None
 
 
+_ONE_AT_A_TIME = threading.RLock()
+"""torch.fx, and what is followed beside it, puts its own functions into torch's classes while it traces."""
+
+
 class _Context:
     """What a torch.autograd.Function gets while it is followed; nothing goes backward."""
 
@@ -307,7 +312,7 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
         example = torch.randn(batch, *shape, generator=generator).to(first.device, first.dtype)
         tracer = Tracer(example)
         try:
-            with torch.no_grad(), _functions_followed():  # so that a block under torch.utils.checkpoint is run as it is
+            with _ONE_AT_A_TIME, torch.no_grad(), _functions_followed():  # so that a block under torch.utils.checkpoint is run as it is
                 found.append((tracer.trace(model), tracer))
         except ValueError:
             raise
