@@ -312,7 +312,8 @@ def follow(model: nn.Module, shape: tuple[int, ...]) -> tuple[fx.GraphModule, di
         example = torch.randn(batch, *shape, generator=generator).to(first.device, first.dtype)
         tracer = Tracer(example)
         try:
-            with _ONE_AT_A_TIME, torch.no_grad(), _functions_followed():  # so that a block under torch.utils.checkpoint is run as it is
+            # without gradients a block under torch.utils.checkpoint is run as it is
+            with _ONE_AT_A_TIME, torch.no_grad(), _functions_followed():
                 found.append((tracer.trace(model), tracer))
         except ValueError:
             raise
