@@ -247,13 +247,19 @@ def peer_records(records: Sequence[Record]) -> list[Record]:
     return [r for r in rows if experiment(r.config) == last[r.name, r.data]]
 
 
-def best_of(library: str, by: dict[str, list[Record]], keys: Sequence[str]) -> list[str]:
+def by_method(records: Sequence[Record], data: str, net: str) -> dict[str, list[Record]]:
+    """The records of every method on one network of a data set."""
+    found = by_label(r for r in peer_records(records) if (r.data, r.name.split("/")[1]) == (data, net))
+    return {label.partition("/")[2]: rows for label, rows in found.items()}
+
+
+def best_of(library: str, by: dict[str, list[Record]], keys: Sequence[str], digits: int = 2) -> list[str]:
     """For each metric the best mean among a library's recipes, ± its standard deviation; [] without records."""
     found = [rows for name, rows in by.items() if name.startswith(f"{LIBRARIES[library]} ")]
 
     def best(key: str) -> str:
         values = max(([r.metrics[key] for r in rows] for rows in found), key=fmean)
-        return plus_minus(values)
+        return plus_minus(values, digits)
 
     return [best(key) for key in keys] if found else []
 
@@ -271,10 +277,7 @@ def peers_table(records: Sequence[Record]) -> str:
 
     lines = []
     for data, net in dict.fromkeys((r.data, r.name.split("/")[1]) for r in rows):
-        by: dict[str, list[Record]] = {}
-        for r in rows:
-            if (r.data, r.name.split("/")[1]) == (data, net):
-                by.setdefault(r.name.split("/", 2)[2], []).append(r)
+        by = by_method(rows, data, net)
         mine, cell = [name for name in by if name.partition(",")[0] == "qsnn"], f"{data}, {net}"
         for method in sorted(mine):
             ours = [plus_minus([r.metrics[key] for r in by[method]]) for key in ("ann", *steps)]
@@ -499,18 +502,17 @@ def _on_signed(records: Sequence[Record]) -> str:
 
 def _untrained(records: Sequence[Record]) -> str:
     """What the float ResNet-20 has at T = 2 without any training, beside SpikingJelly; "" without records."""
-    by: dict[str, list[Record]] = {}
-    for r in peer_records(records):
-        if (r.data, r.name.split("/")[1]) == ("cifar10", "resnet20"):
-            by.setdefault(r.name.split("/", 2)[2], []).append(r)
-    peer, ours = best_of("SpikingJelly", by, ["T=2"]), [by.get(name) for name in ("qsnn", "qsnn, signed spikes")]
-    if not peer or None in ours:
+    by = by_method(records, "cifar10", "resnet20")
+    best, ours = (
+        best_of("SpikingJelly", by, ["T=2"], digits=1),
+        [by.get(f"qsnn{more}") for more in ("", ", signed spikes")],
+    )
+    if not best or None in ours:
         return ""
     plain, signed = (number(fmean(r.metrics["T=2"] for r in rows or ()), 1) for rows in ours)
-    best = number(float(peer[0].split()[0]), 1)
     return (
         f"Converted without any training, its float network has {plain} % in two steps, {signed} % with spikes of -1 "
-        f"too, by SpikingJelly's best recipe {best} %. "
+        f"too, by SpikingJelly's best recipe {best[0]} %. "
     )
 
 
@@ -518,9 +520,8 @@ def compared(records: Sequence[Record]) -> str:
     """README's one table: the float network, the quantized one, students, and conversion without training."""
     found = _headline_records(records)
     by_precision = by_label(of_study("precision", records))
-    peers = by_label(r for r in peer_records(records) if (r.data, r.name.split("/")[1]) == ("fashion-mnist", "plain"))
-    by_method = {label.partition("/")[2]: rows for label, rows in peers.items()}
-    if found is None or "32/32" not in by_precision or "qsnn" not in by_method:
+    peers = by_method(records, "fashion-mnist", "plain")
+    if found is None or "32/32" not in by_precision or "qsnn" not in peers:
         return EMPTY
     by, keys = found[0], [f"T={t}" for t in (1, 2, 4)]
 
@@ -533,10 +534,10 @@ def compared(records: Sequence[Record]) -> str:
     def online(rows: Sequence[Record]) -> list[str]:
         return [plus_minus([r.metrics[key] for r in rows]) for key in keys]
 
-    floats, net = kib("32/32"), by_method["qsnn"]
-    recipes = sum(name.startswith("SJ ") for name in by_method)
+    floats, net = kib("32/32"), peers["qsnn"]
+    recipes = sum(name.startswith("SJ ") for name in peers)
     epochs = by["W4"][0].config["setting"]["epochs"]  # a stage: teacher, QANN, student; or trained on for as long
-    theirs = best_of("SpikingJelly", by_method, keys)
+    theirs = best_of("SpikingJelly", peers, keys)
     rows = [
         [f"float network, {2 * epochs} epochs", floats, *ann(by_precision["32/32"], "qat")],
         [f"4-bit quantized network (Brevitas), {3 * epochs} epochs", kib("4/L2"), *ann(by["W4"], "qann on")],

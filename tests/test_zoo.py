@@ -7,10 +7,9 @@ import importlib.util
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 import qsnn
-
-models = pytest.importorskip("torchvision.models")
 
 NAMES = (
     "resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet", "squeezenet1_1", "shufflenet_v2_x1_0",
