@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import studies
-from lookup import by_label, flow, whole
+from lookup import by_label, drawing, flow, networks, whole
 from tables import FLOW, accuracies, count_of, spread
 
 from qsnn.report.curve import COLOURS, draw_curve, saved
@@ -153,8 +153,9 @@ def published(records: Sequence[Record]) -> dict[str, bytes]:
     """Every figure that the records give, by its file's name."""
     found: dict[str, bytes] = {}
     for data in dict.fromkeys(r.data for r in records if r.name.startswith("run/")):
-        if chosen := flow(records, "run", FLOW, data):
-            found[f"run-{data}.svg"] = of_run(chosen)
+        for options, mine in networks(records, data).items():
+            if chosen := flow(mine, "run", FLOW, data):
+                found[f"{drawing(data, options)}.svg"] = of_run(chosen)
     for name in studies.names():
         if drawn := of_study(name, whole(name, records)):
             found[f"study-{name}.svg"] = drawn

@@ -95,6 +95,30 @@ def flow(records: Iterable[Record], prefix: str, models: Sequence[str], data: st
     return {model: [rows[seed] for seed in seeds] for model, rows in found.items()} if seeds else {}
 
 
+TYPED: dict[str, Any] = {"model": "vgg-small", "weight_bits": 4, "levels": 2, "signed": False}
+"""Options of ``qsnn run`` that make another network of it, and their defaults."""
+
+
+def networks(records: Iterable[Record], data: str) -> dict[str, list[Record]]:
+    """The records of ``qsnn run`` on a data set, by the options that say which network; the usual one stands first."""
+    found: dict[str, list[Record]] = {"": []}
+    for record in records:
+        if record.data == data and record.name.startswith("run/"):
+            said = {name: record.config["run"].get(name, usual) for name, usual in TYPED.items()}
+            words = (
+                f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                for name, value in said.items() if value != TYPED[name]
+            )  # fmt: skip
+            found.setdefault("".join(words), []).append(record)
+    return {options: mine for options, mine in found.items() if mine}
+
+
+def drawing(data: str, options: str) -> str:
+    """The name of a run's figure, without its ending: run-digits, run-digits-qkformer-w1."""
+    named = options.replace(" --model ", "-").replace(" --weight-bits ", "-w").replace(" --levels ", "-l")
+    return f"run-{data}{named.replace(' --', '-')}"
+
+
 def labels(name: str) -> list[str]:
     """The rows that a study has today."""
     return [label for label, _, _ in studies.find(name).rows(Setting("", "study", 4, 20_000, 0), lambda _: None)]

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import studies
-from lookup import by_label, by_time, experiment, flow, newest, of_study, timed, whole
+from lookup import by_label, by_time, drawing, experiment, flow, networks, newest, of_study, timed, whole
 
 from qsnn.measure.accuracy import interval
 from qsnn.report.records import Record
@@ -135,8 +135,15 @@ def flow_table(chosen: dict[str, list[Record]], command: str, figure: str = "") 
     return f"{text}\n\n![accuracy against time steps, {first.data}](figures/{figure}.svg)" if figure else text
 
 
-def run_table(data: str, records: Sequence[Record]) -> str:
-    return flow_table(flow(records, "run", FLOW, data), f"qsnn run --data {data}", f"run-{data}")
+def run_tables(data: str, records: Sequence[Record]) -> str:
+    """A table and a figure for every network that ``qsnn run`` was run with on a data set."""
+    texts = []
+    for options, mine in networks(records, data).items():
+        chosen = flow(mine, "run", FLOW, data)
+        typed = chosen["student"][-1].config["run"].get("epochs") if chosen else None
+        epochs = f" --epochs {' '.join(map(str, typed))}" if typed else ""
+        texts.append(flow_table(chosen, f"qsnn run --data {data}{options}{epochs}", drawing(data, options)))
+    return "\n\n".join(texts) or EMPTY
 
 
 def _cifar10_flow(records: Sequence[Record], net: str) -> dict[str, list[Record]]:
@@ -622,7 +629,7 @@ def make(name: str, records: Sequence[Record]) -> str:
         ValueError: no block has that name.
     """
     if name.startswith("run-"):
-        return run_table(name.removeprefix("run-"), records)
+        return run_tables(name.removeprefix("run-"), records)
     if name not in TABLES:
         raise ValueError(f"expected a block named run-DATA, contents, {', '.join(TABLES)}; got {name}")
     return TABLES[name](records)

@@ -46,10 +46,10 @@ WORLD = {
 
 
 def add(root: Path, seed: int = 0, gain: float = 0.0, *, minute: int = 0, models: tuple[str, ...] = tables.FLOW,
-        epochs: int = 20, **world: Any) -> None:  # fmt: skip
+        epochs: int = 20, options: dict[str, Any] | None = None, **world: Any) -> None:  # fmt: skip
     """Append what a run writes: accuracies of 90 + gain, a step more for every T."""
     config = copy.deepcopy(CONFIG)
-    config["run"].update(out=f"folder-{seed}", seed=seed)
+    config["run"].update(out=f"folder-{seed}", seed=seed, **(options or {}))
     config["teacher"].update(seed=seed, epochs=epochs)
     for model in models:
         ann = model in ("teacher", "QANN")
@@ -199,6 +199,20 @@ def test_configs_are_not_mixed_and_the_newest_one_is_taken(root):
     assert cells(page(root), "student")[1].startswith("95.00") and "seeds: 2;" in page(root)
     add(root, 0, minute=7, epochs=20)
     assert "seeds: 0, 1;" in page(root)
+
+
+def test_every_network_has_its_table_and_the_usual_one_comes_first(root):
+    add(root, options={"model": "qkformer", "weight_bits": 1, "signed": True, "epochs": [5, 5, 4]}, gain=4.0)
+    add(root, minute=1)
+    text = page(root)
+    assert [line for line in text.splitlines() if line.startswith("| student |")][1].count("94.00") == 1
+    usual, other = (text.index(f"`{command}`") for command in (
+        "qsnn run --data digits", "qsnn run --data digits --model qkformer --weight-bits 1 --signed --epochs 5 5 4"
+    ))  # fmt: skip
+    assert usual < other
+    drawn = sorted(path.name for path in (root / "benchmarks/figures").iterdir())
+    assert drawn == ["run-digits-qkformer-w1-signed.svg", "run-digits.svg"]
+    assert all(f"(figures/{name})" in text for name in drawn)
 
 
 def test_a_seed_counts_only_where_every_model_has_it(root):
