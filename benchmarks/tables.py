@@ -107,8 +107,8 @@ def _flow_row(model: str, rows: Sequence[Record]) -> list[str]:
     return [*cells, number(mean("spike_rate"), 3), *(si(mean(key), gap=" ") for key in ("synops", "macs"))]
 
 
-def flow_table(chosen: dict[str, list[Record]], command: str, figure: str = "") -> str:
-    """Accuracy against T, spikes, operations and memory of every model of a flow."""
+def flow_table(chosen: dict[str, list[Record]], command: str, figure: str = "", files: Sequence[Record] = ()) -> str:
+    """Accuracy against T, spikes, operations and memory of every model of a flow; ``files``: of its exported files."""
     if not chosen:
         return EMPTY
     every = [r for rows in chosen.values() for r in rows]
@@ -127,12 +127,21 @@ def flow_table(chosen: dict[str, list[Record]], command: str, figure: str = "") 
         f"seeds: {seeds}",
         f"{config['model']}, {config['weight_bits']}-bit weights, L = {config['levels']}",
         f"certificates that say EXACT: {sum(v == 'EXACT' for v in verdicts)} of {len(verdicts)}",
+        *_of_files([r for r in files if any(experiment(r.config) == experiment(one.config) for one in every)]),
         world(every),
         one if len(chosen["student"]) == 1 else several,
     ]
     head = ["model", "weights [KiB]", *(f"T = {t} [%]" for t in STEPS), "spike rate", "synops", "MACs"]
     text = f"{grid(head, [_flow_row(*item) for item in chosen.items()])}\n\n{'; '.join(words)}."
     return f"{text}\n\n![accuracy against time steps, {first.data}](figures/{figure}.svg)" if figure else text
+
+
+def _of_files(records: Sequence[Record]) -> list[str]:
+    """In how many images an exported file has every logit of its network; [] where there is none."""
+    if not (last := newest(records)):
+        return []
+    equal, n = sum(r.metrics["equal"] for r in last), sum(r.n for r in last)
+    return [f"images of which the ONNX file (T = {last[0].metrics['made_for']}) has every logit: {equal:,} of {n:,}"]
 
 
 def run_tables(data: str, records: Sequence[Record]) -> str:
@@ -142,7 +151,8 @@ def run_tables(data: str, records: Sequence[Record]) -> str:
         chosen = flow(mine, "run", FLOW, data)
         typed = chosen["student"][-1].config["run"].get("epochs") if chosen else None
         epochs = f" --epochs {' '.join(map(str, typed))}" if typed else ""
-        texts.append(flow_table(chosen, f"qsnn run --data {data}{options}{epochs}", drawing(data, options)))
+        files = [r for r in mine if r.name == "run/net.onnx"]
+        texts.append(flow_table(chosen, f"qsnn run --data {data}{options}{epochs}", drawing(data, options), files))
     return "\n\n".join(texts) or EMPTY
 
 
@@ -162,7 +172,8 @@ def cifar10_tables(records: Sequence[Record]) -> str:
         said += [f"-{option}" for option in more if option]
         option = " ".join(([] if "--quick" in said else [f"--model {model}"]) + said)
         chosen = _cifar10_flow(records, net)
-        texts.append(flow_table(chosen, f"python scripts/reproduce_cifar10.py {option}"))
+        files = [r for r in records if r.name == f"cifar10/{net}/net.onnx"]
+        texts.append(flow_table(chosen, f"python scripts/reproduce_cifar10.py {option}", files=files))
     return "\n\n".join(texts) or EMPTY
 
 

@@ -20,8 +20,9 @@ from rich.console import Console
 
 import qsnn
 from qsnn.checkpoint import file_hash, load_weights
+from qsnn.export.deployed import beside_teacher
 from qsnn.report.records import append, environment, now
-from qsnn.report.terminal import table
+from qsnn.report.terminal import equal_logits, table
 from qsnn.training.budget import Stage, epoch_seconds, read_plan, seconds_of, shared_epochs, told, write_plan
 from qsnn.training.processes import start
 from qsnn.training.stages import Stages
@@ -71,7 +72,7 @@ convert_config = qsnn.ConvertConfig(timesteps=2, firing="online", signed=args.si
 steps = 0.0 if args.signed else 0.5  # a first step that may be taken back need not answer by itself
 student_config = qsnn.DistillConfig(
     timesteps=2, epochs=epochs[2], label_smoothing=0.0, ce_weight=1 - steps, step_ce_weight=steps, kd_weight=0.0,
-    surrogate=args.surrogate, train_threshold="channel", train_initial="channel", **{**low_bits, **last_two},
+    surrogate=args.surrogate, **{**low_bits, **last_two},
 )  # fmt: skip
 
 
@@ -176,13 +177,18 @@ print("certificate,", said, flush=True)
 models = {"teacher": teacher, "QANN": qann, "QANN on": on, "SNN online": snn, "student": student}
 results = [qsnn.benchmark(m, data.test, timesteps=4, name=name, reference=qann) for name, m in models.items()]
 
+deployed, notes = beside_teacher(qsnn.fold(student).cpu(), teacher.cpu(), out / "net.onnx", data.test.to("cpu"))
+
 Console().print(table(results))
+for row in deployed[:1]:
+    print(f"{row.name}: {row.file_bytes / 1024:.1f} KiB, equal logits on test images: {equal_logits(row)}")
+print("".join(f"{note}\n" for note in notes), end="")
 world = environment(device.type)
-for result in results:
+proved = {"certificate": certificate.verdict, "stage_seconds": stages_of_run.seconds}
+for result in (*results, *deployed):
     name = f"cifar10/{model}{size}{'-quick' if args.quick else ''}/{result.name}"
     record = qsnn.Record(
-        name=name, data="cifar10", seed=args.seed, n=result.n,
-        metrics={**result.metrics(), "certificate": certificate.verdict, "stage_seconds": stages_of_run.seconds},
+        name=name, data="cifar10", seed=args.seed, n=result.n, metrics={**result.metrics(), **proved},
         config=configs, environment=world, time=now(),
     )  # fmt: skip
     for path in filter(None, (out / "records.jsonl", args.records)):

@@ -57,7 +57,7 @@ def add(root: Path, seed: int = 0, gain: float = 0.0, *, minute: int = 0, models
         metrics = {
             "timesteps": steps, "accuracy": [90.0 + gain + i for i in range(len(steps) or 1)], "weight_bytes": 2048,
             "spike_rate": None if ann else 0.25, "synops": None if ann else 448_384.0, "macs": 13_824,
-            "certificate": "EXACT",
+            "certificate": "EXACT", "made_for": 2, "equal": 539,
         }  # fmt: skip
         append(root / "benchmarks/records/run.jsonl", Record(
             name=f"run/{model}", data="digits", seed=seed, n=540, metrics=metrics, config=config,
@@ -213,6 +213,14 @@ def test_every_network_has_its_table_and_the_usual_one_comes_first(root):
     drawn = sorted(path.name for path in (root / "benchmarks/figures").iterdir())
     assert drawn == ["run-digits-qkformer-w1-signed.svg", "run-digits.svg"]
     assert all(f"(figures/{name})" in text for name in drawn)
+
+
+def test_the_exported_file_of_the_same_configuration_is_told(root):
+    add(root)
+    add(root, minute=1, models=("net.onnx",), epochs=1)
+    assert "ONNX" not in page(root)
+    add(root, minute=2, models=("net.onnx",))
+    assert "; images of which the ONNX file (T = 2) has every logit: 539 of 540; a CPU" in page(root)
 
 
 def test_a_seed_counts_only_where_every_model_has_it(root):
