@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qsnn
 from qsnn.data.memory import LiveMemory
+from qsnn.measure.counting import _FINEST, _by_step, _over_images
 
 IMAGE = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).view(1, 1, 2, 2)
 LABEL = torch.zeros(1, dtype=torch.int64)
@@ -189,3 +190,24 @@ def test_memory_of_tensors_that_live_together() -> None:
     del z, w
     assert memory.now == 0
     assert sys.getrefcount(x) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_are_exact_in_every_layout(dtype, signed, channels_last):
+    x = torch.randint(-9 if signed else 0, 10, (2 * 3, 4, 5, 6)).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.unflatten(0, (2, 3))
+    wanted = x.double().abs()
+    assert torch.equal(_by_step(x), wanted.flatten(1).sum(1))
+    assert torch.equal(_over_images(x), wanted.sum(1))
+
+
+def test_sums_of_many_images_of_many_levels_are_exact():
+    x = torch.full((1, 3 * _FINEST + 1, 2), float(_FINEST))
+    assert torch.equal(_over_images(x), torch.full((1, 2), _FINEST * (3.0 * _FINEST + 1), dtype=torch.float64))
+    assert _by_step(x).item() == 2 * _FINEST * (3.0 * _FINEST + 1)
+    nothing = torch.zeros(2, 0, 3)
+    assert torch.equal(_by_step(nothing), torch.zeros(2, dtype=torch.float64))

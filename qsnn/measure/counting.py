@@ -19,6 +19,32 @@ _FINEST = 4096
 """Spikes of more levels than this are no spikes: the layer multiplies [1]."""
 
 
+def _magnitude(x: Tensor) -> Tensor:
+    """|x|, which is x itself where nothing is below 0: one pass that writes nothing, in the place of a copy."""
+    return x if x.numel() and bool(x.amin() >= 0) else x.abs()
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """What sums of x are made in: whole numbers below 2^24 are exact in float32, and no copy is made of it."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _by_step(x: Tensor) -> Tensor:
+    """Sum of |x| over all but time: (T, B, *) -> (T,), image by image and then in float64."""
+    inner = tuple(range(2, x.dim()))
+    by_image = _magnitude(x).sum(inner, dtype=_wide(x)) if inner else _magnitude(x)
+    return by_image.sum(1, dtype=torch.float64).cpu()
+
+
+def _over_images(x: Tensor) -> Tensor:
+    """Sum of |x| over images: (T, B, *) -> (T, *) in float64; in the order in which x lies in memory."""
+    order = [0, 1, *sorted(range(2, x.dim()), key=x.stride, reverse=True)]
+    parts = _magnitude(x).permute(order).split(_FINEST, 1)  # sums of so many levels of so many images are below 2^24
+    total = torch.stack([part.sum(1, dtype=_wide(x)) for part in parts]).sum(0, dtype=torch.float64)
+    back = sorted(range(total.dim()), key=[order[0], *(place - 1 for place in order[2:])].__getitem__)
+    return total.permute(back)
+
+
 class Counter:
     r"""Counts spikes out of every neuron and accumulates in every layer behind one, for each time step.
 
@@ -91,8 +117,7 @@ class Counter:
             started = True
             # a multi-step node of SpikingJelly gives (T, B, *), one of ours (T·B, *)
             x, at = in_time(name, output, output.dim() - (not folded and not single))
-            count = x.abs().flatten(1).sum(1, dtype=torch.float64).cpu()
-            spikes.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
+            spikes.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += _by_step(x)
             self.neurons[name] = x[0, 0].numel()
 
         def arrived(name: str, module: Any, args: Any, output: Tensor) -> None:
@@ -102,12 +127,11 @@ class Counter:
             if not hasattr(module, "weight"):  # a gate, or a value that is gated: one operation a spike
                 x, at = in_time(name, args[-1], args[-1].dim())
                 self.unit[name] = 1.0
-                count = x.abs().flatten(1).sum(1, dtype=torch.float64).cpu()
-                synops.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
+                synops.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += _by_step(x)
                 return
             x, at = in_time(name, args[0], module.weight.dim())
             self._look_at(name, x, whole=isinstance(module, IntegerLayer | FloatLayer))
-            total = x.abs().sum(1, dtype=torch.float64)
+            total = _over_images(x)
             count = (total * self._reached(name, module, total.shape[1:])).flatten(1).sum(1).cpu()
             synops.setdefault(name, torch.zeros(steps, dtype=torch.float64))[at] += count
 
