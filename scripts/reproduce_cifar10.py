@@ -38,6 +38,7 @@ parser.add_argument("--weight-bits", type=int, default=4)
 parser.add_argument("--quick", action="store_true", help="study net, the first 5,000 images, 4 epochs a stage")
 parser.add_argument("--epochs", type=int, nargs=3, default=(40, 30, 30), metavar=("TEACHER", "QANN", "STUDENT"))
 parser.add_argument("--budget", default=None, help="90s, 110m, 2h: epochs are chosen so that the training fits")
+parser.add_argument("--batch-size", type=int, default=None, help="default 64, on a GPU 512; twice of a teacher")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default=None)
 parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=None, help="of QANN, student")
@@ -60,11 +61,16 @@ data = replace(data, train=data.train.to(device), val=data.val.to(device), test=
 
 # --- how each stage trains --------------------------------------------------------------------------------------------
 precision = "bf16" if device.type == "cuda" else "fp32"
+batch = args.batch_size or (512 if device.type == "cuda" else 64)
+grown = (batch / 64) ** 0.5  # of the learning rates; for Adam Malladi et al., NeurIPS 2022
 common = {"train_images": images, "precision": precision, "seed": args.seed}
 given = args.precision or [precision]
 last_two = {"seed": args.seed + 1, "precision": given[-1]}  # another order than in the stages before
-low_bits = {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.0, "batch_size": 64, **common, "precision": given[0]}
-teacher_config = qsnn.TrainConfig(epochs=epochs[0], lr=0.1, label_smoothing=0.1, **common)
+low_bits = {
+    "optimizer": "adamw", "lr": 0.003 * grown, "weight_decay": 0.0, "batch_size": batch, **common,
+    "precision": given[0],
+}  # fmt: skip
+teacher_config = qsnn.TrainConfig(epochs=epochs[0], lr=0.1 * grown, label_smoothing=0.1, batch_size=2 * batch, **common)
 quantize_config = qsnn.QuantizeConfig(weight_bits=args.weight_bits, levels=2)
 qann_config = qsnn.TrainConfig(epochs=epochs[1], kd_weight=0.0, **low_bits)
 on_config = replace(qann_config, epochs=epochs[2], **last_two)
@@ -105,7 +111,7 @@ if args.budget:
         if not args.weights:
             trains["teacher"] = lambda part: qsnn.fit(copy.deepcopy(float_net), part, replace(teacher_config, **one))
         print("measuring", flush=True)
-        took = {name: epoch_seconds(train, data, batch_size=64, images=images) for name, train in trains.items()}
+        took = {name: epoch_seconds(train, data, batch_size=batch, images=images) for name, train in trains.items()}
         # the QANN is trained on for as many epochs as the student: together they are one stage of the plan
         stages = {"qann": Stage(seconds=took["qann"], share=2.4)}
         stages["student + qann-on"] = Stage(seconds=took["student"] + took["qann"], share=1.0)
