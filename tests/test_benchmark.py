@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import qsnn
+from qsnn.data import shown
 from qsnn.quant.activations import level_quant
 
 
@@ -100,3 +104,28 @@ def test_bad_input(snn: qsnn.SNN, digits: qsnn.Data) -> None:
         qsnn.benchmark(snn, [])
     with pytest.raises(ValueError, match="28"):
         qsnn.benchmark(snn, [(torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64))])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_measurements_show_how_far_they_are_on_a_terminal(digits, monkeypatch, terminal):
+    written = io.StringIO()
+    monkeypatch.setattr(shown, "_PATIENCE", -1.0)
+    monkeypatch.setattr(shown, "Console", lambda **_: Console(file=written, force_terminal=terminal, width=90))
+    qann = qsnn.quantize(qsnn.create_model("study", digits), digits)
+    result = qsnn.benchmark(qann, digits.test.head(60), name="[/a] network", batch_size=20)
+    certificate = qsnn.certify(qsnn.convert(qann), qann, digits.test, images=30, batch_size=20)
+    assert result.n == 60 and certificate.images == 30
+    found = [word in written.getvalue() for word in ("[/a] network", "1/3", "certificate", "1/2")]
+    assert found == [terminal] * 4
+    if terminal:
+        assert written.getvalue().count("\x1b[?25l") == written.getvalue().count("\x1b[?25h") == 2  # the cursor is back
+
+
+def test_a_measurement_that_is_cut_short_gives_the_terminal_back(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(shown, "_PATIENCE", -1.0)
+    monkeypatch.setattr(shown, "Console", lambda **_: Console(file=written, force_terminal=True, width=90))
+    for part in shown.shown(range(9), "work"):
+        if part == 3:
+            break
+    assert written.getvalue().endswith("\x1b[2K") and "\x1b[?25h" in written.getvalue()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, normalise, summed
+from qsnn.data.shown import batch_count, shown
 from qsnn.export.float_onnx import float_side, write_float
 from qsnn.export.runtime import OnnxNetwork
 from qsnn.export.write import export
@@ -91,7 +92,7 @@ def answered(
         ValueError: no images, pixels that no byte holds where the file takes bytes, or heads that cannot be told apart.
     """
     told, tally, equal, steps = network.recipe["export"], None, 0, network.steps
-    for images, labels in batches(data, BATCH):
+    for images, labels in shown(batches(data, BATCH), name, batch_count(data, BATCH)):
         found = [torch.from_numpy(each) for each in network.answers(taken(network, images))]
         wanted = None
         if parent is not None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from qsnn.data.images import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory, peak_of, within
+from qsnn.data.shown import batch_count, shown
 from qsnn.folded.fold import fold
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.recipe import recipe_of
@@ -192,7 +193,8 @@ def _measured(
         with within(memory):
             batch_size = batch_within(run.uncounted, loader, 250, model=model)
     tally = Tally(margins, len(run.steps), run.steps.index(run.own) if run.steps else 0, task)
-    for images, labels in batches(loader, batch_size, model=model):
+    parts = batches(loader, batch_size, model=model)
+    for images, labels in shown(parts, name or "benchmark", batch_count(loader, batch_size)):
         tally.add(run.answers(images), images, labels, reference)
     batch, seen, counter, own = tally.first_batch, tally.seen, run.counter, run.own
     if batch is None or tally.tasks is None:

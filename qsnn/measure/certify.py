@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from qsnn.data.images import batches
 from qsnn.data.memory import batch_within, keep_freed_memory, within
+from qsnn.data.shown import batch_count, shown
 from qsnn.folded.fold import fold
 from qsnn.folded.prepared import Prepared
 from qsnn.graph.arrived import arrived, evaluating
@@ -230,7 +231,8 @@ def certify(
     if batch_size is None:
         with within(memory):
             batch_size = batch_within(run, loader, 250, model=folded)
-    for batch, _ in batches(loader, batch_size, model=folded):
+    parts = batches(loader, batch_size, model=folded)
+    for batch, _ in shown(parts, "certificate", batch_count(loader, batch_size, images)):
         batch = batch if images is None else batch[: images - found.seen]
         if not len(batch):
             break

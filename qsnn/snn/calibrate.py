@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qsnn.data.shown import shown
 from qsnn.graph.call import Call
 from qsnn.graph.kinds import does
 from qsnn.graph.trace import value_shapes
 from qsnn.snn.fits import Trial, fit_layer_, fit_line_, largest, percentile_of, samples
 from qsnn.snn.network import SNN
 from qsnn.snn.neurons import IFNode
-from qsnn.snn.pieces import Pieces, Reference, in_pieces, shown
+from qsnn.snn.pieces import Pieces, Reference, in_pieces
 
 THRESHOLDS = ("mse", "max", "percentile")
 CORRECTIONS = ("weights", "bias", "none")

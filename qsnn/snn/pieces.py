@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx, nn
 
 from qsnn.graph.call import Call, calling
@@ -24,8 +20,6 @@ _VALUES = 2**17
 
 Of a step, not of all T: what is chosen for a T must not depend on the others that are converted beside it.
 """
-_PATIENCE = 2.0
-"""So long [s] work goes on without a progress bar."""
 
 
 def in_pieces(images: Tensor, values: int) -> list[Tensor]:
@@ -169,20 +163,3 @@ class Reference(fx.Interpreter):
     def forget(self, name: str) -> None:
         """The value will not be asked for again."""
         self.passed.pop(name, None)
-
-
-def shown(nodes: list[fx.Node], label: str) -> Iterator[fx.Node]:
-    """Yield nodes one by one; after two seconds a progress bar shows on a terminal how far they are."""
-    columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar, started, visible = Progress(*columns, console=Console(stderr=True), transient=True), time.monotonic(), False
-    task = bar.add_task(label, total=len(nodes))
-    try:
-        for node in nodes:
-            yield node
-            bar.advance(task)
-            if not visible and bar.console.is_terminal and time.monotonic() - started > _PATIENCE:
-                visible = True
-                bar.start()
-    finally:
-        if visible:
-            bar.stop()
