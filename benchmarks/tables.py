@@ -19,6 +19,8 @@ from qsnn.report.terminal import NONE, number, si
 
 HERE = Path(__file__).resolve().parent
 FLOW = ("teacher", "QANN", "SNN online", "SNN deferred", "student")
+PEER = "SpikingJelly"
+"""The row of trained_peer.py."""
 STEPS = (1, 2, 4, 8)
 EMPTY = "no records yet"
 LIBRARIES = {"SpikingJelly": "SJ", "snnTorch": "snnTorch", "Norse": "Norse"}
@@ -96,7 +98,7 @@ def _flow_row(model: str, rows: Sequence[Record]) -> list[str]:
         values = [r.metrics[key] for r in rows]
         return None if None in values else fmean(values)
 
-    cells = [model, number((mean("weight_bytes") or 0) / 1024, 1)]
+    cells = [f"{PEER}, trained" if model == PEER else model, number((mean("weight_bytes") or 0) / 1024, 1)]
     for t in STEPS:
         values = accuracies(rows, t)
         if values is None:
@@ -128,12 +130,26 @@ def flow_table(chosen: dict[str, list[Record]], command: str, figure: str = "", 
         f"{config['model']}, {config['weight_bits']}-bit weights, L = {config['levels']}",
         f"certificates that say EXACT: {sum(v == 'EXACT' for v in verdicts)} of {len(verdicts)}",
         *_of_files([r for r in files if any(experiment(r.config) == experiment(one.config) for one in every)]),
+        *(_of_peer(chosen[PEER]) if PEER in chosen else []),
         world(every),
         one if len(chosen["student"]) == 1 else several,
     ]
     head = ["model", "weights [KiB]", *(f"T = {t} [%]" for t in STEPS), "spike rate", "synops", "MACs"]
     text = f"{grid(head, [_flow_row(*item) for item in chosen.items()])}\n\n{'; '.join(words)}."
     return f"{text}\n\n![accuracy against time steps, {first.data}](figures/{figure}.svg)" if figure else text
+
+
+def _of_peer(records: Sequence[Record]) -> list[str]:
+    """How SpikingJelly's network was trained beside the student."""
+    how = distinct(f"{r.metrics['peer']}, {count_of(r.metrics['peer_epochs'], 'epoch')}" for r in records)
+    ours = count_of(records[0].config["distill"]["epochs"], "epoch")
+    return [f"{PEER}'s IFNode ({how}) trained by `trained_peer.py` in the time that the student's {ours} take"]
+
+
+def with_peer(records: Sequence[Record], prefix: str, models: Sequence[str], data: str) -> dict[str, list[Record]]:
+    """A flow, and SpikingJelly's row where every seed has it."""
+    alone, both = (flow(records, prefix, found, data) for found in (models, [*models, PEER]))
+    return both if both and len(both["student"]) == len(alone.get("student", ())) else alone
 
 
 def _of_files(records: Sequence[Record]) -> list[str]:
@@ -148,7 +164,7 @@ def run_tables(data: str, records: Sequence[Record]) -> str:
     """A table and a figure for every network that ``qsnn run`` was run with on a data set."""
     texts = []
     for options, mine in networks(records, data).items():
-        chosen = flow(mine, "run", FLOW, data)
+        chosen = with_peer(mine, "run", FLOW, data)
         typed = chosen["student"][-1].config["run"].get("epochs") if chosen else None
         epochs = f" --epochs {' '.join(map(str, typed))}" if typed else ""
         files = [r for r in mine if r.name == "run/net.onnx"]
@@ -160,7 +176,7 @@ def _cifar10_flow(records: Sequence[Record], net: str) -> dict[str, list[Record]
     names = {r.name for r in records}
     models = ("teacher", "QANN", "QANN on", "SNN online", "student")
     found = [model for model in models if f"cifar10/{net}/{model}" in names]
-    return flow(records, f"cifar10/{net}", found, "cifar10") if found else {}
+    return with_peer(records, f"cifar10/{net}", found, "cifar10") if found else {}
 
 
 def cifar10_tables(records: Sequence[Record]) -> str:

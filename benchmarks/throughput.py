@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peer_network import peer_network
 from spikingjelly.activation_based import ann2snn, functional, neuron
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 import qsnn
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
-from qsnn.graph.trace import replace_module
 from qsnn.models.create import build_model
-from qsnn.quant.activations import level_quant
 from qsnn.report.records import Record, append, environment, now
 
 HERE = Path(__file__).resolve().parent
@@ -87,49 +86,16 @@ def quantization_aware_training(model_name: str, repeats: int) -> dict[str, Any]
 
 
 class PeerStudent(nn.Module):
-    """The same network as a SpikingJelly user writes it: Brevitas layers on (T·B), IFNode in multi-step mode.
-
-    Shares no module with ours; θ, amplitude and weights are those of the quantized network.
-    """
+    """The mean answer of :func:`peer_network.peer_network`."""
 
     def __init__(self, qann: fx.GraphModule, timesteps: int) -> None:
         super().__init__()
-        self.timesteps, self.network = timesteps, copy.deepcopy(qann)
-        for name in {str(node.target) for node in qann.graph.nodes if node.op == "call_module"}:
-            module = self.network.get_submodule(name)
-            quant = level_quant(module)
-            if quant is None or quant.signed:
-                replace_module(self.network, name, _Stepless(module))
-            else:
-                replace_module(self.network, name, _ScaledNode(float(quant.step.detach()) * quant.levels))
+        self.timesteps, self.network = timesteps, peer_network(qann)
 
     def forward(self, images: Tensor) -> Tensor:
         functional.reset_net(self)
         answers: Tensor = self.network(images.expand(self.timesteps, *images.shape))
         return answers.mean(0)
-
-
-class _Stepless(nn.Module):
-    """A layer without a state on (T, B, *), as SpikingJelly's SeqToANNContainer runs it, also of two inputs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        answer: Tensor = self.module(*(x.flatten(0, 1) for x in inputs))
-        return answer.unflatten(0, inputs[0].shape[:2])
-
-
-class _ScaledNode(nn.Module):
-    def __init__(self, threshold: float) -> None:
-        super().__init__()
-        self.node = neuron.IFNode(v_threshold=threshold, v_reset=None, step_mode="m")
-        self.threshold = threshold
-
-    def forward(self, x: Tensor) -> Tensor:
-        spikes: Tensor = self.node(x) * self.threshold
-        return spikes
 
 
 def _students(model_name: str, channels_last: bool = True) -> dict[str, Callable[[], None]]:

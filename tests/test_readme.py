@@ -38,6 +38,7 @@ EMPTY = "# own\n\n<!-- table:run-digits -->\nno records yet\n<!-- /table -->\n\n
 CONFIG = {
     "run": {"model": "vgg-small", "weight_bits": 4, "levels": 2, "out": "a", "epochs": None, "seed": 0},
     "teacher": {"epochs": 20, "seed": 0},
+    "distill": {"epochs": 12, "seed": 0},
 }
 WORLD = {
     "commit": "0123456789abcdef", "dirty": False, "device": "a CPU", "torch": "2.1", "brevitas": "0.1",
@@ -57,7 +58,7 @@ def add(root: Path, seed: int = 0, gain: float = 0.0, *, minute: int = 0, models
         metrics = {
             "timesteps": steps, "accuracy": [90.0 + gain + i for i in range(len(steps) or 1)], "weight_bytes": 2048,
             "spike_rate": None if ann else 0.25, "synops": None if ann else 448_384.0, "macs": 13_824,
-            "certificate": "EXACT", "made_for": 2, "equal": 539,
+            "certificate": "EXACT", "made_for": 2, "equal": 539, "peer": "ATan, from 0", "peer_epochs": 9,
         }  # fmt: skip
         append(root / "benchmarks/records/run.jsonl", Record(
             name=f"run/{model}", data="digits", seed=seed, n=540, metrics=metrics, config=config,
@@ -221,6 +222,19 @@ def test_the_exported_file_of_the_same_configuration_is_told(root):
     assert "ONNX" not in page(root)
     add(root, minute=2, models=("net.onnx",))
     assert "; images of which the ONNX file (T = 2) has every logit: 539 of 540; a CPU" in page(root)
+
+
+def test_the_network_that_spikingjelly_trained_stands_below_where_every_seed_has_it(root):
+    add(root)
+    add(root, 1, minute=1)
+    add(root, 1, minute=2, models=("SpikingJelly",))
+    assert "SpikingJelly," not in page(root) and "seeds: 0, 1;" in page(root)
+    add(root, minute=3, models=("SpikingJelly",))
+    assert cells(page(root), "SpikingJelly, trained")[0] == "2.0"
+    assert (
+        "IFNode (ATan, from 0, 9 epochs) trained by `trained_peer.py` in the time that the student's 12 epochs"
+        in page(root)
+    )
 
 
 def test_a_seed_counts_only_where_every_model_has_it(root):

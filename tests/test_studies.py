@@ -16,6 +16,7 @@ import studies
 import study
 import tables
 import torch
+import trained_peer
 import zoo
 from setting import Setting
 
@@ -257,3 +258,23 @@ def test_the_zoo_resumes_by_records_of_the_same_code(tmp_path, monkeypatch, caps
 
 def test_the_zoo_has_forty_networks():
     assert len(zoo.NETWORKS) == 40
+
+
+def test_the_peer_that_is_trained_starts_as_the_same_spiking_network(digits):
+    """SpikingJelly's IFNode from θ/2 on Brevitas layers is the online network, before either is trained."""
+    qann = qsnn.quantize(qsnn.create_model("resnet-small", digits), digits).eval()
+    images, _ = next(qsnn.batches(digits.test, 100))
+    with torch.no_grad():
+        ours = qsnn.convert(qann, qsnn.ConvertConfig(timesteps=2, firing="online"))(images)
+        theirs = trained_peer.peer(qann, "ATan, from θ/2", 2).eval()(images)
+        other = trained_peer.peer(qann, "ATan, from 0", 2).eval()(images)
+    same = (ours - theirs).abs().amax((0, 2)) < 1e-4  # an image with a potential at θ may go either way
+    assert ours.shape == theirs.shape and same.float().mean() > 0.9
+    assert ((ours - other).abs().amax((0, 2)) > 1e-4).float().mean() > 0.9
+
+
+def test_a_folder_without_a_student_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trained_peer.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        trained_peer.main()
+    assert "expected" in capsys.readouterr().err
