@@ -141,7 +141,8 @@ def flow_table(chosen: dict[str, list[Record]], command: str, figure: str = "", 
 
 def _of_peer(records: Sequence[Record]) -> list[str]:
     """How SpikingJelly's network was trained beside the student."""
-    how = distinct(f"{r.metrics['peer']}, {count_of(r.metrics['peer_epochs'], 'epoch')}" for r in records)
+    hows = (f"{r.metrics['peer']}: {count_of(r.metrics['peer_epochs'], 'epoch')}" for r in records)
+    how = " | ".join(dict.fromkeys(hows))
     ours = count_of(records[0].config["distill"]["epochs"], "epoch")
     return [f"{PEER}'s IFNode ({how}) trained by `trained_peer.py` in the time that the student's {ours} take"]
 

@@ -232,7 +232,7 @@ def test_the_network_that_spikingjelly_trained_stands_below_where_every_seed_has
     add(root, minute=3, models=("SpikingJelly",))
     assert cells(page(root), "SpikingJelly, trained")[0] == "2.0"
     assert (
-        "IFNode (ATan, from 0, 9 epochs) trained by `trained_peer.py` in the time that the student's 12 epochs"
+        "IFNode (ATan, from 0: 9 epochs) trained by `trained_peer.py` in the time that the student's 12 epochs"
         in page(root)
     )
 
