@@ -199,6 +199,10 @@ def cifar10_tables(records: Sequence[Record]) -> str:
 _SHOWN: dict[str, Callable[[list[float]], str]] = {
     "synops": lambda values: si(fmean(values), gap=" "),
     "weight_bytes": lambda values: number(fmean(values) / 1024, 1),
+    "parameters": lambda values: f"{fmean(values):,.0f}",
+    "macs": lambda values: si(fmean(values), gap=" "),
+    "macs on counts": lambda values: si(fmean(values), gap=" "),
+    "exact": lambda values: "100" if min(values) == 100 else plus_minus(values),
 }
 
 
@@ -231,7 +235,8 @@ def study_line(study: studies.Study, rows: Sequence[Record], model: str) -> str:
     command = " ".join(["python benchmarks/study.py", study.name, *study.options.split()])
     words = [
         f"`{command}{'' if model == 'study' else f' --model {model}'}`",
-        f"{data}, {setting['model']} net, {images} training images, {setting['epochs']} epochs a stage",
+        f"{data}, {study.net or setting['model'] + ' net'}, {images} training images, "
+        f"{setting['epochs']} epochs a stage",
         images_of(rows), seeds_of(rows), *(["± standard deviation"] if len({r.seed for r in rows}) > 1 else []),
         world(rows),
     ]  # fmt: skip

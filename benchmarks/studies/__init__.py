@@ -38,6 +38,8 @@ class Study:
     """Records of whole seeds -> the sentence at the end, with its full stop."""
     data: str = "fashion-mnist"
     """Data set where the command names none; "all": the rows choose."""
+    net: str = ""
+    """The networks, where they are not the one that the command names."""
     options: str = ""
     """Options of the command that made the published records."""
     titles: Mapping[str, str] | None = None

@@ -16,12 +16,14 @@ from qsnn.report.records import Record
 
 QUESTION = "Does attention need three matrices, or are two enough, or one?"
 SIZE = "`qkformer` of 16-32-64 channels, 20,000 images, 4 epochs a stage, students of half the epochs"
+NET = "`qkformer` of 16-32-64 channels"
 TITLES = {
     "teacher": "teacher [%]", "qann": "QANN [%]", "T=1": "student, T = 1 [%]", "T=2": "T = 2", "exact": "EXACT [%]",
     "parameters": "parameters", "synops": "synops", "macs": "MACs", "macs on counts": "of these on counts",
 }  # fmt: skip
 NOTE = (
-    "W4/L2. One matrix: the keys of a head decide which tokens pass; two: queries decide, by token or by channel; "
+    "W4/L2, students of half the epochs. One matrix: the keys of a head decide which tokens pass; two: queries decide, "
+    "by token or by channel; "
     "three: ReLU attention q (k^T v) / N without a softmax, which is computed on counts, not on spikes: it fires "
     "deferred alone, where it is its QANN, and has no online student. The MLP is made wider or narrower until a row "
     "has the parameters, or the multiply-accumulates, of two matrices. EXACT: spike counts and logits of the deferred "

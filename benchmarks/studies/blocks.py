@@ -29,6 +29,7 @@ from qsnn.report.records import Record
 
 QUESTION = "Which residual block spikes best, converted and from scratch?"
 SIZE = "two blocks of 32 and 64 channels, 20,000 images; teacher and QANN 2 epochs, student 1; from scratch 5"
+NET = "two blocks of 32 and 64 channels"
 TITLES = {
     "teacher": "teacher [%]", "qann": "QANN [%]", "T=2": "T = 2 [%]", "scratch T=2": "from scratch, T = 2",
     "exact": "EXACT [%]", "parameters": "parameters", "synops": "synops",
@@ -116,8 +117,8 @@ def rows(setting: Setting, load: Load) -> Iterator[Row]:
     data, own = load(setting.data), _stages(setting)
     for label, options in BLOCKS.items():
         known = {
-            **options, "widths": WIDTHS, "quantize": W4, "train": asdict(own.low_bits()),
-            "distill": asdict(short_student(own)), "scratch": asdict(_scratch(setting)),
+            "setting": asdict(replace(own, model=setting.model)), **options, "widths": WIDTHS, "quantize": W4,
+            "train": asdict(own.low_bits()), "distill": asdict(short_student(own)), "scratch": asdict(_scratch(setting)),
         }  # fmt: skip
         yield label, known, partial(_block_row, setting, data, options)
 
