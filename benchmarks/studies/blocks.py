@@ -118,7 +118,8 @@ def rows(setting: Setting, load: Load) -> Iterator[Row]:
     for label, options in BLOCKS.items():
         known = {
             "setting": asdict(replace(own, model=setting.model)), **options, "widths": WIDTHS, "quantize": W4,
-            "train": asdict(own.low_bits()), "distill": asdict(short_student(own)), "scratch": asdict(_scratch(setting)),
+            "train": asdict(own.low_bits()), "distill": asdict(short_student(own)),
+            "scratch": asdict(_scratch(setting)),
         }  # fmt: skip
         yield label, known, partial(_block_row, setting, data, options)
 
