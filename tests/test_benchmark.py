@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import qsnn
 from qsnn.data import shown
+from qsnn.measure.benchmark import as_measured
 from qsnn.quant.activations import level_quant
 
 
@@ -129,3 +131,15 @@ def test_a_measurement_that_is_cut_short_gives_the_terminal_back(monkeypatch):
         if part == 3:
             break
     assert written.getvalue().endswith("\x1b[2K") and "\x1b[?25h" in written.getvalue()
+
+
+def test_a_network_without_integers_is_measured_in_float32_and_any_other_exactly(digits):
+    model = qsnn.create_model("study", digits)
+    plain = qsnn.convert(model, digits, qsnn.ConvertConfig(timesteps=2, calibration_images=32))
+    low = qsnn.convert(qsnn.quantize(model, digits, qsnn.QuantizeConfig(weight_bits=16)))
+    for snn, dtype in ((plain, torch.float32), (copy.deepcopy(plain).double(), torch.float64), (low, torch.float64)):
+        measured, folded = as_measured(snn, 2), qsnn.fold(snn, dtype=dtype)
+        for (name, ours), (_, wanted) in zip(measured.named_buffers(), folded.named_buffers(), strict=True):
+            assert ours.dtype == wanted.dtype and torch.equal(ours, wanted), name
+    result = qsnn.benchmark(qsnn.fold(plain, dtype=torch.float32), digits.test.head(100), timesteps=2)
+    assert qsnn.benchmark(plain, digits.test.head(100), timesteps=2).accuracy == result.accuracy

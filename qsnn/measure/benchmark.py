@@ -311,12 +311,21 @@ class _Run:
 
 
 def as_measured(model: nn.Module, timesteps: int) -> nn.Module:
-    """The form of a network that is measured: the integers of an SNN, SpikingJelly's modules in their time loop."""
+    """The form of a network that is measured: the integers of an SNN, SpikingJelly's modules in their time loop.
+
+    A network of float32 weights alone, which has no integers, is measured in float32, as it runs: a fifth of the time.
+    """
     if isinstance(model, SNN):
-        return model if model.folded else fold(model)
+        return model if model.folded else fold(model, dtype=torch.float32 if _runs_in_float32(model) else torch.float64)
     if isinstance(model, TimeLoop) or not any(isinstance(m, base.MemoryModule) for m in model.modules()):
         return model
     return TimeLoop(model, timesteps).eval()
+
+
+def _runs_in_float32(model: nn.Module) -> bool:
+    """Whether no layer has weights of few bits or of another float type."""
+    quantized = any(hasattr(module, "weight_quant") for module in model.modules())
+    return not quantized and all(p.dtype == torch.float32 for p in model.parameters() if p.dim() > 1)
 
 
 def _margins(asked: float | None, run: _Run) -> tuple[float, ...]:
