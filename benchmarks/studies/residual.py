@@ -55,7 +55,7 @@ def answer(records: Sequence[Record]) -> str:
     """One sentence."""
     at = {rate: {label: mean_of(records, f"{label}, lr {rate:g}", "T=2") for label in RESIDUAL} for rate in RATES}
     high, low = at[1e-2], at[1e-4]
-    drop = sum(high.values()) / len(high) - sum(low.values()) / len(low)
+    drops = {label: high[label] - low[label] for label in RESIDUAL}
     shown = "; ".join(
         f"lr {rate:g}: {', '.join(f'{label} {value:.2f}' for label, value in found.items())} %"
         for rate, found in at.items()
@@ -65,12 +65,14 @@ def answer(records: Sequence[Record]) -> str:
     wrong, n = 1 - sum(high.values()) / len(high) / 100, sum(r.n for r in rows) / len(high)
     error = 100 * math.sqrt(2 * wrong * (1 - wrong) / n)
     nets = "holds" if spread < 0.1 else "cannot be refuted" if spread < 0.1 + 2 * error else "does not hold"
-    rates = "cannot be told yet, 1e-4 has hardly learned" if max(low.values()) < 50 else (
-        "holds" if 2 < drop < 8 else "does not hold"
+    costs = {about: ", ".join(f"{label} {drop:.2f}" for label, drop in drops.items() if (2 < drop < 8) is about)
+             for about in (True, False)}  # fmt: skip
+    rates = "cannot be told yet, 1e-4 has hardly learned" if max(low.values()) < 50 else " and ".join(
+        f"{'holds' if about else 'does not hold'} for {found}" for about, found in costs.items() if found
     )  # fmt: skip
     size = f"{count_of(training['epochs'], 'epoch')} of {training['train_images'] or 'all'} images"
     return (
         f"After {size}: that the nets differ by less than 0.1 point at 1e-2, as the notes found, {nets} (they differ "
         f"by {spread:.2f}, and the standard error of a difference is {error:.2f}); that 1e-4 costs about 4 points "
-        f"{rates} ({drop:.2f} on average): {shown}."
+        f"{rates}: {shown}."
     )
