@@ -153,9 +153,9 @@ def published(records: Sequence[Record]) -> dict[str, bytes]:
     """Every figure that the records give, by its file's name."""
     found: dict[str, bytes] = {}
     for data in dict.fromkeys(r.data for r in records if r.name.startswith("run/")):
-        for options, mine in networks(records, data).items():
+        for command, mine in networks(records, data).items():
             if chosen := flow(mine, "run", FLOW, data):
-                found[f"{drawing(data, options)}.svg"] = of_run(chosen)
+                found[f"{drawing(command)}.svg"] = of_run(chosen)
     for name in studies.names():
         if drawn := of_study(name, whole(name, records)):
             found[f"study-{name}.svg"] = drawn

@@ -12,6 +12,7 @@ from typing import Any
 import studies
 from setting import Setting
 
+from qsnn.cli.run import command_of
 from qsnn.report.records import Record, read
 
 Key = tuple[str, str, str]
@@ -95,28 +96,25 @@ def flow(records: Iterable[Record], prefix: str, models: Sequence[str], data: st
     return {model: [rows[seed] for seed in seeds] for model, rows in found.items()} if seeds else {}
 
 
-TYPED: dict[str, Any] = {"model": "vgg-small", "weight_bits": 4, "levels": 2, "signed": False}
-"""Options of ``qsnn run`` that make another network of it, and their defaults."""
+NETWORK = ("data", "model", "weight_bits", "levels", "signed")
+"""Options of ``qsnn run`` that make another network of it."""
 
 
 def networks(records: Iterable[Record], data: str) -> dict[str, list[Record]]:
-    """The records of ``qsnn run`` on a data set, by the options that say which network; the usual one stands first."""
-    found: dict[str, list[Record]] = {"": []}
+    """The records of ``qsnn run`` on a data set, by the command that names the network; the usual one stands first."""
+    found: dict[str, list[Record]] = {command_of({"data": data}): []}
     for record in records:
         if record.data == data and record.name.startswith("run/"):
-            said = {name: record.config["run"].get(name, usual) for name, usual in TYPED.items()}
-            words = (
-                f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                for name, value in said.items() if value != TYPED[name]
-            )  # fmt: skip
-            found.setdefault("".join(words), []).append(record)
-    return {options: mine for options, mine in found.items() if mine}
+            said = {name: value for name, value in record.config["run"].items() if name in NETWORK}
+            found.setdefault(command_of({**said, "data": data}), []).append(record)
+    return {command: mine for command, mine in found.items() if mine}
 
 
-def drawing(data: str, options: str) -> str:
-    """The name of a run's figure, without its ending: run-digits, run-digits-qkformer-w1."""
-    named = options.replace(" --model ", "-").replace(" --weight-bits ", "-w").replace(" --levels ", "-l")
-    return f"run-{data}{named.replace(' --', '-')}"
+def drawing(command: str) -> str:
+    """The name of a run's figure, without its ending, by its command: run-digits, run-digits-qkformer-w1."""
+    short = {"--data": "", "--model": "", "--weight-bits": "w", "--levels": "l"}
+    words = command.removeprefix("qsnn run ").replace("--signed", "--data signed").split()
+    return "-".join(["run", *(short[option] + value for option, value in zip(words[::2], words[1::2], strict=True))])
 
 
 def labels(name: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import studies
 from lookup import by_label, by_time, drawing, experiment, flow, networks, newest, of_study, timed, whole
 
+from qsnn.cli.run import command_of
 from qsnn.measure.accuracy import interval
 from qsnn.report.records import Record
 from qsnn.report.terminal import NONE, number, si
@@ -164,12 +165,12 @@ def _of_files(records: Sequence[Record]) -> list[str]:
 def run_tables(data: str, records: Sequence[Record]) -> str:
     """A table and a figure for every network that ``qsnn run`` was run with on a data set."""
     texts = []
-    for options, mine in networks(records, data).items():
+    for network, mine in networks(records, data).items():
         chosen = with_peer(mine, "run", FLOW, data)
-        typed = chosen["student"][-1].config["run"].get("epochs") if chosen else None
-        epochs = f" --epochs {' '.join(map(str, typed))}" if typed else ""
+        typed = chosen["student"][-1].config["run"] if chosen else {}
+        command = command_of({**typed, "data": data}, without=("out", "seed"))
         files = [r for r in mine if r.name == "run/net.onnx"]
-        texts.append(flow_table(chosen, f"qsnn run --data {data}{options}{epochs}", drawing(data, options), files))
+        texts.append(flow_table(chosen, command, drawing(network), files))
     return "\n\n".join(texts) or EMPTY
 
 

@@ -60,8 +60,7 @@ def chosen(qann: Any, data: qsnn.Data, config: qsnn.TrainConfig, timesteps: int)
     found = {}
     for tried in TRIED:
         network = peer(qann, tried, timesteps)
-        qsnn.fit(network, data, short, label=tried)
-        found[tried] = qsnn.accuracy(network, data.val)
+        found[tried] = qsnn.fit(network, data, short, label=tried)[-1].val_accuracy or 0.0
         print(f"{tried}: {found[tried]:.2f} % of the validation images", flush=True)
     return max(found, key=found.__getitem__)
 
@@ -92,11 +91,7 @@ def main() -> None:
         sys.exit(2)
     told, distill = recipe_of(qann)["data"], qsnn.DistillConfig(**record.config["distill"])
     data = qsnn.load_data(told["name"], root=args.data_root, mean=tuple(told["mean"]), std=tuple(told["std"]))
-    config = qsnn.TrainConfig(
-        epochs=distill.epochs, optimizer=distill.optimizer, lr=distill.lr, weight_decay=distill.weight_decay,
-        batch_size=distill.batch_size, train_images=distill.train_images, precision=distill.precision,
-        seed=distill.seed, label_smoothing=distill.label_smoothing, kd_weight=0.0,
-    )  # fmt: skip
+    config = replace(distill.training(), kd_weight=0.0)
     best = chosen(qann, data, config, distill.timesteps)
     if args.epochs is None:
         one = replace(config, epochs=1)

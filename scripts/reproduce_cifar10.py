@@ -180,11 +180,11 @@ deferred = qsnn.convert(qann) if args.signed else snn  # spikes that take others
 certificate = qsnn.certify(deferred, qann, data.test)
 said = f"deferred at T = {certificate.timesteps}, {certificate.images} images: {certificate.verdict}"
 print("certificate,", said, flush=True)
-models = {"teacher": teacher, "QANN": qann, "QANN on": on, "SNN online": snn, "student": student}
+folded = qsnn.fold(student)
+models = {"teacher": teacher, "QANN": qann, "QANN on": on, "SNN online": snn, "student": folded}
 results = [qsnn.benchmark(m, data.test, timesteps=4, name=name, reference=qann) for name, m in models.items()]
 
-deployed, notes = beside_teacher(qsnn.fold(student).cpu(), teacher.cpu(), out / "net.onnx", data.test.to("cpu"))
-
+deployed, notes = beside_teacher(folded.cpu(), teacher.cpu(), out / "net.onnx", data.test.to("cpu"))
 Console().print(table(results))
 for row in deployed[:1]:
     print(f"{row.name}: {row.file_bytes / 1024:.1f} KiB, equal logits on test images: {equal_logits(row)}")

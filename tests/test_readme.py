@@ -21,6 +21,7 @@ import tables
 
 import qsnn
 from qsnn.cli import main as cli
+from qsnn.cli.run import RunConfig, command_of
 from qsnn.report.records import Record, append
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,6 +215,18 @@ def test_every_network_has_its_table_and_the_usual_one_comes_first(root):
     drawn = sorted(path.name for path in (root / "benchmarks/figures").iterdir())
     assert drawn == ["run-digits-qkformer-w1-signed.svg", "run-digits.svg"]
     assert all(f"(figures/{name})" in text for name in drawn)
+
+
+def test_a_command_is_told_with_every_option_that_was_typed(monkeypatch):
+    said = {"data": "digits", "out": "a", "signed": True, "epochs": [1, 2, 3], "seed": 4, "fresh": True}
+    assert command_of(said) == "qsnn run --data digits --out a --signed --epochs 1 2 3 --seed 4"
+    assert command_of(vars(RunConfig()), without=("seed",)) == "qsnn run --data digits"
+    parsed: list[RunConfig] = []
+    command = importlib.import_module("qsnn.cli.commands").run
+    stub = functools.wraps(command)(lambda config: parsed.append(config))
+    monkeypatch.setattr("qsnn.cli.commands.run", stub)
+    cli.main(shlex.split(command_of(said))[1:])
+    assert parsed[0].signed and parsed[0].epochs == (1, 2, 3) and parsed[0].seed == 4
 
 
 def test_the_exported_file_of_the_same_configuration_is_told(root):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -357,7 +357,7 @@ class _Flow:
         draw_curve(results, curve, title=title)
         write_report(
             report, title=title, results=results, certificate=str(certificate), config=config, environment=world,
-            command=_command(self.config), notes=notes, stages=list(self.stages.seconds.items()),
+            command=command_of(vars(self.config)), notes=notes, stages=list(self.stages.seconds.items()),
             deployed=deployed,
         )  # fmt: skip
         names = ("teacher", "qann", "snn", "student", "folded")
@@ -365,18 +365,23 @@ class _Flow:
         return (*(self.stages.path(name) for name in names), *exported, curve, report, records)
 
 
-def _command(config: RunConfig) -> str:
-    """What to type to get the same again: every option that is not the default, without the folders of this machine."""
+def command_of(options: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """What to type to get the same again: every option that is not the default, without the folders of this machine.
+
+    Args:
+        options: fields of a :class:`RunConfig`, also as a record holds them; one that is missing has its default.
+        without: fields that are left out.
+    """
     words = ["qsnn run"]
-    for option in fields(config):
-        value = getattr(config, option.name)
-        of_this_machine = option.name in ("data_root", "device", "memory", "fresh")
-        if of_this_machine or (value == option.default and option.name != "data"):
+    for option in fields(RunConfig):
+        value = options.get(option.name, option.default)
+        left_out = option.name in ("data_root", "device", "memory", "fresh", *without)
+        if left_out or (value == option.default and option.name != "data"):
             continue
         if isinstance(value, Path):
             value = value.name
-        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        words.append(f"--{option.name.replace('_', '-')} {value}")
+        value = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+        words.append(f"--{option.name.replace('_', '-')}{'' if value is True else f' {value}'}")
     return " ".join(words)
 
 

@@ -313,7 +313,8 @@ class _Run:
 def as_measured(model: nn.Module, timesteps: int) -> nn.Module:
     """The form of a network that is measured: the integers of an SNN, SpikingJelly's modules in their time loop.
 
-    A network of float32 weights alone, which has no integers, is measured in float32, as it runs: a fifth of the time.
+    A network of float32 weights alone, which has no integers, is measured in float32, as it runs: in a quarter of the
+    time.
     """
     if isinstance(model, SNN):
         return model if model.folded else fold(model, dtype=torch.float32 if _runs_in_float32(model) else torch.float64)
