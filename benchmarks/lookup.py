@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -23,13 +24,13 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(config))
 
 
-LATER = ("correct_weight", "strong_weight", "entropy_weight", "ema", "signed", "current_weight")
-"""Options that came after most records were made; 0 is what was before them, and is what a record without them says."""
+LATER = ("correct_weight", "strong_weight", "entropy_weight", "ema", "signed", "current_weight", "model_options")
+"""Options that came after most records were made; 0, or none, is what was before them and what such a record says."""
 
 
 def _said(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _said(item) for name, item in value.items() if name not in LATER or item != 0}
+        return {name: _said(item) for name, item in value.items() if name not in LATER or item}
     return value
 
 
@@ -96,7 +97,7 @@ def flow(records: Iterable[Record], prefix: str, models: Sequence[str], data: st
     return {model: [rows[seed] for seed in seeds] for model, rows in found.items()} if seeds else {}
 
 
-NETWORK = ("data", "model", "weight_bits", "levels", "signed")
+NETWORK = ("data", "model", "model_options", "weight_bits", "levels", "signed")
 """Options of ``qsnn run`` that make another network of it."""
 
 
@@ -112,9 +113,12 @@ def networks(records: Iterable[Record], data: str) -> dict[str, list[Record]]:
 
 def drawing(command: str) -> str:
     """The name of a run's figure, without its ending, by its command: run-digits, run-digits-qkformer-w1."""
-    short = {"--data": "", "--model": "", "--weight-bits": "w", "--levels": "l"}
-    words = command.removeprefix("qsnn run ").replace("--signed", "--data signed").split()
-    return "-".join(["run", *(short[option] + value for option, value in zip(words[::2], words[1::2], strict=True))])
+    short = {"weight-bits": "w", "levels": "l"}
+    parts = ["run"]
+    for option in command.split(" --")[1:]:
+        name, *values = option.split()
+        parts += [short.get(name, "") + value for value in values or [name]]
+    return "-".join(re.findall(r"\w+", "-".join(parts)))
 
 
 def labels(name: str) -> list[str]:

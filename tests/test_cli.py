@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 
 import qsnn
+from qsnn.checkpoint import read_recipe
 from qsnn.cli import main as cli
 from qsnn.cli.main import main
 from qsnn.cli.run import LOW_BITS, RunConfig
@@ -337,6 +338,44 @@ def test_a_key_without_weights_and_a_task_that_does_not_fit(tmp_path: Path, refu
         )
         assert "invalid choice" in refused(*command, "--task", "colouring")
     assert sorted(get_args(TaskName)) == sorted(TASKS)
+
+
+def test_options_of_a_network_are_typed_and_kept(
+    tmp_path: Path, digits: qsnn.Data, images: torch.Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, said = tmp_path / "t.safetensors", ("--model-options", "attention=channel", "widths=[16, 32]", "hidden=8")
+    few = ("--train-images", 64, "--epochs", 0)
+    qsnn_command("train", "--data", "digits", "--model", "qkformer", *said, *few, "--out", file)
+    options = {"attention": "channel", "widths": [16, 32], "hidden": 8}
+    expected = qsnn.create_model("qkformer", digits, **options).eval()
+    assert torch.equal(qsnn.load(file)(images), expected(images))
+    assert read_recipe(file)["model"] == {"name": "qkformer", "options": options}
+    qsnn_command("check", "--model", "qkformer", *said, "--seconds", 0.01)
+    assert "9.gate" in capsys.readouterr().out
+
+
+def test_a_flow_of_other_options_is_another_flow(tmp_path: Path) -> None:
+    out, small = tmp_path / "run", ("--train-images", 64, "--test-images", 16, "--epochs", 0, 0, 0)
+    qsnn_command("run", "--out", out, "--model", "mlp", "--model-options", "width=8", *small)
+    (report,) = {(out / "report.html").read_text()}
+    assert "mlp width=8 on digits" in report and "--model mlp --model-options width=8 " in report
+    first = (out / "teacher.safetensors").stat().st_mtime_ns
+    qsnn_command("run", "--out", out, "--model", "mlp", "--model-options", "width=8", *small)
+    assert (out / "teacher.safetensors").stat().st_mtime_ns == first
+    qsnn_command("run", "--out", out, "--model", "mlp", "--model-options", "width=9", *small)
+    assert qsnn.load(out / "teacher.safetensors")[1].out_features == 9
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["attention"], "expected --model-options as NAME=VALUE, like attention=channel, got 'attention'"),
+    (["hidden=8", "hidden=9"], "--model-options gives hidden twice"),
+    (["seed=3"], "--model-options cannot set seed; it follows from --model, --data and --seed"),
+    (["hiden=8"], "qkformer knows attention, widths, hidden, got hiden"),
+    (["attention=softmax"], "expected attention to be one of self, token, channel, relu, got 'softmax'"),
+])  # fmt: skip
+def test_options_that_a_network_does_not_take(words: list[str], message: str, refused: Callable[..., str]) -> None:
+    assert message in refused("check", "--model", "qkformer", "--model-options", *words)
+    assert message in refused("run", "--model", "qkformer", "--model-options", *words)
 
 
 def test_every_format_takes_its_own_options_alone() -> None:

@@ -205,6 +205,7 @@ def test_configs_are_not_mixed_and_the_newest_one_is_taken(root):
 
 def test_every_network_has_its_table_and_the_usual_one_comes_first(root):
     add(root, options={"model": "qkformer", "weight_bits": 1, "signed": True, "epochs": [5, 5, 4]}, gain=4.0)
+    add(root, options={"model": "qkformer", "model_options": ["attention=channel", "widths=[16,32]"]}, gain=5.0)
     add(root, minute=1)
     text = page(root)
     assert [line for line in text.splitlines() if line.startswith("| student |")][1].count("94.00") == 1
@@ -213,7 +214,9 @@ def test_every_network_has_its_table_and_the_usual_one_comes_first(root):
     ))  # fmt: skip
     assert usual < other
     drawn = sorted(path.name for path in (root / "benchmarks/figures").iterdir())
-    assert drawn == ["run-digits-qkformer-w1-signed.svg", "run-digits.svg"]
+    assert drawn == [
+        "run-digits-qkformer-attention-channel-widths-16-32.svg", "run-digits-qkformer-w1-signed.svg", "run-digits.svg"
+    ]  # fmt: skip
     assert all(f"(figures/{name})" in text for name in drawn)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from qsnn.cli.inputs import load_trained_
+from qsnn.cli.inputs import model_options as options_of
 from qsnn.data.memory import limit_memory
 from qsnn.data.sources import load_data
 from qsnn.measure.check import check as run_check
@@ -19,6 +20,7 @@ from qsnn.training.processes import start
 def check(
     model: str,
     data: str = "digits",
+    model_options: tuple[str, ...] = (),
     weights: Path | None = None,
     key: str | None = None,
     task: TaskName | None = None,
@@ -37,6 +39,7 @@ def check(
     Args:
         model: Name of the network, or your own as package.module:function.
         data: Data set by name, or a folder of images.
+        model_options: Options of the network, each as NAME=VALUE, like attention=channel.
         weights: Trained float weights.
         key: Which weights, where the file holds several: a dictionary's key ("ema"), or the front of the names.
         task: What the network is asked; default found from the labels and the answers.
@@ -52,7 +55,8 @@ def check(
     """
     limit_memory(memory)
     place = start(device)
-    network, found = create_fitting(model, load_data(data, root=data_root, timesteps=frames, mean=mean, std=std))
+    found = load_data(data, root=data_root, timesteps=frames, mean=mean, std=std)
+    network, found = create_fitting(model, found, **options_of(model_options))
     load_trained_(network, weights, key)
     result = run_check(network.to(place).eval(), found, config, timesteps=timesteps, seconds=seconds, task=task)
     print(result)

@@ -22,6 +22,7 @@ from qsnn.cli.inputs import (
     show_ranges,
     write_model,
 )
+from qsnn.cli.inputs import model_options as options_of
 from qsnn.cli.run import LOW_BITS, RunConfig
 from qsnn.cli.run import run as run_flow
 from qsnn.data.fitting import describe
@@ -69,6 +70,7 @@ def train(
     data: str,
     out: Path,
     model: str = "vgg-small",
+    model_options: tuple[str, ...] = (),
     weights: Path | None = None,
     key: str | None = None,
     task: TaskName | None = None,
@@ -87,6 +89,7 @@ def train(
         data: Data set: digits, mnist, fashion-mnist, cifar10, nmnist, dvsgesture, or a folder of images.
         out: File to write.
         model: Name of the network, or your own as package.module:function.
+        model_options: Options of the network, each as NAME=VALUE, like attention=channel.
         frames: Frames of a recording of an event set, one for each time step; default 2.
         mean: Subtracted from each channel, of pixels on [0, 1]; default the data set's own.
         std: Each channel is divided by it; default the data set's own.
@@ -102,7 +105,7 @@ def train(
     limit_memory(memory)
     place, out = start(device), output(out, weights)
     found = load_data(data, root=data_root, timesteps=frames, mean=mean, std=std)
-    teacher, found = create_fitting(model, found, seed=config.seed)
+    teacher, found = create_fitting(model, found, seed=config.seed, **options_of(model_options))
     load_trained_(teacher, weights, key)
     set_task_(teacher, task)
     begun = None if weights is None else (file_hash(weights), key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,6 +20,9 @@ from qsnn.measure.accuracy import score
 from qsnn.models.weights import load_weights
 from qsnn.options import TaskName, hints_of, shown_range
 from qsnn.training.processes import is_main, wait
+
+_NOT_OPTIONS = ("name", "data", "shape", "num_classes", "seed", "pretrained", "function")
+"""What a network is built from besides its options; the data and other options of the command line say it."""
 
 
 def loaded(file: Path, models: Sequence[str], kinds: tuple[str, ...] | None = None) -> nn.Module:
@@ -75,6 +79,28 @@ def data_for(recipe: dict[str, Any], file: Path, root: Path | None, given: str |
     data = load_recorded(recipe.get("data", {}), recipe.get("input_shape"), root=root, folder=given)
     check_data(recipe, data, file)
     return data
+
+
+def model_options(words: Sequence[str]) -> dict[str, Any]:
+    """Options of a network as they are typed: ``attention=channel widths=[16,32]`` are a string and a list.
+
+    Raises:
+        ValueError: a word without "=", an option given twice, or one that the data or the command line decides.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"expected --model-options as NAME=VALUE, like attention=channel, got {word!r}")
+        if name in found:
+            raise ValueError(f"--model-options gives {name} twice; leave one away")
+        if name in _NOT_OPTIONS:
+            raise ValueError(f"--model-options cannot set {name}; it follows from --model, --data and --seed")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found
 
 
 def load_trained_(model: nn.Module, weights: Path | None, key: str | None) -> bool:

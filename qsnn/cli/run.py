@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from qsnn.checkpoint import check_data, file_hash
-from qsnn.cli.inputs import held_by_first, load_trained_, set_task_
+from qsnn.cli.inputs import held_by_first, load_trained_, model_options, set_task_
 from qsnn.data.events import EVENTS
 from qsnn.data.images import Data, first_of
 from qsnn.data.memory import within
@@ -72,6 +72,8 @@ class RunConfig:
     """Folder for checkpoints, records, figure and report."""
     model: str = "vgg-small"
     """Name of the float network, or your own as package.module:function."""
+    model_options: tuple[str, ...] = ()
+    """Options of the network, each as NAME=VALUE, like attention=channel."""
     weights: Path | None = None
     """Trained float weights; the teacher is then not trained."""
     mean: tuple[float, ...] | None = None
@@ -157,7 +159,7 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
     data = load_data(config.data, root=config.data_root, timesteps=frames, mean=config.mean, std=config.std)
     if config.test_images is not None:
         data = replace(data, test=first_of(data.test, config.test_images))
-    network, data = create_fitting(config.model, data, seed=config.seed)
+    network, data = _fresh(config, data)
     if not isinstance(network, TimeLoop):
         network.eval()
         refuse_online(trace(network, tuple(data.shape)), "the student of `qsnn run`")
@@ -168,6 +170,11 @@ def run(config: RunConfig, say: Say = print) -> RunResult:
         if gone:
             raise FileNotFoundError(f"{', '.join(gone)} vanished while the flow ran; start it again")
     return result
+
+
+def _fresh(config: RunConfig, data: Data) -> tuple[nn.Module, Data]:
+    """The float network with fresh weights, and the data as it takes it."""
+    return create_fitting(config.model, data, seed=config.seed, **model_options(config.model_options))
 
 
 class _Flow:
@@ -231,7 +238,7 @@ class _Flow:
         task, data = self.config.task, self.data
         if self.config.train_images is not None:
             data = replace(data, train=first_of(data.train, self.config.train_images))
-        teacher = create_fitting(self.config.model, self.data, seed=self.config.seed)[0].to(self.device).eval()
+        teacher = _fresh(self.config, self.data)[0].to(self.device).eval()
         qann = quantize(teacher, self.data, self.quantize_config)
         snn = convert(qann, self.convert_config)
         first, second = (replace(config, epochs=1) for config in (self.teacher_config, self.qat_config))
@@ -253,10 +260,11 @@ class _Flow:
         if self.config.budget is not None:
             self._configure(self._planned(self.config.budget))
         if self.config.signed:  # what cannot spike so is refused before the training
-            fresh = create_fitting(self.config.model, self.data, seed=self.config.seed)[0].to(self.device).eval()
+            fresh = _fresh(self.config, self.data)[0].to(self.device).eval()
             convert(quantize(fresh, self.data, self.quantize_config), self.convert_config)
         weights = None if self.config.weights is None else file_hash(self.config.weights)
         said: dict[str, Any] = {"key": self.config.key, "task": self.config.task}
+        said["options"] = model_options(self.config.model_options) or None
         teacher = self.stages.run(
             "teacher", self._teacher, model=self.config.model, data=self.data.name, weights=weights,
             train=asdict(self.teacher_config), normalisation=[list(self.data.mean), list(self.data.std)],
@@ -285,7 +293,7 @@ class _Flow:
         return RunResult(results, str(certificate), certificate.within_rounding, files)
 
     def _teacher(self, state: Path) -> nn.Module:
-        teacher, _ = create_fitting(self.config.model, self.data, seed=self.config.seed)
+        teacher, _ = _fresh(self.config, self.data)
         task = set_task_(teacher, self.config.task)
         if load_trained_(teacher, self.config.weights, self.config.key):
             return teacher.eval()
@@ -353,7 +361,8 @@ class _Flow:
                 metrics=_plain(found),
                 config=config, environment=world, time=now(),
             ))  # fmt: skip
-        title = f"{self.config.model} on {Path(self.data.name).name}"
+        network = " ".join([self.config.model, *self.config.model_options])
+        title = f"{network} on {Path(self.data.name).name}"
         draw_curve(results, curve, title=title)
         write_report(
             report, title=title, results=results, certificate=str(certificate), config=config, environment=world,

@@ -56,7 +56,7 @@ def create_model(name: str, data: Data | None = None, *, seed: int = 0, **option
         seed: of the weights; the global random state is left as it was.
         options: passed on to the function, e.g. ``pooling="max"``.
     Raises:
-        ValueError: an unknown name (the message lists the known ones), or a function that cannot be found.
+        ValueError: an unknown name or option (the message lists the known ones), or a function that cannot be found.
 
     >>> from qsnn.data.sources import load_data
     >>> create_model("resnet20", load_data("digits"))(torch.zeros(2, 1, 8, 8)).shape
@@ -108,6 +108,7 @@ def build_model(
         elif name in MODELS:
             if shape is None or num_classes is None:
                 raise ValueError(f"create_model({name!r}) needs data: create_model({name!r}, load_data('digits'))")
+            _refuse_unknown(name, options)
             model = MODELS[name](shape, num_classes, **options)
         elif name in SPIKING:
             if shape is None or num_classes is None:
@@ -128,6 +129,14 @@ def build_model(
         recipe["spiking"] = True
     set_recipe(model, recipe)
     return model
+
+
+def _refuse_unknown(name: str, options: dict[str, Any]) -> None:
+    known = list(inspect.signature(MODELS[name]).parameters)[2:]  # behind the shape and the number of classes
+    wrong = [option for option in options if option not in known]
+    if wrong:
+        takes = f"knows {', '.join(known)}" if known else "takes no options"
+        raise ValueError(f"{name} {takes}, got {', '.join(wrong)}")
 
 
 def _named(name: str) -> Any:
