@@ -291,8 +291,8 @@ def _with_thresholds(snn: SNN, recipe: dict[str, Any], tensors: dict[str, torch.
             value = tensors.get(f"network.{name}.{what}")
             if value is not None and isinstance(neuron, IFNode):
                 channels = shapes.get(nodes.get(name, ""), (0, 0))[1]
-                if value.dim() == 1 and value.numel() > channels > 0:  # where the bias is a map, fold spreads v0 too
-                    value = value.unflatten(0, (channels, -1))[:, 0]
+                if value.dim() and value.shape[-1] > channels > 0:  # where the bias is a map, fold spreads v0 too
+                    value = value.unflatten(-1, (channels, -1))[..., 0]
                 getattr(neuron, what).data = value.clone()
     return folded_structure(snn) if recipe["kind"] == "folded" else snn
 

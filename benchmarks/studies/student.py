@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "right steps teach": {"correct_weight": 0.5},
     "strongest step teaches": {"strong_weight": 0.5},
     "currents of the QANN": {"current_weight": 0.1},
+    "initial potential of each step": {"train_initial": "step"},
     "gradient of the rate": {"surrogate": "rate"},
     "rates first, loop last": {"rates": 0.75},
     "spikes of -1 take back": {"signed": True},

@@ -106,7 +106,8 @@ class DistillConfig:
     """Train the thresholds: one a "layer", which is what "auto" means, or one a "channel": spikes of several sizes, so
     that the folded layers behind compute in floats; "" leaves them as they are."""
     train_initial: str = "auto"
-    """Train the initial potentials, likewise; "auto": one a channel, of an SNN that knows the shape of its images."""
+    """Train the initial potentials, likewise; "auto": one a channel, of an SNN that knows the shape of its images;
+    "step": one a channel and time step, so that each step has a threshold of its own."""
     train_tau: str = ""
     """Train the time constants of the leak, likewise; "auto" where there is a leak."""
     surrogate: str = "box"
@@ -139,8 +140,9 @@ class DistillConfig:
         if not any(weights.values()):
             raise ValueError(f"every loss term has weight 0; give at least one of {', '.join(weights)}")
         for name in ("train_threshold", "train_initial", "train_tau"):
-            if getattr(self, name) not in TRAINED:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, TRAINED))}, got {getattr(self, name)!r}")
+            known = (*TRAINED, "step") if name == "train_initial" else TRAINED
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
         if self.mutual and not self.kd_weight:
             raise ValueError("mutual=True lets the teacher learn from the student by kd_weight, which is 0; give one")
         if self.rate_layers and not self._matches:
@@ -398,4 +400,6 @@ def _prepared_neurons_(student: nn.Module, config: DistillConfig) -> list[tuple[
     for _, neuron in student.neurons():
         if isinstance(neuron, IFNode):
             neuron.surrogate = config.surrogate
-    return train_neurons_(student, config.train_threshold, config.train_initial, config.train_tau)
+    return train_neurons_(
+        student, config.train_threshold, config.train_initial, config.train_tau, config.timesteps
+    )  # fmt: skip

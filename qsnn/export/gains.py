@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
-from qsnn.snn.equations import per_channel
 
 GRID = 1_000_000
 """Most combinations of the other inputs that are gone through for one channel and threshold."""
@@ -63,18 +62,21 @@ def limits_of(
             limits.append(np.clip(alike(row, count), low * reach, high * reach + 1).astype(np.int64))
         return Limits(sign.astype(np.int64)[None], np.stack(limits))
     given = [neuron.gain(j, timesteps) for j in range(len(ranges))]
-    given += [neuron.step_bias, *(per_channel(x, len(shape) + 1) for x in (1.0 - neuron.initial, neuron.threshold))]
+    dims = len(shape) + 1
+    given += [neuron.step_bias, neuron.theta(dims), *(neuron.offset(t, dims) for t in range(1, timesteps + 1))]
     columns = [_columns(x.double().cpu().numpy().reshape(-1), tuple(x.shape), shape) for x in given]
     count = max(x.size for x in (*columns, *(a for pair in ranges for a in pair)))
-    *gains, bias, offset, theta = (alike(x, count) for x in columns)
+    columns = [alike(x, count) for x in columns]
+    gains, (bias, theta, *offsets) = columns[: len(ranges)], columns[len(ranges) :]
     spans = [(alike(low, count), alike(high, count)) for low, high in ranges]
     reaches = [(t, k, 1 if firing == "deferred" else t) for t, k in pairs]
     known: dict[Any, tuple[list[int], list[int]]] = {}
     found = []
     for c in range(count):
-        weights, fixed = [float(g[c]) for g in gains], (float(bias[c]), float(offset[c]), float(theta[c]))
+        weights = [float(g[c]) for g in gains]
+        fixed = (float(bias[c]), float(theta[c]), tuple(float(x[c]) for x in offsets))
         span = [(int(low[c]), int(high[c])) for low, high in spans]
-        key = (*weights, *fixed, *span)
+        key = (*weights, fixed, *span)
         if key not in known:  # a map of biases holds few different ones
             known[key] = _channel(weights, fixed, span, reaches)
         found.append(known[key])
@@ -106,11 +108,11 @@ def weighted_range(weight: np.ndarray, low: np.ndarray, high: np.ndarray) -> tup
 
 def _channel(
     gains: list[float],
-    fixed: tuple[float, float, float],
+    fixed: tuple[float, float, tuple[float, ...]],
     ranges: list[tuple[int, int]],
     pairs: list[tuple[int, int, int]],
 ) -> tuple[list[int], list[int]]:
-    """One channel's integer gains and limits, from its bias, 1 - v₀/θ and θ."""
+    """One channel's integer gains and limits, from its bias, θ, and 1 - v₀/θ at each step."""
     pivot = max(range(len(gains)), key=lambda j: ranges[j][1] - ranges[j][0])
     cuts = [_cut(gains, fixed, ranges, pivot, *pair) for pair in pairs]
     if len(gains) == 1:
@@ -131,7 +133,7 @@ Cut = tuple[list[np.ndarray], np.ndarray, int, int]
 
 def _cut(
     gains: list[float],
-    fixed: tuple[float, float, float],
+    fixed: tuple[float, float, tuple[float, ...]],
     ranges: list[tuple[int, int]],
     pivot: int,
     t: int,
@@ -139,7 +141,7 @@ def _cut(
     reach: int,
 ) -> Cut:
     """Where the neuron's own float64 begins to fire, in the input ``pivot``, for every value of the others."""
-    bias, offset, theta = fixed
+    bias, theta, offsets = fixed
     others = [j for j in range(len(gains)) if j != pivot]
     if np.prod([(ranges[j][1] - ranges[j][0]) * reach + 1 for j in others], dtype=float) > GRID:
         raise ValueError(f"its inputs have more than {GRID:,} combinations")
@@ -157,7 +159,7 @@ def _cut(
             s = s + g * value
         return s + t * bias
 
-    need = (k + offset) * theta
+    need = (k + offsets[t - 1]) * theta
     at_zero = total(np.zeros(size))
     with np.errstate(divide="ignore", invalid="ignore"):
         guess = np.ceil((need - at_zero) / abs(gains[pivot]))

@@ -14,7 +14,8 @@ from qsnn.export.affine import affine
 from qsnn.export.onnx_layers import array, rounded
 from qsnn.export.onnx_values import Values, Wire
 from qsnn.folded.layers import IntegerLayer
-from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF, later
+from qsnn.snn.equations import offset_at
 
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 31, 63, 127)
 
@@ -236,9 +237,9 @@ def summed_currents(values: Values, module: Current, wires: tuple[Wire, ...]) ->
 def current_if(values: Values, name: str, module: CurrentIF, shape: tuple[int, ...], *wires: Wire) -> Wire:
     """S >= (k + ½)·θ in float64, where currents meet or are real."""
     dims, totals = len(shape) + 1, summed_currents(values, module, wires)
-    offset, theta = (values.per_channel(x, dims) for x in (1.0 - array(module.initial), array(module.threshold)))
-    counts = []
+    theta, counts = values.per_channel(array(module.threshold), dims), []
     for t, total in zip(values.steps, totals, strict=True):
+        offset = values.per_channel(1.0 - array(offset_at(module.initial, t)), dims)
         counts.append(counted(values, total, [(k + offset) * theta for k in range(t)], "f64"))
     values.note(name, "real: sums of currents in float64")
     return Wire(tuple(settled(values, counts, module.signed)), values.counts, shape, 1.0, ordered=not module.signed)
@@ -251,12 +252,22 @@ def real_if(values: Values, name: str, module: RealIF, shape: tuple[int, ...], w
     kind = np.float32 if dtype == "f32" else np.float64
     dims = len(shape) + 1
     theta: Any = values.per_channel(np.ones(()) if module.unit else array(module.threshold), dims).astype(kind)
-    start: NDArray[Any] = (values.per_channel(array(module.initial), dims).astype(kind) * theta).astype(kind)
+    start, *pushes = (
+        (values.per_channel(array(row), dims).astype(kind) * theta).astype(kind)
+        for row in (module.initial if module.initial.dim() == 2 else module.initial[None])
+    )
+    pushes = pushes[: values.timesteps - 1]
     xs = values.increments(source, dtype)
     if source.static:
         xs = [values.times(xs[0], span, dtype) for span in values.spans]
     limit = graph.const(theta, dtype)
     values.note(name, f"real: {'float64' if dtype == 'f64' else 'float32'} potentials")
+    if values.deferred and pushes:
+        xs = [graph.add("Add", xs[0], graph.const(np.sum(pushes, 0).astype(kind), dtype))]
+    elif pushes:
+        later_xs = zip(xs[1:], pushes, strict=False)
+        behind = xs[1 + len(pushes) :]
+        xs = [xs[0], *(graph.add("Add", x, graph.const(push, dtype)) for x, push in later_xs), *behind]
     if values.deferred:
         total = graph.add("Div", graph.add("Add", xs[0], graph.const(start, dtype)), limit)
         most = graph.const(float(values.timesteps), dtype)
@@ -283,9 +294,12 @@ def dynamic_if(values: Values, name: str, module: DynamicIF, shape: tuple[int, .
     if module.tau is not None:
         keep = graph.const(values.per_channel(array((-1.0 / module.tau).exp()), dims), "f64")
     fall = graph.const(1.0 - math.exp(-1.0 / rule.reset_tau), "f64")
-    v = graph.const(values.per_channel(array(module.initial), dims) * theta, "f64")
+    v = graph.const(values.per_channel(array(offset_at(module.initial, 1)), dims) * theta, "f64")
+    pushes = later(module.initial, module.theta(dims), dims)
     fired = list[str]()
-    for x in xs:
+    for t, x in enumerate(xs):
+        if pushes is not None and 0 < t <= len(pushes):
+            x = graph.add("Add", x, graph.const(array(pushes[t - 1]), "f64"))
         h = _stored(values, graph.add("Add", graph.add("Mul", v, keep) if keep else v, x), theta, rule.state_bits)
         s = graph.cast(graph.add("GreaterOrEqual", h, limit), "f64")
         if rule.signed and fired:  # before the first spike there is none to take back

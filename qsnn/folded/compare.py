@@ -19,7 +19,7 @@ from qsnn.graph.hooks import watching
 from qsnn.graph.trace import module_of
 from qsnn.quant.activations import level_quant
 from qsnn.quant.weights import integer_weights
-from qsnn.snn.equations import per_channel
+from qsnn.snn.equations import offset_at, per_channel
 from qsnn.snn.neurons import GateNode, IFNode
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -310,7 +310,7 @@ def _around(module: Any, theta: Tensor, given: Tensor, x: Tensor, ours: _Folded,
     first = len(given) // steps  # v0 + x meets θ at once, and multiples of it from then on
     near = near[:first].repeat(steps, *[1] * (near.dim() - 1))
     multiples[:first] = 1.0
-    close[:first] -= per_channel(module.initial, x.dim()).double()
+    close[:first] -= per_channel(offset_at(module.initial, 1), x.dim()).double()
     return theta * torch.where(near == 1, multiples + close, 2 * draw.uniform(given.shape) - 0.5)
 
 

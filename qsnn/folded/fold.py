@@ -162,12 +162,13 @@ class _Folder(Builder):
         (first, *rest), bias = value.terms, bias_of(value)
         signed = neuron.dynamics.signed
         if neuron.dynamics.by_sums and first.integer and not rest and not threshold.dim():
-            started = self.by_channel(initial, node)
-            shape, _ = spread(*first.factors, bias, started)
+            started = [self.by_channel(row, node) for row in (initial if initial.dim() == 2 else initial[None])]
+            shape, _ = spread(*first.factors, bias, *started)
             factors, _ = stacked(first.factors, shape)
             flat = bias.expand(shape).reshape(-1) if bias.numel() > 1 else bias.reshape(1)
-            if started.numel() > 1 and math.prod(shape) != started.numel():
-                initial = started.expand(shape).reshape(-1)
+            if started[0].numel() > 1 and math.prod(shape) != started[0].numel():
+                spreads = [row.expand(shape).reshape(-1) for row in started]
+                initial = torch.stack(spreads) if initial.dim() == 2 else spreads[0]
             module = IntegerIF(
                 factors, first.divisor, flat, threshold, initial, first.bound, shape, steps=first.steps, signed=signed
             )

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from qsnn.folded.layers import EXACT_FLOAT32, EXACT_FLOAT64
 from qsnn.folded.prepared import Prepared
 from qsnn.folded.thresholds import integer_thresholds, refuse_many_steps
 from qsnn.graph.call import Call, current
-from qsnn.snn.equations import Dynamics, deferred, integrated, per_channel, simulate
+from qsnn.snn.equations import Dynamics, deferred, integrated, offset_at, per_channel, pushed, simulate
 
 Shape = tuple[int, ...]
 
@@ -106,12 +107,13 @@ class Current(Prepared):
 class CurrentIF(Current):
     """An IF neuron where currents meet, or that sees a real current: it fires when S >= (k + ½)·θ, in float64.
 
-    A signed one takes a spike back where S < (k - ½)·θ.
+    A signed one takes a spike back where S < (k - ½)·θ. In the place of ½ stands 1 less all that v₀ and later steps put
+    into the potential.
 
     Args:
         current: what :class:`Current` takes; so do ``options``.
         threshold: θ, () or (C,).
-        initial: v0 [θ], likewise.
+        initial: v0 [θ], likewise, or (S, C): a row for each of the first S steps.
         signed: whether it takes spikes back.
     """
 
@@ -137,18 +139,24 @@ class CurrentIF(Current):
         steps = call.timesteps
         totals = self.totals(inputs, steps)
         dims = totals[0].dim()
-        limits = self.kept(("limits", steps, dims), lambda: self._limits(steps, dims))
         if call.firing == "deferred":
-            return firing.deferred(totals[-1], limits)
+            last = self.kept(("limits", steps, dims), lambda: self._limits(steps, steps, dims))
+            return firing.deferred(totals[-1], last)
         if steps <= firing.COMPARED:
-            return firing.online(totals, [limits[: t + 1] for t in range(steps)], signed=self.signed)
-        theta, offset = self.kept(("θ", dims), lambda: (self.theta(dims), per_channel(1.0 - self.initial, dims)))
-        return firing.one_by_one(totals, lambda t, fired: (fired + offset) * theta, signed=self.signed)
+            make = lambda: [self._limits(t, t, dims) for t in range(1, steps + 1)]  # noqa: E731
+            return firing.online(totals, self.kept(("each", steps, dims), make), signed=self.signed)
+        theta = self.kept(("θ", dims), lambda: self.theta(dims))
+        offsets = self.kept(("offsets", steps, dims), lambda: [self.offset(t + 1, dims) for t in range(steps)])
+        return firing.one_by_one(totals, lambda t, fired: (fired + offsets[t]) * theta, signed=self.signed)
 
-    def _limits(self, timesteps: int, dims: int) -> list[Tensor]:
-        """(k + ½)·θ for each k < T, shaped to meet a sum."""
-        theta, offset = self.theta(dims), per_channel(1.0 - self.initial, dims)
-        return [(k + offset) * theta for k in range(timesteps)]
+    def offset(self, step: int, dims: int) -> Tensor:
+        """What the first spike needs at a step [θ]: 1 less all that was put into the potential."""
+        return per_channel(1.0 - offset_at(self.initial, step), dims)
+
+    def _limits(self, step: int, count: int, dims: int) -> list[Tensor]:
+        """(k + ½)·θ at a step for each k < ``count``, shaped to meet a sum."""
+        theta, offset = self.theta(dims), self.offset(step, dims)
+        return [(k + offset) * theta for k in range(count)]
 
 
 class RealIF(Prepared):
@@ -156,7 +164,7 @@ class RealIF(Prepared):
 
     Args:
         threshold: θ, () or (C,).
-        initial: v₀ / θ.
+        initial: v₀ / θ, or (S, C): a row for each of the first S steps.
         unit: the current comes in units of θ.
         constant: the current is one step, (B, C, *), that stands for all T.
     """
@@ -176,16 +184,17 @@ class RealIF(Prepared):
     def forward(self, x: Tensor) -> Tensor:
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
         call = _call()
-        theta, start = self.kept((x.dtype, x.dim()), lambda: self._shaped(x.dtype, x.dim()))
+        theta, start, pushes = self.kept((x.dtype, x.dim()), lambda: self._shaped(x.dtype, x.dim()))
         once = self.constant and not call.frames
         x = x.expand(call.timesteps, *x.shape) if once else x.unflatten(0, (call.timesteps, -1))
+        x = pushed(x, pushes)
         return (deferred if call.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
 
-    def _shaped(self, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor]:
-        """θ and v₀, shaped to meet a step; a number as (1,), which is never read back from a device."""
+    def _shaped(self, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """θ, v₀ and what comes later, shaped to meet a step; a number as (1,), never read back from a device."""
         theta = torch.ones_like(self.threshold) if self.unit else self.threshold
         theta = per_channel(theta.to(dtype).reshape(-1), dims) if theta.dim() else theta.to(dtype).reshape(1)
-        return theta, per_channel(self.initial.to(dtype), dims) * theta
+        return theta, per_channel(offset_at(self.initial, 1).to(dtype), dims) * theta, later(self.initial, theta, dims)
 
 
 class DynamicIF(CurrentIF):
@@ -211,10 +220,26 @@ class DynamicIF(CurrentIF):
         currents = Current.forward(self, *inputs).unflatten(0, (_call().timesteps, -1))
         dims = currents.dim() - 1
         theta, tau = self.theta(dims), None if self.tau is None else per_channel(self.tau, dims)
-        start = (per_channel(self.initial, dims) * theta).expand_as(currents[0])
+        start = (per_channel(offset_at(self.initial, 1), dims) * theta).expand_as(currents[0])
+        currents = pushed(currents, later(self.initial, theta, dims))
         spikes, _, overflows = simulate(currents, theta, start, self.dynamics, tau)
         self.overflows += overflows
         return spikes.float().flatten(0, 1)
+
+
+def later(initial: Tensor, theta: Tensor, dims: int) -> Tensor | None:
+    """What is added to a potential before steps 2 to S, (S - 1, C, 1, ...), in units of θ; None where nothing is."""
+    if initial.dim() < 2 or len(initial) < 2:
+        return None
+    return torch.stack([per_channel(row.to(theta.dtype), dims) * theta for row in initial[1:]])
+
+
+def _steps_of(starts: tuple[Fraction, ...], rows: list[int]) -> list[tuple[Fraction, slice]]:
+    """Which rows of a table have which v_t: each of the first S steps its own, all later ones the last."""
+    if rows[0] >= len(starts):
+        return [(starts[-1], slice(None))]
+    few = len(starts) - 1
+    return [*((starts[t], slice(t, t + 1)) for t in range(few)), (starts[-1], slice(few, None))]
 
 
 class IntegerIF(Prepared):
@@ -222,18 +247,18 @@ class IntegerIF(Prepared):
 
     A signed one takes a spike back, -1, when :math:`A_t < M_{t,k-1}`.
 
-    .. math:: M_{t,k} = \lceil ((k + 1)\,\theta - v_0 - t\,b_c) / g_c \rceil
+    .. math:: M_{t,k} = \lceil ((k + 1)\,\theta - v_t - t\,b_c) / g_c \rceil
 
-    A_t is the integer input summed up to step t, g_c > 0 the current of one unit, b_c the bias of a step. M is an
-    integer, computed once per T from the exact rationals of the stored numbers. A channel with g_c = 0 fires by its
-    bias alone: M is -∞ or ∞.
+    A_t is the integer input summed up to step t, g_c > 0 the current of one unit, b_c the bias of a step, v_t all that
+    was put into the potential up to step t, mostly v₀ alone. M is an integer, computed once per T from the exact
+    rationals of the stored numbers. A channel with g_c = 0 fires by its bias alone: M is -∞ or ∞.
 
     Args:
         factors: numbers whose product over ``divisor``·T^``steps`` is g, (F, n) or (F, 1) float64.
         divisor: window elements of the pooling that the input went through.
         bias: b, (n,) or (1,) float64.
         threshold: θ, scalar.
-        initial: v₀ / θ, scalar or (n,).
+        initial: v₀ / θ, scalar or (n,), or (S, n): a row for each of the first S steps.
         input_bound: largest absolute input of a step; times T^``steps``.
         shape: in which the n values broadcast against an image; () for n = 1.
         steps: how many sums over time the input is a product of.
@@ -265,7 +290,7 @@ class IntegerIF(Prepared):
     ) -> None:
         super().__init__()
         self.shape, self.steps, self.signed = shape, steps, signed
-        channels = max(factors.shape[1], bias.shape[0], torch.as_tensor(initial).numel())
+        channels = max(factors.shape[1], bias.shape[0], *torch.as_tensor(initial).shape[-1:])
         self.register_buffer("factors", factors.expand(-1, channels).clone())
         self.register_buffer("divisor", torch.tensor(divisor, dtype=torch.int64))
         self.register_buffer("bias", bias.expand(channels).clone())
@@ -312,7 +337,10 @@ class IntegerIF(Prepared):
 
     def _exact_table(self, timesteps: int, last_only: bool) -> Tensor:
         theta = Fraction(float(self.threshold))
-        starts = [theta * Fraction(value) for value in self.initial.expand(self.factors.shape[1]).tolist()]
+        given = torch.atleast_2d(self.initial)
+        given = given.expand(len(given), self.factors.shape[1])[:timesteps].T.tolist()
+        # v_t by channel: of the first S steps, and from then on
+        starts = [tuple(accumulate(theta * Fraction(value) for value in column)) for column in given]
         rows = [timesteps] if last_only else [*range(1, timesteps + 1)]
         refuse_many_steps(len(rows), timesteps, self.factors.shape[1])
         table = torch.empty(len(rows), timesteps, self.factors.shape[1], dtype=torch.float64)
@@ -326,8 +354,9 @@ class IntegerIF(Prepared):
             gain = Fraction(1, divisor)
             for factor in column:
                 gain *= abs(Fraction(factor))
-            limits = integer_thresholds(theta, starts[c], Fraction(biases[c]), gain, rows, timesteps)
-            table[:, :, c] = torch.from_numpy(limits)
+            for start, some in _steps_of(starts[c], rows):
+                limits = integer_thresholds(theta, start, Fraction(biases[c]), gain, rows[some], timesteps)
+                table[some, :, c] = torch.from_numpy(limits)
         return table
 
     def forward(self, x: Tensor) -> Tensor:

@@ -60,11 +60,13 @@ class IFFunction(torch.autograd.Function):
         keep: Tensor | None,
         short: torch.dtype | None,
         signed: bool,
+        pushes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Spikes (T, B, *), the last potential (B, *) and the amplified spikes y (T, B, *).
 
         ``repeats`` > 0: x is one step, (B, *), that stands for so many; ``keep``: d, None without leak; ``short``: the
-        dtype of y, by default that of x; ``signed``: spikes of -1 take back spikes that came too early.
+        dtype of y, by default that of x; ``signed``: spikes of -1 take back spikes that came too early; ``pushes``:
+        what is added to the potential before steps 2 to S, (S - 1, C, 1, ...).
         """
         ctx.set_materialize_grads(False)
         ctx.constant = repeats > 0
@@ -85,6 +87,8 @@ class IFFunction(torch.autograd.Function):
                 h = v + current[t] if keep is None else torch.mul(v, keep).add_(current[t])
             else:  # v is ours, and nobody asks for it again
                 h = (v if keep is None else v.mul_(keep)).add_(current[t])
+            if pushes is not None and 0 < t <= len(pushes):
+                h.add_(pushes[t - 1])
             near[t] = in_box(h, theta, 0.5, 1.5, scratch=spikes[t])
             if fired is None:
                 torch.ge(h, theta, out=spikes[t])
@@ -101,20 +105,21 @@ class IFFunction(torch.autograd.Function):
                 amplified[t] = spikes[t] * theta
         # y is kept by the layer behind anyway, the spikes would be kept for this alone
         ctx.save_for_backward(near, amplified if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
-        ctx.dtype, ctx.signed = x.dtype, signed
+        ctx.dtype, ctx.signed, ctx.pushed = x.dtype, signed, None if pushes is None else pushes.shape
         return spikes, v, amplified
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients to x, θ, the first potential and d."""
+        """Gradients to x, θ, the first potential, d and what is added later."""
         grad_spikes, grad_v, grad_y = grads
         near, amplified, threshold, keep, *potentials = ctx.saved_tensors
         theta = _value(threshold)
         if grad_spikes is None and grad_v is None and grad_y is None:
-            return (None,) * 7
-        wants_theta, wants_v, _, wants_keep, *_ = ctx.needs_input_grad[1:]
+            return (None,) * 8
+        wants_theta, wants_v, _, wants_keep, *_, wants_pushes = ctx.needs_input_grad[1:]
         grad_x = None if ctx.constant else empty_steps(near, ctx.dtype)
         grad_theta, grad_keep, total = threshold.new_zeros(threshold.shape), None, None
+        grad_pushes = near.new_zeros(ctx.pushed, dtype=ctx.dtype) if wants_pushes else None
         for t in reversed(range(len(near))):
             # one dtype in each operation: mixed ones are slower on a CPU than a copy before
             outer = _difference(None if grad_y is None else grad_y[t].to(ctx.dtype), grad_v)
@@ -133,6 +138,8 @@ class IFFunction(torch.autograd.Function):
                 grad_theta -= (grad_h if upper is None else upper).sum_to_size(threshold.shape)
             if grad_v is not None:
                 grad_h.add_(grad_v)
+            if grad_pushes is not None and 0 < t <= len(grad_pushes):
+                grad_pushes[t - 1] = grad_h.sum_to_size(ctx.pushed[1:])
             if wants_keep:
                 part = (grad_h * potentials[t]).sum_to_size(keep.shape)
                 grad_keep = part if grad_keep is None else grad_keep + part
@@ -140,7 +147,8 @@ class IFFunction(torch.autograd.Function):
                 total = grad_h.clone() if total is None else total.add_(grad_h)
             grad_v = grad_h if keep is None else grad_h * keep
         grad_x = total if grad_x is None else grad_x
-        return grad_x, (grad_theta if wants_theta else None), (grad_v if wants_v else None), None, grad_keep, None, None
+        grad_theta, grad_v = grad_theta if wants_theta else None, grad_v if wants_v else None
+        return grad_x, grad_theta, grad_v, None, grad_keep, None, None, grad_pushes
 
 
 def _difference(x: Tensor | None, y: Tensor | None) -> Tensor | None:

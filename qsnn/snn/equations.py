@@ -184,6 +184,27 @@ def per_channel(x: Tensor, dims: int) -> Tensor:
     return x.view(-1, *[1] * (dims - 2)) if x.dim() else x
 
 
+def offset_at(initial: Tensor, step: int) -> Tensor:
+    """What has been put into a potential up to a step [θ]: v₀ before the first one, and more before later ones.
+
+    Shape:
+        initial: (), (C,), or (S, C), a row for each of the first S steps; returned: () or (C,).
+    """
+    return initial[:step].sum(0) if initial.dim() == 2 else initial
+
+
+def pushed(x: Tensor, pushes: Tensor | None) -> Tensor:
+    """Currents with what the potential gets before step 2, 3, ...
+
+    Shape:
+        x and returned: (T, B, *); pushes: (S - 1, C, 1, ...), or None where there are none.
+    """
+    steps = 0 if pushes is None else min(len(pushes), len(x) - 1)
+    if not steps or pushes is None:
+        return x
+    return torch.stack([each + pushes[t - 1] if 0 < t <= steps else each for t, each in enumerate(x)])
+
+
 def integrated(x: Tensor, threshold: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """T steps of the soft-reset IF neuron where nothing is kept for a backward: spikes and the last potential.
 

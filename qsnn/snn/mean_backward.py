@@ -196,7 +196,7 @@ def unsupported(network: fx.GraphModule) -> str | None:
     for node in network.graph.nodes:
         module = module_of(network, node)
         if isinstance(module, IFNode):
-            if not module.dynamics.plain or module.surrogate != "rate":
+            if not module.dynamics.plain or module.surrogate != "rate" or module.initial.dim() == 2:
                 return f"{node.target} has another equation or another surrogate than 'rate'"
         elif isinstance(module, Repeat) or node.target is amplified:
             pass

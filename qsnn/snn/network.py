@@ -212,8 +212,12 @@ def final_mean(z: Tensor) -> Tensor:
     return running_mean(z)[-1:]
 
 
-def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tuple[nn.Parameter, Tensor | float]]:
+def train_neurons_(
+    snn: SNN, threshold: str, initial: str, tau: str, timesteps: int
+) -> list[tuple[nn.Parameter, Tensor | float]]:
     """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
+
+    The initial potential may be one a channel and "step", of ``timesteps``.
 
     "auto" is one a layer of the threshold, for spikes of one size keep the layer behind in integers; of the others one
     a channel where the number of channels is known, of a time constant where there is a leak. Return these parameters,
@@ -231,11 +235,11 @@ def train_neurons_(snn: SNN, threshold: str, initial: str, tau: str) -> list[tup
             if not each or (each == "auto" and getattr(neuron, what) is None):
                 continue
             channels = None
-            if each == "channel" or (each == "auto" and what != "threshold" and nodes[name] in shapes):
+            if each in ("channel", "step") or (each == "auto" and what != "threshold" and nodes[name] in shapes):
                 if nodes[name] not in shapes:
                     raise ValueError("a value a channel needs the image shape; convert a network that has seen data")
                 channels = shapes[nodes[name]][1]
-            neuron.train_(what, channels)
+            neuron.train_(what, channels, timesteps if each == "step" else 1)
             value = getattr(neuron, what)
             # a threshold and a time constant stay above 0
             low: Tensor | float = 0.01 * value.detach().clone() if what == "threshold" else 0.05

@@ -12,14 +12,24 @@ from qsnn.graph.call import SHORT, Call, current
 from qsnn.graph.modules import Gate, step_at
 from qsnn.options import expect, seen
 from qsnn.snn.backward import IFFunction, RateFunction
-from qsnn.snn.equations import Dynamics, deferred, firing_function, integrated, kept, per_channel, simulate
+from qsnn.snn.equations import (
+    Dynamics,
+    deferred,
+    firing_function,
+    integrated,
+    kept,
+    offset_at,
+    per_channel,
+    pushed,
+    simulate,
+)
 
 
 def numbers(name: str, value: Any) -> Tensor:
     """A number, or several, as a tensor of its own in float64.
 
     Shape:
-        that of ``value``: () or (C,).
+        that of ``value``.
     Raises:
         TypeError: it is none.
     """
@@ -42,7 +52,8 @@ class IFNode(BaseNode):
     Args:
         threshold: θ > 0 [units of the current], a scalar or one a channel, (C,); a parameter of the module that is not
             trained unless you set ``requires_grad`` (a batch norm before the neuron can do the same).
-        initial: v₀ / θ [1], a scalar or one a channel.
+        initial: v₀ / θ [1], a scalar or one a channel; or (S, C), a row for each of the first S steps of a call: what
+            is added to the potential before it, the first row v₀ itself.
         dynamics: another reset, leak, signed spikes or a membrane of few bits; by default none of them.
         surrogate: what stands for the derivative of a spike at potential h: "box",
             :math:`\partial s/\partial h = [\,|h - \theta| < \theta/2\,]/\theta`; "rate", the gradient of the
@@ -75,8 +86,10 @@ class IFNode(BaseNode):
     ) -> None:
         # float64: θ = s·L of a float32 step is exact in it, and fold reads θ as a rational number
         value, start = numbers("threshold", threshold), numbers("initial", initial)
-        if start.dim() > 1 or not bool(start.isfinite().all()):
-            raise ValueError(f"expected one finite initial potential, or one a channel, got {seen(initial)}")
+        if start.dim() > 2 or not start.numel() or not bool(start.isfinite().all()):
+            raise ValueError(
+                f"expected one finite initial potential, one a channel, or a row a step, got {seen(initial)}"
+            )
         expect("IFNode(threshold, dynamics=Dynamics())", "dynamics", dynamics, (Dynamics, type(None)))
         firing_function(surrogate)
         if value.dim() > 1 or not value.numel() or not bool((value.isfinite() & (value > 0)).all()):
@@ -100,12 +113,19 @@ class IFNode(BaseNode):
         (v,) = states
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         if not torch.is_tensor(v) or v.shape != x.shape:
-            v = per_channel((self.initial * self.threshold).to(x.dtype), x.dim()).expand_as(x)
+            v = per_channel((offset_at(self.initial, 1) * self.threshold).to(x.dtype), x.dim()).expand_as(x)
         return (v,)
 
     def _theta(self, x: Tensor) -> Tensor:
         """θ in the dtype of x (B, C, *), shaped to multiply it."""
         return per_channel(self.threshold.to(x.dtype), x.dim())
+
+    def _pushes(self, x: Tensor) -> Tensor | None:
+        """What is added before steps 2 to S, (S - 1, C, 1, ...), in the dtype of x (B, C, *); None where nothing is."""
+        if self.initial.dim() < 2:
+            return None
+        rows = [per_channel((row * self.threshold).to(x.dtype), x.dim()) for row in self.initial[1:]]
+        return torch.stack(rows) if rows else None
 
     @property
     def _fused(self) -> bool:
@@ -117,15 +137,20 @@ class IFNode(BaseNode):
         """The fused step: spikes, the last potential, and where it comes with them θ·spikes."""
         theta = self._theta(v) if self.threshold.dim() else self.threshold
         found: tuple[Tensor, ...]
+        pushes = self._pushes(v)
         if self.surrogate == "rate" and self.dynamics.plain:
-            found = RateFunction.apply(x, theta, v, repeats)
+            if repeats and pushes is not None:
+                x, repeats = x.expand(repeats, *x.shape), 0
+            found = RateFunction.apply(pushed(x, pushes), theta, v, repeats)
         else:
             keep = None if self.tau is None else kept(per_channel(self.tau, v.dim()), x.dtype)
-            found = IFFunction.apply(x, theta, v, repeats, keep, short, self.dynamics.signed)
+            found = IFFunction.apply(x, theta, v, repeats, keep, short, self.dynamics.signed, pushes)
         return found
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
+        if not (self._fused and torch.is_grad_enabled()):
+            x = pushed(x, self._pushes(x[0]))
         if self.dynamics.plain and not torch.is_grad_enabled():
             return integrated(x, self._theta(x[0]), v)
         if self._fused and torch.is_grad_enabled():
@@ -141,6 +166,8 @@ class IFNode(BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], **kwargs: object
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """One step of the online equation, states in and out."""
+        if self.initial.dim() == 2:
+            raise ValueError("a neuron whose potential is pushed in several steps counts them: use step_mode='m'")
         spikes, v = self._run(inputs[0].unsqueeze(0), states[0])
         return (spikes.squeeze(0),), (v,)
 
@@ -152,7 +179,7 @@ class IFNode(BaseNode):
         return (spikes,), (v,)
 
     def _defer(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return deferred(x, per_channel(self.threshold, v.dim()), v)
+        return deferred(pushed(x, self._pushes(x[0])), per_channel(self.threshold, v.dim()), v)
 
     def fired(self, x: Tensor, firing: str) -> Tensor:
         """Spikes of T steps from rest, without keeping a state: (T, B, *) -> (T, B, *)."""
@@ -195,8 +222,10 @@ class IFNode(BaseNode):
         started = self.initial.detach().mean()
         return f"threshold={shown}, initial={float(started):.4g}, step_mode={self.step_mode}{special}"
 
-    def train_(self, what: str, channels: int | None = None) -> None:
+    def train_(self, what: str, channels: int | None = None, steps: int = 1) -> None:
         """Put "threshold", "initial" or "tau" into training, in place; with ``channels`` one value for each.
+
+        With ``steps`` > 1 "initial" has a row for each step, those behind the first 0 at first.
 
         Raises:
             ValueError: "tau" of a neuron without leak.
@@ -206,6 +235,9 @@ class IFNode(BaseNode):
             raise ValueError("a time constant is trained where there is one: convert with ConvertConfig(tau=(4.0,))")
         if channels is not None and value.numel() == 1:
             value = value.reshape(-1).expand(channels)
+        if what == "initial" and steps > 1:
+            value = value if value.dim() == 2 else value.reshape(1, -1)
+            value = torch.cat([value, value.new_zeros(max(0, steps - len(value)), value.shape[1])])
         delattr(self, what)
         setattr(self, what, nn.Parameter(value.clone()))
 
