@@ -102,7 +102,7 @@ class IFFunction(torch.autograd.Function):
             if short is None:
                 torch.mul(spikes[t], theta, out=amplified[t])
             else:
-                amplified[t] = spikes[t] * theta
+                amplified[t].copy_(spikes[t]).mul_(theta)
         # y is kept by the layer behind anyway, the spikes would be kept for this alone
         ctx.save_for_backward(near, amplified if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
         ctx.dtype, ctx.signed, ctx.pushed = x.dtype, signed, None if pushes is None else pushes.shape
@@ -122,10 +122,10 @@ class IFFunction(torch.autograd.Function):
         grad_pushes = near.new_zeros(ctx.pushed, dtype=ctx.dtype) if wants_pushes else None
         for t in reversed(range(len(near))):
             # one dtype in each operation: mixed ones are slower on a CPU than a copy before
-            outer = _difference(None if grad_y is None else grad_y[t].to(ctx.dtype), grad_v)
+            ours = grad_y is not None and grad_y.dtype != ctx.dtype  # a copy, that nobody else sees
+            outer = _difference(None if grad_y is None else grad_y[t].to(ctx.dtype), grad_v, ours)
             if wants_theta and outer is not None:
-                through_y = amplified[t].to(ctx.dtype) * outer
-                grad_theta += through_y.sum_to_size(threshold.shape) / threshold
+                grad_theta += _summed_product(amplified[t].to(ctx.dtype), outer, threshold.shape) / threshold
             if grad_spikes is not None:
                 inner = grad_spikes[t] / theta
                 outer = inner if outer is None else outer + inner
@@ -151,11 +151,20 @@ class IFFunction(torch.autograd.Function):
         return grad_x, grad_theta, grad_v, None, grad_keep, None, None, grad_pushes
 
 
-def _difference(x: Tensor | None, y: Tensor | None) -> Tensor | None:
-    """x - y (*), where None is 0."""
+def _difference(x: Tensor | None, y: Tensor | None, ours: bool) -> Tensor | None:
+    """x - y (*), where None is 0; in the place of x where that is ``ours``."""
     if x is None:
         return None if y is None else -y
-    return x if y is None else x - y
+    return x if y is None else x.sub_(y) if ours else x - y
+
+
+def _summed_product(x: Tensor, y: Tensor, shape: torch.Size) -> Tensor:
+    """The sum of x·y down to ``shape``, (*) -> () or (C, 1, ...); to a number in one pass, which writes nothing."""
+    last = torch.channels_last
+    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=last))
+    if shape.numel() > 1 or not dense or x.stride() != y.stride():
+        return (x * y).sum_to_size(shape)
+    return torch.dot(*(each.as_strided((each.numel(),), (1,)) for each in (x, y))).view(shape)
 
 
 class RateFunction(torch.autograd.Function):
