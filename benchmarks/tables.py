@@ -181,6 +181,15 @@ def _cifar10_flow(records: Sequence[Record], net: str) -> dict[str, list[Record]
     return with_peer(records, f"cifar10/{net}", found, "cifar10") if found else {}
 
 
+def _cifar10_stages(config: dict[str, Any]) -> list[str]:
+    """What says how the stages of scripts/reproduce_cifar10.py were trained, as it is typed."""
+    own = config["teacher"].get("train")
+    epochs = (own["epochs"] if own else 0, config["train"]["epochs"], config["distill"]["epochs"])
+    precisions = dict.fromkeys(config[part].get("precision", "fp32") for part in ("train", "distill"))
+    said = ([] if own else ["--weights FILE"]) + [f"--epochs {' '.join(map(str, epochs))}"]
+    return said + ([] if list(precisions) == ["fp32"] else [f"--precision {' '.join(precisions)}"])
+
+
 def cifar10_tables(records: Sequence[Record]) -> str:
     """A table for every network that scripts/reproduce_cifar10.py was run on."""
     texts = []
@@ -188,8 +197,9 @@ def cifar10_tables(records: Sequence[Record]) -> str:
         model, bits, *more = re.fullmatch(r"(.+?)(?:-w(\d+))?(-signed)?(-quick)?", net).groups()  # type: ignore[union-attr]
         said = [f"--weight-bits {bits}"] if bits else []
         said += [f"-{option}" for option in more if option]
-        option = " ".join(([] if "--quick" in said else [f"--model {model}"]) + said)
         chosen = _cifar10_flow(records, net)
+        trained = _cifar10_stages(chosen["student"][-1].config) if chosen else []
+        option = " ".join(said if "--quick" in said else [f"--model {model}", *said, *trained])
         files = [r for r in records if r.name == f"cifar10/{net}/net.onnx"]
         texts.append(flow_table(chosen, f"python scripts/reproduce_cifar10.py {option}", files=files))
     return "\n\n".join(texts) or EMPTY

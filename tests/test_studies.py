@@ -278,3 +278,16 @@ def test_a_folder_without_a_student_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         trained_peer.main()
     assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("teacher", "precisions", "said"), [
+    ({"train": {"epochs": 6}}, ("fp32", "fp32"), ["--epochs 6 5 4"]),
+    ({"sha256": "0"}, ("fp32", "bf16"), ["--weights FILE", "--epochs 0 5 4", "--precision fp32 bf16"]),
+    ({"sha256": "0"}, ("bf16", "bf16"), ["--weights FILE", "--epochs 0 5 4", "--precision bf16"]),
+])  # fmt: skip
+def test_a_command_on_cifar10_says_how_its_stages_were_trained(
+    teacher: dict, precisions: tuple[str, str], said: list[str]
+) -> None:
+    stages = zip(("train", "distill"), (5, 4), precisions, strict=True)
+    config = {name: {"epochs": epochs, "precision": precision} for name, epochs, precision in stages}
+    assert tables._cifar10_stages({"teacher": teacher, **config}) == said
