@@ -24,7 +24,9 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(config))
 
 
-LATER = ("correct_weight", "strong_weight", "entropy_weight", "ema", "signed", "current_weight", "model_options")
+LATER = (
+    "correct_weight", "strong_weight", "entropy_weight", "ema", "signed", "current_weight", "model_options", "mixup"
+)  # fmt: skip
 """Options that came after most records were made; 0, or none, is what was before them and what such a record says."""
 
 

@@ -35,6 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "rates first, loop last": {"rates": 0.75},
     "spikes of -1 take back": {"signed": True},
     "mean of weights": {"ema": 0.998},
+    "mixup": {"mixup": 0.2},
+    "cutout": {"augment": "flip+shift+cutout"},
     "threshold x 0.7 in QAT": {"threshold_scale": 0.7},
     "lr 0.003": {"lr": 0.003},
 }

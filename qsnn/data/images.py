@@ -17,7 +17,7 @@ from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import device_of, takes_frames
 from qsnn.options import BatchSize, check_option, seen
 
-AUGMENTS = ("none", "flip", "shift", "flip+shift")
+AUGMENTS = ("none", *(kinds + more for kinds in ("flip", "shift", "flip+shift") for more in ("", "+cutout")), "cutout")
 IGNORED = 255
 """A pixel with this label, or one below 0, is not drawn into loss or score."""
 
@@ -246,9 +246,10 @@ def check_channels(images: Tensor, model: nn.Module | None) -> None:
 def _augment(
     images: Tensor, labels: Any, augment: str, generator: torch.Generator, black: Tensor | float
 ) -> tuple[Tensor, Any]:
-    """Flip left-right with probability 1/2, then shift by up to p pixels each way; black fills the border.
+    """Flip left-right with probability 1/2, shift by up to p pixels each way, cut out a square; black fills the gaps.
 
-    A map of classes moves with its image; on its border nothing counts.
+    A map of classes moves with its image; on its border nothing counts. The square has half the image's side and its
+    center anywhere (DeVries & Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017).
     """
     if images.dim() == 5:  # all frames of a recording move together
         moved, labels = _augment(images.flatten(1, 2), labels, augment, generator, black)
@@ -275,6 +276,15 @@ def _augment(
 
         images = shifted(images, black)
         labels = shifted(labels[:, None], IGNORED)[:, 0] if maps else labels
+    if "cutout" in augment:
+
+        def near_its_center(size: int) -> Tensor:
+            center = torch.randint(size, (b, 1), generator=generator, device=generator.device)
+            away = torch.arange(size, device=center.device) - center
+            return ((away >= -(size // 4)) & (away < size // 4)).to(images.device)
+
+        cut = near_its_center(h)[:, None, :, None] & near_its_center(w)[:, None, None, :]
+        images = torch.where(cut, torch.as_tensor(black, dtype=images.dtype, device=images.device), images)
     return images, labels
 
 
@@ -309,7 +319,8 @@ def batches(
             and batch size.
         batch_size: images a batch, of a Dataset.
         generator: shuffles a Dataset and draws the augmentation; by default a Dataset is read in order.
-        augment: "flip" (left-right), "shift" (a few pixels), "flip+shift" or "none", drawn for each image.
+        augment: "flip" (left-right), "shift" (a few pixels), "cutout" (a square turns black), several joined by "+" in
+            this order, or "none"; drawn for each image.
         device: where the batches go; by default they stay where the data is.
         share: (rank, world): this process takes every world-th image of each batch of a Dataset; all must give
             generators of the same seed.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qsnn.data.images import Data, summed
+from qsnn.data.mixing import Mixed, over_both
 from qsnn.distillation.losses import (
     answer_divergence,
     correct_divergence,
@@ -119,7 +120,9 @@ class DistillConfig:
     ema: Part = 0.0
     """Decay of the running mean of the weights that the student ends with [1]; see :class:`qsnn.TrainConfig`."""
     augment: str | None = None
-    """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
+    """"none", or of "flip", "shift" and "cutout" some, like "flip+shift"; None takes the data set's default."""
+    mixup: Weight = 0.0
+    """α with which images are mixed in pairs, for student and teacher alike [1]; see :class:`qsnn.TrainConfig`."""
     train_images: Images | None = None
     """Use only the first so many training images."""
     precision: str = "fp32"
@@ -163,7 +166,7 @@ class DistillConfig:
         return TrainConfig(
             epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, batch_size=self.batch_size,
             weight_decay=self.weight_decay, label_smoothing=self.label_smoothing, augment=self.augment,
-            kd_temperature=self.kd_temperature, ema=self.ema, train_images=self.train_images,
+            mixup=self.mixup, kd_temperature=self.kd_temperature, ema=self.ema, train_images=self.train_images,
             precision=self.precision, compile=self.compile, seed=self.seed,
         )  # fmt: skip
 
@@ -351,6 +354,8 @@ class _Pair(nn.Module):
 class _Loss:
     """(pair, images, labels) -> the weighted terms."""
 
+    takes_mixed = True
+
     def __init__(self, config: DistillConfig, teachers: list[nn.Module], tasks: Tasks) -> None:
         self.config, self.teachers, self.tasks = config, teachers, tasks
         self.first = True
@@ -358,9 +363,10 @@ class _Loss:
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Any) -> dict[str, Tensor]:
         assert isinstance(model, _Pair)
-        config, labels = self.config, self.tasks.own(heads(labels))
+        config = self.config
         if not torch.compiler.is_compiling():
-            self.tasks.check(labels)
+            for one in (labels.one, labels.other) if isinstance(labels, Mixed) else (labels,):
+                self.tasks.check(heads(one))
         matched = matches(model.loop, config.rate_layers) if config._matches else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
         asked = config.kd_weight or config.answer_weight or config.step_weight or config._matches
@@ -377,15 +383,22 @@ class _Loss:
         neurons = {name: match.neuron for name, match in matched.items()}
         with recorded(seen_of) as outputs, recorded_inputs(neurons) as currents:
             z = heads(model.loop.step_logits(images, timesteps=config.timesteps))
-        terms: dict[str, Tensor] = {}
-        for head, task in self.tasks.by_head.items():
-            expected = [taught_by(target, head, z[head].shape[1:]) for target in targets]
-            for name, term in distillation_loss(z[head], expected, labels[head], config, task).items():
-                terms[name] = terms[name] + term if name in terms else term
+        terms: dict[str, Tensor] = over_both(lambda one: self._of_labels(z, targets, taught, heads(one)), labels)
         if config.rate_weight:
             terms["rate"] = config.rate_weight * rate_distance(matched, outputs, activations, config.timesteps)
         if config.current_weight:
             terms["current"] = config.current_weight * current_distance(matched, currents, inputs, config.timesteps)
+        return terms
+
+    def _of_labels(
+        self, z: dict[str, Tensor], targets: list[dict[str, Tensor]], taught: dict[str, Tensor] | None, labels: Any
+    ) -> dict[str, Tensor]:
+        """The terms that ask for labels, or for answers of a teacher, by name."""
+        config, labels, terms = self.config, self.tasks.own(labels), dict[str, Tensor]()
+        for head, task in self.tasks.by_head.items():
+            expected = [taught_by(target, head, z[head].shape[1:]) for target in targets]
+            for name, term in distillation_loss(z[head], expected, labels[head], config, task).items():
+                terms[name] = terms[name] + term if name in terms else term
         if taught is not None:
             means = {head: each.mean(0).detach() for head, each in z.items()}
             terms["teacher_ce"] = config.ce_weight * self.tasks.loss(taught, labels)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsnn.data.images import Data, batch_sizes, batches, first_of
+from qsnn.data.images import AUGMENTS, Data, batch_sizes, batches, first_of
 from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
+from qsnn.data.mixing import mixed, over_both
 from qsnn.graph.arrived import arrived, evaluating, mark_frozen_norms_, to_float32_
 from qsnn.graph.recipe import recipe_of, set_recipe
 from qsnn.graph.trace import device_of
@@ -37,7 +38,6 @@ from qsnn.training.progress import Bar, StateFile
 from qsnn.training.resume import Epoch, Progress, read_state, refuse_not_finite, save_state
 from qsnn.training.tensorboard import Board
 
-AUGMENTS = ("none", "flip", "shift", "flip+shift", None)
 CHECKPOINT_SECONDS = 300.0
 """A run with a ``resume`` file writes its state after each epoch, and within a long one every so many seconds [s]."""
 DIVERGED = 100.0
@@ -73,7 +73,9 @@ class TrainConfig:
     """Decay of the running mean of the weights that the run ends with, by step, such as 0.999; 0: the last weights.
     Batch norms are then estimated anew [1], in [0, 1)."""
     augment: str | None = None
-    """"none", "flip", "shift", "flip+shift"; None takes the data set's default."""
+    """"none", or of "flip", "shift" and "cutout" some, like "flip+shift"; None takes the data set's default."""
+    mixup: Weight = 0.0
+    """α of the Beta distribution by which images are mixed in pairs, such as 0.2; the loss asks for both labels [1]."""
     train_images: Images | None = None
     """Use only the first so many training images."""
     precision: str = "fp32"
@@ -95,8 +97,9 @@ class TrainConfig:
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
-        if self.augment not in AUGMENTS:
-            raise ValueError(f"augment must be one of {', '.join(map(repr, AUGMENTS))}, got {self.augment!r}")
+        if self.augment not in (*AUGMENTS, None):
+            known = ", ".join(map(repr, (*AUGMENTS, None)))
+            raise ValueError(f"augment must be one of {known}, got {self.augment!r}")
 
 
 def fit(
@@ -168,6 +171,8 @@ def fit(
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise TypeError(f"expected a TrainConfig, got {type(config).__name__}; call fit(model, data, TrainConfig(...))")
+    if config.mixup and loss is not None and not hasattr(loss, "takes_mixed"):
+        raise ValueError("mixup asks a loss for the labels of two images; mix in your own loss, and leave mixup 0")
     to_float32_(model)
     teacher = None if teacher is None else arrived(teacher)
     frozen = mark_frozen_norms_(model)
@@ -264,7 +269,10 @@ class _Loader:
                 continue
             torch.manual_seed((seed * len(self) + batch) * self.world + self.rank)
             # DDP takes the mean over processes, whose shares of the batch may differ by one image
-            yield laid_out(images, torch.channels_last), labels, len(images) * self.world / self.sizes[batch]
+            weight = len(images) * self.world / self.sizes[batch]
+            if self.config.mixup:
+                images, labels = mixed(images, labels, self.config.mixup)
+            yield laid_out(images, torch.channels_last), labels, weight
 
     def some(self, images: int) -> Iterator[Tensor]:
         """The first batches of an epoch's kind, about so many images, for batch norms."""
@@ -350,7 +358,7 @@ def _default_loss(config: TrainConfig, teacher: nn.Module | None, tasks: Tasks |
 
     def loss(model: nn.Module, images: Tensor, labels: Any) -> Tensor:
         answers = heads(answer(model, images))
-        value = tasks.loss(answers, heads(labels), config.label_smoothing)
+        value: Tensor = over_both(lambda one: tasks.loss(answers, heads(one), config.label_smoothing), labels)
         if teacher is None or config.kd_weight == 0:
             return value
         with torch.no_grad():
