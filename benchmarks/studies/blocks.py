@@ -152,10 +152,14 @@ def answer(records: Sequence[Record]) -> str:
     grouped = by["T=2"][most] - by["T=2"][one]
     without = sum(by["T=2"][f"ConvNeXt, groups {g}, no 1x1"] - by["T=2"][f"ConvNeXt, groups {g}"] for g in GROUPS) / 3
     proved = all(r.metrics["exact"] == 100.0 for r in records)
+    weighs = {label: mean_of(records, label, "parameters") for label in BLOCKS}
+    shown = {
+        key: f"{label} ({by[key][label]:.2f} %, {weighs[label] / 1000:.0f} k parameters)" for key, label in best.items()
+    }
     return (
-        f"At T = 2 the best block is {best['T=2']} converted and distilled ({by['T=2'][best['T=2']]:.2f} %) and "
-        f"{best['scratch T=2']} from scratch ({by['scratch T=2'][best['scratch T=2']]:.2f} %); by way of an ANN the "
-        f"blocks gain {gain:+.2f} points over as many epochs from scratch; {GROUPS[-1]} groups instead of one change "
-        f"{grouped:+.2f}, leaving the 1x1 convolutions away {without:+.2f}; deferred "
+        f"At T = 2 the best block is {shown['T=2']} converted and distilled and {shown['scratch T=2']} from scratch; by "
+        f"way of an ANN the blocks gain {gain:+.2f} points over as many epochs from scratch; {GROUPS[-1]} groups instead "
+        f"of one change {grouped:+.2f} with {weighs[most] / weighs[one]:.2f} of the parameters, leaving the 1x1 "
+        f"convolutions away {without:+.2f}; deferred "
         f"{'every network is' if proved else 'not every network is'} EXACT."
     )
