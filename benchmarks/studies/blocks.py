@@ -157,9 +157,9 @@ def answer(records: Sequence[Record]) -> str:
         key: f"{label} ({by[key][label]:.2f} %, {weighs[label] / 1000:.0f} k parameters)" for key, label in best.items()
     }
     return (
-        f"At T = 2 the best block is {shown['T=2']} converted and distilled and {shown['scratch T=2']} from scratch; by "
-        f"way of an ANN the blocks gain {gain:+.2f} points over as many epochs from scratch; {GROUPS[-1]} groups instead "
-        f"of one change {grouped:+.2f} with {weighs[most] / weighs[one]:.2f} of the parameters, leaving the 1x1 "
-        f"convolutions away {without:+.2f}; deferred "
+        f"At T = 2 the best block is {shown['T=2']} converted and distilled and {shown['scratch T=2']} from scratch; "
+        f"by way of an ANN the blocks gain {gain:+.2f} points over as many epochs from scratch; {GROUPS[-1]} groups "
+        f"instead of one change {grouped:+.2f} with {weighs[most] / weighs[one]:.2f} of the parameters, leaving the "
+        f"1x1 convolutions away {without:+.2f}; deferred "
         f"{'every network is' if proved else 'not every network is'} EXACT."
     )
