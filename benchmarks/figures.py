@@ -22,6 +22,7 @@ Draw = Callable[[Any, By], None]
 CYCLE = [COLOURS[f"c{i}"][0] for i in range(5)]
 WORDS = {
     "qann": "QANN", "ann": "without spikes", "teacher": "teacher", "T=1": "student, T = 1", "T=2": "student, T = 2",
+    "scratch T=2": "from scratch, T = 2",
 }  # fmt: skip
 """Metric -> how a legend names it, in figures of dots."""
 
