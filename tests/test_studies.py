@@ -187,7 +187,7 @@ def test_forms_of_attention_meet_at_equal_parameters_and_at_equal_operations():
 @pytest.mark.parametrize("name", ["attention", "blocks"])
 def test_an_answer_says_what_the_numbers_say(name):
     study = studies.find(name)
-    numbers = {"qann": 90.0, "T=1": 80.0, "T=2": 89.0, "scratch T=2": 85.0, "exact": 100.0}
+    numbers = {"qann": 90.0, "T=1": 80.0, "T=2": 89.0, "scratch T=2": 85.0, "exact": 100.0, "parameters": 5e4}
 
     def made(**more: dict) -> list[Record]:
         rows = [(label, {**numbers, **more.get(label.partition(",")[0], {})}) for label, _, _ in _rows(name)]
@@ -200,7 +200,8 @@ def test_an_answer_says_what_the_numbers_say(name):
         said = study.answer(made(three={"qann": 92.0, "exact": 99.9}))
         assert "three are better" in said and "not every network is EXACT" in said
     else:
-        assert "best block is basic converted and distilled (89.50 %)" in study.answer(made(basic={"T=2": 89.5}))
+        said = study.answer(made(basic={"T=2": 89.5}))
+        assert "best block is basic (89.50 %, 50 k parameters) converted and distilled" in said
         assert "gain +4.00 points" in study.answer(made()) and "every network is EXACT" in study.answer(made())
 
 

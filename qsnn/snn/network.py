@@ -213,7 +213,7 @@ def final_mean(z: Tensor) -> Tensor:
 
 
 def train_neurons_(
-    snn: SNN, threshold: str, initial: str, tau: str, timesteps: int
+    snn: SNN, threshold: str, initial: str, tau: str, timesteps: int = 2
 ) -> list[tuple[nn.Parameter, Tensor | float]]:
     """Put threshold, initial potential and time constant into training, in place: "layer", "channel" or "" for not.
 
