@@ -14,8 +14,8 @@ from qsnn.export.affine import affine
 from qsnn.export.onnx_layers import array, rounded
 from qsnn.export.onnx_values import Values, Wire
 from qsnn.folded.layers import IntegerLayer
-from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF, later
-from qsnn.snn.equations import offset_at
+from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.snn.equations import later, offset_at
 
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 31, 63, 127)
 

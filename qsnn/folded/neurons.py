@@ -17,7 +17,7 @@ from qsnn.folded.layers import EXACT_FLOAT32, EXACT_FLOAT64
 from qsnn.folded.prepared import Prepared
 from qsnn.folded.thresholds import integer_thresholds, refuse_many_steps
 from qsnn.graph.call import Call, current
-from qsnn.snn.equations import Dynamics, deferred, integrated, offset_at, per_channel, pushed, simulate
+from qsnn.snn.equations import Dynamics, deferred, integrated, later, offset_at, per_channel, pushed, simulate
 
 Shape = tuple[int, ...]
 
@@ -225,17 +225,6 @@ class DynamicIF(CurrentIF):
         spikes, _, overflows = simulate(currents, theta, start, self.dynamics, tau)
         self.overflows += overflows
         return spikes.float().flatten(0, 1)
-
-
-def later(initial: Tensor, theta: Tensor, dims: int) -> Tensor | None:
-    """What is added to a potential before steps 2 to S, in units of θ; None where nothing is.
-
-    Shape:
-        initial: (), (C,), or (S, C); returned: (S - 1, C, 1, ...), to meet a step of ``dims`` dimensions.
-    """
-    if initial.dim() < 2 or len(initial) < 2:
-        return None
-    return torch.stack([per_channel(row.to(theta.dtype), dims) * theta for row in initial[1:]])
 
 
 def _steps_of(starts: tuple[Fraction, ...], rows: list[int]) -> list[tuple[Fraction, slice]]:

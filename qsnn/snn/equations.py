@@ -193,6 +193,17 @@ def offset_at(initial: Tensor, step: int) -> Tensor:
     return initial[:step].sum(0) if initial.dim() == 2 else initial
 
 
+def later(initial: Tensor, theta: Tensor, dims: int) -> Tensor | None:
+    """What is added to a potential before steps 2 to S, in units of θ; None where nothing is.
+
+    Shape:
+        initial: (), (C,), or (S, C); returned: (S - 1, C, 1, ...), to meet a step of ``dims`` dimensions.
+    """
+    if initial.dim() < 2 or len(initial) < 2:
+        return None
+    return torch.stack([per_channel(row.to(theta.dtype), dims) * theta for row in initial[1:]])
+
+
 def pushed(x: Tensor, pushes: Tensor | None) -> Tensor:
     """Currents with what the potential gets before step 2, 3, ...
 

@@ -18,6 +18,7 @@ from qsnn.snn.equations import (
     firing_function,
     integrated,
     kept,
+    later,
     offset_at,
     per_channel,
     pushed,
@@ -122,10 +123,8 @@ class IFNode(BaseNode):
 
     def _pushes(self, x: Tensor) -> Tensor | None:
         """What is added before steps 2 to S, (S - 1, C, 1, ...), in the dtype of x (B, C, *); None where nothing is."""
-        if self.initial.dim() < 2:
-            return None
-        rows = [per_channel((row * self.threshold).to(x.dtype), x.dim()) for row in self.initial[1:]]
-        return torch.stack(rows) if rows else None
+        pushes = later(self.initial, per_channel(self.threshold, x.dim()), x.dim())
+        return None if pushes is None else pushes.to(x.dtype)
 
     @property
     def _fused(self) -> bool:
