@@ -97,19 +97,17 @@ def qann_of(setting: Setting, data: qsnn.Data, quantized: dict[str, Any], **opti
 
 
 def student_config(setting: Setting, **options: Any) -> qsnn.DistillConfig:
-    """How the students of the studies learn: from the label after two steps and after each, θ and v₀ by channel."""
-    chosen: dict[str, Any] = {
-        "timesteps": 2, "epochs": setting.epochs, "lr": 0.01, "optimizer": "adamw", "weight_decay": 0.0,
-        "batch_size": 64, "label_smoothing": 0.0, "ce_weight": 0.5, "step_ce_weight": 0.5, "kd_weight": 0.0,
-        "surrogate": "box", "train_threshold": "channel", "train_initial": "channel",
-        "train_images": setting.train_images, "seed": setting.seed,
-    }  # fmt: skip
-    return qsnn.DistillConfig(**{**chosen, **options})
+    """The recipe that is the default of :func:`qsnn.distill`, of the setting's size."""
+    sizes: dict[str, Any] = {"epochs": setting.epochs, "train_images": setting.train_images, "seed": setting.seed}
+    return qsnn.DistillConfig(**{**sizes, **options})
 
 
 def short_student(setting: Setting, **options: Any) -> qsnn.DistillConfig:
-    """A student of half the epochs, for studies that train many."""
-    return student_config(setting, **{"epochs": max(1, setting.epochs // 2), **options})
+    """Half the epochs and θ by channel, for studies whose students are compared with each other alone."""
+    chosen: dict[str, Any] = {
+        "epochs": max(1, setting.epochs // 2), "train_threshold": "channel", "train_initial": "channel",
+    }  # fmt: skip
+    return student_config(setting, **{**chosen, **options})
 
 
 def student_of(

@@ -17,7 +17,6 @@ from setting import (
     mean_of,
     qann_of,
     short_student,
-    student_config,
     student_of,
     teacher_of,
 )
@@ -109,7 +108,7 @@ def _stages(setting: Setting) -> Setting:
 
 def _scratch(setting: Setting) -> qsnn.DistillConfig:
     own = _stages(setting)
-    return student_config(setting, epochs=2 * own.epochs + short_student(own).epochs)
+    return short_student(setting, epochs=2 * own.epochs + short_student(own).epochs)
 
 
 def rows(setting: Setting, load: Load) -> Iterator[Row]:
