@@ -263,11 +263,9 @@ def real_if(values: Values, name: str, module: RealIF, shape: tuple[int, ...], w
     limit = graph.const(theta, dtype)
     values.note(name, f"real: {'float64' if dtype == 'f64' else 'float32'} potentials")
     if values.deferred and pushes:
-        xs = [graph.add("Add", xs[0], graph.const(np.sum(pushes, 0).astype(kind), dtype))]
-    elif pushes:
-        later_xs = zip(xs[1:], pushes, strict=False)
-        behind = xs[1 + len(pushes) :]
-        xs = [xs[0], *(graph.add("Add", x, graph.const(push, dtype)) for x, push in later_xs), *behind]
+        pushes = [np.sum(pushes, 0).astype(kind)]
+    for t, push in enumerate(pushes, 0 if values.deferred else 1):
+        xs[t] = graph.add("Add", xs[t], graph.const(push, dtype))
     if values.deferred:
         total = graph.add("Div", graph.add("Add", xs[0], graph.const(start, dtype)), limit)
         most = graph.const(float(values.timesteps), dtype)
