@@ -196,6 +196,14 @@ def test_a_budget_becomes_epochs_once(
     assert left.value.code == 2 and "is no plan of epochs" in capsys.readouterr().err
 
 
+def test_a_flow_in_short_floats(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("--epochs", 1, 1, 1, "--train-images", 128, "--test-images", 20, "--max-timesteps", 2)
+    qsnn_command("run", "--model", tiny, "--precision", "bf16", *few, "--out", tmp_path)
+    assert "certificate: EXACT" in capsys.readouterr().out, "what was trained so is as exact"
+    config = json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["config"]
+    assert [config[stage]["precision"] for stage in ("teacher", "train", "distill")] == ["bf16"] * 3
+
+
 @pytest.mark.parametrize("command", ["train", "quantize", "distill"])
 def test_a_command_that_was_stopped_ends_with_the_same_file(
     command: str, chain: Path, tmp_path: Path, steps: Steps, images: torch.Tensor
@@ -589,6 +597,7 @@ def test_numbers_out_of_range(chain: Path, tmp_path: Path, refused: Callable[...
         (("run", "--max-timesteps", 0), "max_timesteps must be a whole number from 1 to 4,096, got 0"),
         (("run", "--weight-bits", 0), "weight_bits must be a whole number from 1 to 32, got 0"),
         (("run", "--levels", 0), "levels must be a whole number from 1 to 255"),
+        (("run", "--precision", "fp8"), "precision must be 'fp32' or 'bf16', got 'fp8'"),
         (("run", "--budget", "2d"), "expected a time like 90s, 110m, 2h or 1h30m, got '2d'"),
         (("run", "--budget", "2h", "--epochs", 1, 1, 1), "expected epochs or budget, got both"),
         (("run", "--epochs", 1, 1, -1), "epochs must be 3 values in a tuple, each a whole number from 0"),

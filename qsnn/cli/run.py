@@ -104,6 +104,8 @@ class RunConfig:
     """Images a step; by default 128 for the teacher, 64 where weights have few bits."""
     epochs: tuple[Epochs, Epochs, Epochs] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
+    precision: str = "fp32"
+    """Of all training: "fp32", or "bf16", short floats, where the processor has them about twice as fast."""
     budget: str | None = None
     """Time for all training, as 90s, 110m or 2h: a few steps are measured, and epochs chosen that fit into it."""
     seed: Seed = 0
@@ -124,6 +126,7 @@ class RunConfig:
             ValueError: which option, and what it may be.
         """
         check_options(self)
+        TrainConfig(precision=self.precision)
         if self.memory is not None:
             as_bytes(self.memory)
         if self.budget is not None:
@@ -193,7 +196,7 @@ class _Flow:
     def _configure(self, epochs: tuple[int, int, int]) -> None:
         """Set how each stage trains."""
         config = self.config
-        few: dict[str, Any] = {"train_images": config.train_images}
+        few: dict[str, Any] = {"train_images": config.train_images, "precision": config.precision}
         if config.batch_size is not None:
             few["batch_size"] = config.batch_size
         self.teacher_config = TrainConfig(epochs=epochs[0], lr=0.1, seed=config.seed, **few)
@@ -218,7 +221,7 @@ class _Flow:
         """
         plan = self.out / "plan.json"
         names = "data model weights weight_bits levels timesteps train_images batch_size".split()
-        names += ["signed"] * self.config.signed
+        names += ["signed"] * self.config.signed + ["precision"] * (self.config.precision != "fp32")
         about = _plain({"budget": budget, **{name: getattr(self.config, name) for name in names}})
         found = read_plan(plan) if not self.config.fresh else {}
         if found.get("about") != about:
