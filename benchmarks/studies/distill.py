@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from figures import lines
-from setting import STUDENTS, Load, Row, Setting, mean_of, qann_of, student_config, teacher_of
+from setting import STUDENTS, Load, Row, Setting, mean_of, qann_of, short_student, student_config, teacher_of
 from tables import by_steps
 
 import qsnn
@@ -17,7 +17,7 @@ from qsnn.report.records import Record
 QUESTION = "Can a low-precision ANN teach a spiking net so well that two steps are enough?"
 SIZE = "as `precision`"
 TITLES = {"qann": "QANN [%]", "qann on": "trained on [%]", **by_steps(1, 2, 4)}
-NOTE = "Online students; trained on: the QANN, for as long as the student."
+NOTE = "Online students; trained on: the QANN, for as long as the student. From scratch: a threshold a channel."
 FIGURE = lines({
     "W4": "student, 4-bit weights", "W1": "student, 1-bit weights", "fp16": "student, fp16 weights",
     "W4, from scratch": "4-bit weights, from scratch",
@@ -28,7 +28,7 @@ FIGURE = lines({
 def rows(setting: Setting, load: Load) -> Iterator[Row]:
     """Online students of T = 2 from the quantized network of each precision, and what they have to beat."""
     data = load(setting.data)
-    config, scratch = student_config(setting), student_config(setting, epochs=3 * setting.epochs)
+    config, scratch = student_config(setting), short_student(setting, epochs=3 * setting.epochs)
     for label, options in STUDENTS.items():
         known = {"quantize": options, "train": asdict(setting.low_bits()), "distill": asdict(config)}
         yield label, known, partial(_student_row, setting, data, options, config)

@@ -105,7 +105,7 @@ class RunConfig:
     epochs: tuple[Epochs, Epochs, Epochs] | None = None
     """Epochs of teacher, quantization-aware training and distillation; by default chosen for the data set."""
     precision: str = "fp32"
-    """Of all training: "fp32", or "bf16", short floats, where the processor has them about twice as fast."""
+    """Of all training: "fp32", or "bf16", short floats, faster on processors that have them."""
     budget: str | None = None
     """Time for all training, as 90s, 110m or 2h: a few steps are measured, and epochs chosen that fit into it."""
     seed: Seed = 0
