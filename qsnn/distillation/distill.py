@@ -65,7 +65,7 @@ class DistillConfig:
     epochs: Epochs = 10
     """Passes over the training images."""
     lr: LearningRate = 0.01
-    """Peak learning rate [1] (AdamW; of a deep network over many epochs rather 0.003; about 0.02 for SGD)."""
+    """Peak learning rate [1] (AdamW; of a deep network rather 0.001; about 0.02 for SGD)."""
     optimizer: str = "adamw"
     """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
     batch_size: BatchSize = 64
