@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -224,6 +225,8 @@ def test_a_command_is_told_with_every_option_that_was_typed(monkeypatch):
     said = {"data": "digits", "out": "a", "signed": True, "epochs": [1, 2, 3], "seed": 4, "fresh": True}
     assert command_of(said) == "qsnn run --data digits --out a --signed --epochs 1 2 3 --seed 4"
     assert command_of(vars(RunConfig()), without=("seed",)) == "qsnn run --data digits"
+    stored = json.loads(json.dumps(vars(RunConfig()), default=str))  # tuples came back as lists
+    assert command_of(stored, without=("out",)) == "qsnn run --data digits"
     parsed: list[RunConfig] = []
     command = importlib.import_module("qsnn.cli.commands").run
     stub = functools.wraps(command)(lambda config: parsed.append(config))

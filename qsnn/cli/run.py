@@ -387,12 +387,13 @@ def command_of(options: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     words = ["qsnn run"]
     for option in fields(RunConfig):
         value = options.get(option.name, option.default)
+        value = tuple(value) if isinstance(value, list) else value  # as JSON has it
         left_out = option.name in ("data_root", "device", "memory", "fresh", *without)
         if left_out or (value == option.default and option.name != "data"):
             continue
         if isinstance(value, Path):
             value = value.name
-        value = " ".join(map(str, value)) if isinstance(value, tuple | list) else value
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
         words.append(f"--{option.name.replace('_', '-')}{'' if value is True else f' {value}'}")
     return " ".join(words)
 
