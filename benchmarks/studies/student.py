@@ -39,6 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "mixup": {"mixup": 0.2},
     "cutout": {"augment": "flip+shift+cutout"},
     "threshold x 0.7 in QAT": {"threshold_scale": 0.7},
+    "potential of each step, threshold x 0.7": {"train_initial": "step", "threshold_scale": 0.7},
     "lr 0.003": {"lr": 0.003},
 }
 """What differs from the recipe: options of DistillConfig; ``teachers`` that teach; ``rates``, the part of the epochs
