@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from statistics import mean, stdev
 from typing import Any
 
 from figures import dots
@@ -84,15 +85,20 @@ def _row(setting: Setting, data: qsnn.Data, way: dict[str, Any]) -> dict[str, An
 
 def answer(records: Sequence[Record]) -> str:
     """One sentence."""
-    base = {t: mean_of(records, RECIPE, f"T={t}") for t in (1, 2)}
-    gains = {
-        label: (mean_of(records, label, "T=2") - base[2], mean_of(records, label, "T=1") - base[1])
-        for label in WAYS if label != RECIPE and any(r.name.partition("/")[2] == label for r in records)
-    }  # fmt: skip
-    parts = [f"{label} {two:+.2f} ({one:+.2f})" for label, (two, one) in sorted(gains.items(), key=lambda g: -g[1][0])]
-    short = mean_of(records, RECIPE, "qann on") - base[2]
-    side = "below" if short > 0 else "above"
+    found = {label: gains for label in WAYS if label != RECIPE and (gains := _gained(records, label))}
+    parts = [
+        f"{label} {mean(gains):+.2f}{f' ± {stdev(gains) / len(gains) ** 0.5:.2f}' if len(gains) > 1 else ''}"
+        for label, gains in sorted(found.items(), key=lambda one: -mean(one[1]))
+    ]
+    short = mean_of(records, RECIPE, "qann on") - mean_of(records, RECIPE, "T=2")
+    side = f"{abs(short):.2f} points {'below' if short > 0 else 'above'}" if abs(short) >= 0.005 else "as good as"
     return (
-        f"The recipe's student is {abs(short):.2f} points {side} the QANN trained on; what each change brings at "
-        f"T = 2 (in brackets at T = 1): {', '.join(parts)}."
+        f"The recipe's student is {side} the QANN trained on; what each change brings at T = 2, with the standard "
+        f"error over the seeds: {', '.join(parts)}."
     )
+
+
+def _gained(records: Sequence[Record], label: str) -> list[float]:
+    """What a change brings at T = 2, seed by seed."""
+    at = {(r.name.partition("/")[2], r.seed): float(r.metrics["T=2"]) for r in records}
+    return [at[label, seed] - two for (name, seed), two in at.items() if name == RECIPE and (label, seed) in at]
