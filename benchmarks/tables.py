@@ -56,12 +56,12 @@ def count_of(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-def images_of(records: Iterable[Record]) -> str:
-    """How many test images; of several data sets each with its number."""
+def images_of(records: Iterable[Record], part: str = "test") -> str:
+    """How many images of a part of the data; of several data sets each with its number."""
     sizes = dict.fromkeys((r.data, r.n) for r in records)
     if len({n for _, n in sizes}) == 1:
-        return f"{next(iter(sizes))[1]:,} test images"
-    return f"{', '.join(dict.fromkeys(f'{n:,}' for _, n in sizes))} test images"
+        return f"{next(iter(sizes))[1]:,} {part} images"
+    return f"{', '.join(dict.fromkeys(f'{n:,}' for _, n in sizes))} {part} images"
 
 
 def world(records: Iterable[Record]) -> str:
@@ -248,8 +248,8 @@ def study_line(study: studies.Study, rows: Sequence[Record], model: str) -> str:
         f"`{command}{'' if model == 'study' else f' --model {model}'}`",
         f"{data}, {study.net or setting['model'] + ' net'}, {images} training images, "
         f"{setting['epochs']} epochs a stage",
-        images_of(rows), seeds_of(rows), *(["± standard deviation"] if len({r.seed for r in rows}) > 1 else []),
-        world(rows),
+        images_of(rows, study.part), seeds_of(rows),
+        *(["± standard deviation"] if len({r.seed for r in rows}) > 1 else []), world(rows),
     ]  # fmt: skip
     return f"{'; '.join(words)}."
 
@@ -261,7 +261,7 @@ def answer_of(name: str, records: Sequence[Record]) -> str:
         return ""
     data, images = rows[0].config["setting"]["data"], {r.n for r in rows}
     where = "several data sets" if data == "all" else data
-    where += f", {images.pop():,} test images" if len(images) == 1 else ""
+    where += f", {images.pop():,} {study.part} images" if len(images) == 1 else ""
     return f"{study.answer(rows)} *({where}, {count_of(len({r.seed for r in rows}), 'seed')})*"
 
 

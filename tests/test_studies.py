@@ -144,7 +144,7 @@ def test_recorded_studies_end_with_a_sentence_a_table_and_a_figure(name):
     assert re.match(r".*[.] [*][(].*seeds?[)][*]$", tables.answer_of(name, records))
     text = tables.study_table(name, records)
     assert bool(text) == bool(found.titles or found.table)
-    for word in ("`python benchmarks/study.py", "seeds: ", "test images", "commit "):
+    for word in ("`python benchmarks/study.py", "seeds: ", f"{found.part} images", "commit "):
         assert not text or word in text
     drawn = figures.of_study(name, lookup.whole(name, records))
     assert drawn is None if found.figure is None else drawn.startswith(b"<?xml")

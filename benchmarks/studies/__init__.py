@@ -36,6 +36,8 @@ class Study:
     measured."""
     answer: Callable[[Sequence[Record]], str] | None = None
     """Records of whole seeds -> the sentence at the end, with its full stop."""
+    part: str = "test"
+    """The images that the numbers are of: "test", or "validation" where something is chosen by them."""
     data: str = "fashion-mnist"
     """Data set where the command names none; "all": the rows choose."""
     net: str = ""

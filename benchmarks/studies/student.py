@@ -17,8 +17,9 @@ from qsnn.report.records import Record
 
 QUESTION = "What brings a student of two steps up to its teacher?"
 SIZE = "as `precision`, students 3 epochs, on validation images"
+PART = "validation"
 TITLES = {"qann": "QANN [%]", "qann on": "trained on [%]", **by_steps(1, 2, 4)}
-NOTE = "Validation images, W4/L2. Trained on: the QANN, for as long as the student. Each row changes one thing."
+NOTE = "W4/L2. Trained on: the QANN, for as long as the student. Each row changes one thing."
 FIGURE = dots("T=1", "T=2")
 
 RECIPE = "label, each step"
@@ -80,7 +81,7 @@ def _row(setting: Setting, data: qsnn.Data, way: dict[str, Any]) -> dict[str, An
         qsnn.fit(qann, data, _short(setting).low_bits(), label="QANN on")
         found["qann on"] = qsnn.accuracy(qann, data.val)
     curve = qsnn.benchmark(student, data.val, timesteps=4, firing="online").accuracy
-    return {**found, **{f"T={t}": curve[t - 1] for t in (1, 2, 4)}}
+    return {**found, **{f"T={t}": curve[t - 1] for t in (1, 2, 4)}, "n": len(data.val)}  # type: ignore[arg-type]
 
 
 def answer(records: Sequence[Record]) -> str:
