@@ -19,7 +19,7 @@ QUESTION = "What brings a student of two steps up to its teacher?"
 SIZE = "as `precision`, students 3 epochs, on validation images"
 PART = "validation"
 TITLES = {"qann": "QANN [%]", "qann on": "trained on [%]", **by_steps(1, 2, 4)}
-NOTE = "W4/L2. Trained on: the QANN, for as long as the student. Each row changes one thing."
+NOTE = "W4/L2. Students learn for 3 epochs; trained on: the QANN, for as long. Each row changes one thing."
 FIGURE = dots("T=1", "T=2")
 
 RECIPE = "label, each step"
