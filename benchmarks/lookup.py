@@ -13,7 +13,7 @@ from typing import Any
 import studies
 from setting import Setting
 
-from qsnn.cli.run import command_of
+from qsnn.cli.config import command_of
 from qsnn.report.records import Record, read
 
 Key = tuple[str, str, str]

@@ -13,7 +13,7 @@ from typing import Any
 import studies
 from lookup import by_label, by_time, drawing, experiment, flow, networks, newest, of_study, timed, whole
 
-from qsnn.cli.run import command_of
+from qsnn.cli.config import command_of
 from qsnn.measure.accuracy import interval
 from qsnn.report.records import Record
 from qsnn.report.terminal import NONE, number, si

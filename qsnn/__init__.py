@@ -9,21 +9,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "SNN": "qsnn.snn.network",
-    "Benchmark": "qsnn.measure.benchmark",
-    "Certificate": "qsnn.measure.certify",
+    "Benchmark": "qsnn.measure.result",
+    "Certificate": "qsnn.measure.certificate",
     "ConvertConfig": "qsnn.snn.config",
     "Data": "qsnn.data.images",
-    "DistillConfig": "qsnn.distillation.distill",
+    "DistillConfig": "qsnn.distillation.config",
     "Gate": "qsnn.graph.modules",
     "IFNode": "qsnn.snn.neurons",
     "QsnnWarning": "qsnn.graph.arrived",
     "QuantizeConfig": "qsnn.quant.quantize",
     "Record": "qsnn.report.records",
     "Summary": "qsnn.measure.summary",
-    "TrainConfig": "qsnn.training.fit",
+    "TrainConfig": "qsnn.training.config",
     "accuracy": "qsnn.measure.accuracy",
     "as_qann": "qsnn.snn.convert",
-    "batches": "qsnn.data.images",
+    "batches": "qsnn.data.batches",
     "benchmark": "qsnn.measure.benchmark",
     "certify": "qsnn.measure.certify",
     "check": "qsnn.measure.check",
@@ -53,11 +53,11 @@ if _typing.TYPE_CHECKING:
     from qsnn.checkpoint import load as load
     from qsnn.checkpoint import read_recipe as read_recipe
     from qsnn.checkpoint import save as save
+    from qsnn.data.batches import batches as batches
     from qsnn.data.images import Data as Data
-    from qsnn.data.images import batches as batches
     from qsnn.data.sources import load_data as load_data
     from qsnn.data.tables import from_arrays as from_arrays
-    from qsnn.distillation.distill import DistillConfig as DistillConfig
+    from qsnn.distillation.config import DistillConfig as DistillConfig
     from qsnn.distillation.distill import distill as distill
     from qsnn.distillation.distill import distill_together as distill_together
     from qsnn.export.nir_student import from_nir as from_nir
@@ -66,11 +66,11 @@ if _typing.TYPE_CHECKING:
     from qsnn.graph.arrived import QsnnWarning as QsnnWarning
     from qsnn.graph.modules import Gate as Gate
     from qsnn.measure.accuracy import accuracy as accuracy
-    from qsnn.measure.benchmark import Benchmark as Benchmark
     from qsnn.measure.benchmark import benchmark as benchmark
-    from qsnn.measure.certify import Certificate as Certificate
+    from qsnn.measure.certificate import Certificate as Certificate
     from qsnn.measure.certify import certify as certify
     from qsnn.measure.check import check as check
+    from qsnn.measure.result import Benchmark as Benchmark
     from qsnn.measure.summary import Summary as Summary
     from qsnn.measure.summary import summary as summary
     from qsnn.models.create import create_model as create_model
@@ -84,7 +84,7 @@ if _typing.TYPE_CHECKING:
     from qsnn.snn.convert import convert as convert
     from qsnn.snn.network import SNN as SNN
     from qsnn.snn.neurons import IFNode as IFNode
-    from qsnn.training.fit import TrainConfig as TrainConfig
+    from qsnn.training.config import TrainConfig as TrainConfig
     from qsnn.training.fit import fit as fit
 
 

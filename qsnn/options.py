@@ -60,9 +60,9 @@ Slope = Annotated[float, Meta(ge=-1e6, le=1e6)]
 CONFIGS = {
     "quantize": ("qsnn.quant.quantize", "QuantizeConfig"),
     "convert": ("qsnn.snn.convert", "ConvertConfig"),
-    "train": ("qsnn.training.fit", "TrainConfig"),
-    "distill": ("qsnn.distillation.distill", "DistillConfig"),
-    "mutual": ("qsnn.distillation.distill", "DistillConfig"),
+    "train": ("qsnn.training.config", "TrainConfig"),
+    "distill": ("qsnn.distillation.config", "DistillConfig"),
+    "mutual": ("qsnn.distillation.config", "DistillConfig"),
 }
 """Where the configs stand that a checkpoint keeps, by its key: by name, for some stand below the checkpoint's room."""
 

@@ -18,10 +18,11 @@ from conftest import plain_net, scramble
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import IntegerInput, IntegerLayer
-from qsnn.folded.neurons import Current, IntegerIF
+from qsnn.folded.neurons import Current
 from qsnn.graph.hooks import recorded
-from qsnn.measure.certify import Certificate
+from qsnn.measure.certificate import Certificate
 from qsnn.quant.activations import level_quant
 
 PLANTS = int(os.environ.get("QSNN_PLANTS", "20"))

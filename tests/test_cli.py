@@ -24,9 +24,9 @@ import torch
 import qsnn
 from qsnn.checkpoint import read_recipe
 from qsnn.cli import main as cli
+from qsnn.cli.config import LOW_BITS, RunConfig
 from qsnn.cli.main import main
-from qsnn.cli.run import LOW_BITS, RunConfig
-from qsnn.distillation.distill import DistillConfig
+from qsnn.distillation.config import DistillConfig
 from qsnn.export.hub import save_pretrained
 from qsnn.export.onnx import OnnxConfig
 from qsnn.export.write import FORMATS

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from qsnn.data.batches import AUGMENTS, batches, check_images
 from qsnn.data.folders import FolderSet
-from qsnn.data.images import AUGMENTS, Data, ImageSet, batches, check_images
+from qsnn.data.images import Data, ImageSet
 from qsnn.data.sources import load_data
 
 law = settings(deadline=None, derandomize=True, max_examples=25)

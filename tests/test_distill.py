@@ -16,7 +16,7 @@ from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 import qsnn
-from qsnn.data.images import batch_sizes, batches
+from qsnn.data.batches import batch_sizes, batches
 from qsnn.distillation import losses
 from qsnn.distillation.prune import sparsity_at, zero_weights
 

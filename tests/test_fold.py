@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 import qsnn
 from qsnn.folded.builder import Builder
 from qsnn.folded.firing import online, twice
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import IntegerInput, IntegerLayer
-from qsnn.folded.neurons import IntegerIF
 from qsnn.graph.call import Call, calling
 from qsnn.snn.neurons import IFNode
 

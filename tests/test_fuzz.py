@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 
 import qsnn
+from qsnn.cli.config import RunConfig
 from qsnn.cli.main import main
-from qsnn.cli.run import RunConfig
 from qsnn.files import sealed
 from qsnn.options import hints_of
 from qsnn.snn.equations import Dynamics

@@ -11,8 +11,9 @@ from PIL import Image
 
 import qsnn
 from qsnn.cli.main import main
+from qsnn.data.batches import batches
 from qsnn.data.fitting import describe, fitted
-from qsnn.data.images import IGNORED, batches
+from qsnn.data.images import IGNORED
 from qsnn.data.masks import read_mask
 
 RANDOM = np.random.RandomState(0)

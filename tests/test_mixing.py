@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.data.images import ImageSet, batches
+from qsnn.data.batches import batches
+from qsnn.data.images import ImageSet
 from qsnn.data.mixing import Mixed, mixed, over_both
 
 

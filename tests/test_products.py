@@ -19,7 +19,8 @@ from test_random_nets import SETTINGS, awkward
 from torch import Tensor, nn
 
 import qsnn
-from qsnn.cli.run import RunConfig, run
+from qsnn.cli.config import RunConfig
+from qsnn.cli.run import run
 from qsnn.folded.layers import IntegerLayer, exact_dtype
 from qsnn.folded.products import IntegerProduct
 from qsnn.graph.call import Call, calling

@@ -13,8 +13,9 @@ from test_fold import NETS
 from torch import Tensor
 
 import qsnn
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import IntegerInput, IntegerLayer
-from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
+from qsnn.folded.neurons import Current, CurrentIF
 from qsnn.folded.prepared import Prepared
 
 DYNAMIC = {"images": {0: torch.export.Dim.DYNAMIC}}

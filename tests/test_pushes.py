@@ -16,7 +16,8 @@ from test_fold import NETS
 from torch import Tensor
 
 import qsnn
-from qsnn.folded.neurons import CurrentIF, IntegerIF, least
+from qsnn.folded.integer import IntegerIF
+from qsnn.folded.neurons import CurrentIF, least
 from qsnn.snn.backward import IFFunction
 from qsnn.snn.equations import Dynamics, pushed, simulate
 from qsnn.snn.neurons import IFNode

@@ -22,7 +22,7 @@ import tables
 
 import qsnn
 from qsnn.cli import main as cli
-from qsnn.cli.run import RunConfig, command_of
+from qsnn.cli.config import RunConfig, command_of
 from qsnn.report.records import Record, append
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qsnn.measure.benchmark import Exit
 from qsnn.measure.energy import LayerCost, estimates
+from qsnn.measure.tally import Exit
 from qsnn.report.curve import _curve, draw_curve
 from qsnn.report.page import headline, write_report
 from qsnn.report.terminal import energy_table, table

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import qsnn
-from qsnn.distillation.distill import distillation_loss
+from qsnn.distillation.losses import distillation_loss
 from qsnn.measure.heads import find_tasks, heads
 from qsnn.measure.task import BINARY, REGRESSION, SEGMENTATION, TASKS, told
 from qsnn.report.curve import draw_curve

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import qsnn
-from qsnn.folded.neurons import IntegerIF, least
+from qsnn.folded.integer import IntegerIF
+from qsnn.folded.neurons import least
 from qsnn.folded.thresholds import integer_thresholds
 
 NUMBERS = st.one_of(

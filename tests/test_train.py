@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import qsnn
-from qsnn.distillation.distill import distillation_loss
-from qsnn.distillation.losses import smoothed_cross_entropy, step_divergence
+from qsnn.distillation.losses import distillation_loss, smoothed_cross_entropy, step_divergence
 from qsnn.measure.task import kl_divergence
 from qsnn.training.averaging import WeightAverage, estimate_norms_
 

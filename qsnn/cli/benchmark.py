@@ -18,8 +18,8 @@ from qsnn.export.deployed import Deployed, parents_of, side_by_side
 from qsnn.export.runtime import OnnxNetwork
 from qsnn.files import as_path, output, target_of, write_atomic
 from qsnn.graph.recipe import recipe_of
-from qsnn.measure.benchmark import Benchmark
 from qsnn.measure.benchmark import benchmark as run_benchmark
+from qsnn.measure.result import Benchmark
 from qsnn.options import Share, TaskName, Timesteps, check_option
 from qsnn.report.curve import draw_curve
 from qsnn.report.page import write_report

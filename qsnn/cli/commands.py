@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from qsnn.checkpoint import check_data, file_hash, load, read_recipe, resume_file, save
+from qsnn.cli.config import LOW_BITS, RunConfig
 from qsnn.cli.inputs import (
     data_of,
     finish,
@@ -23,13 +24,13 @@ from qsnn.cli.inputs import (
     write_model,
 )
 from qsnn.cli.inputs import model_options as options_of
-from qsnn.cli.run import LOW_BITS, RunConfig
 from qsnn.cli.run import run as run_flow
 from qsnn.data.fitting import describe
 from qsnn.data.images import Data
 from qsnn.data.memory import limit_memory
 from qsnn.data.sources import NAMES, load_data
-from qsnn.distillation.distill import DistillConfig, distill_together
+from qsnn.distillation.config import DistillConfig
+from qsnn.distillation.distill import distill_together
 from qsnn.distillation.prune import zero_weights
 from qsnn.export.nir_student import told_semantics
 from qsnn.files import output, shown
@@ -45,7 +46,8 @@ from qsnn.report.terminal import table
 from qsnn.snn.config import ConvertConfig
 from qsnn.snn.convert import convert as to_snn
 from qsnn.snn.network import SNN
-from qsnn.training.fit import TrainConfig, fit
+from qsnn.training.config import TrainConfig
+from qsnn.training.fit import fit
 from qsnn.training.processes import start
 
 _FILE = tyro.conf.Positional[Path]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from qsnn.data.batches import summed
 from qsnn.data.folders import with_channels
-from qsnn.data.images import Data, summed
+from qsnn.data.images import Data
 from qsnn.data.masks import MaskSet
 from qsnn.graph.arrived import arrived, evaluating
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from qsnn.data.images import batches
+from qsnn.data.batches import batches
 from qsnn.graph.arrived import QsnnWarning
 from qsnn.options import as_bytes
 
@@ -128,7 +128,7 @@ def batch_within(
         call: runs the network on a batch.
         data: a Dataset, or a tensor of images. An iterable of batches keeps its own size: ``most`` is returned.
         most: the largest batch size, images.
-        device, model: of the network, as for :func:`~qsnn.data.images.batches`.
+        device, model: of the network, as for :func:`~qsnn.data.batches.batches`.
         limit: what the tensors may take at one time, without the parameters [byte]; default 1 GiB, or what
             :func:`within` says.
     Raises:

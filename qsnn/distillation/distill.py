@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from qsnn.data.images import Data, summed
+from qsnn.data.batches import summed
+from qsnn.data.images import Data
 from qsnn.data.mixing import Mixed, over_both
-from qsnn.distillation.losses import (
-    answer_divergence,
-    correct_divergence,
-    ensemble_divergence,
-    negative_entropy,
-    smoothed_cross_entropy,
-    step_cross_entropy,
-    step_divergence,
-    step_regulariser,
-    strong_divergence,
-)
+from qsnn.distillation.config import DistillConfig
+from qsnn.distillation.losses import distillation_loss
 from qsnn.distillation.prune import finish_pruning_, prunable, start_pruning_
 from qsnn.distillation.rates import current_distance, matches, rate_distance, teacher_layers
 from qsnn.graph.arrived import arrived, evaluating
@@ -31,179 +23,11 @@ from qsnn.graph.hooks import recorded, recorded_inputs
 from qsnn.graph.recipe import child_recipe, recipe_of, set_recipe
 from qsnn.measure.accuracy import find_task
 from qsnn.measure.heads import Asked, Tasks, heads, taught_by
-from qsnn.measure.task import CLASSIFICATION, Task
-from qsnn.options import (
-    BatchSize,
-    Epochs,
-    Factor,
-    Images,
-    LearningRate,
-    Part,
-    Seed,
-    Timesteps,
-    Weight,
-    check_options,
-    expect,
-)
+from qsnn.options import expect
 from qsnn.snn.counts import refuse_online
-from qsnn.snn.equations import firing_function
-from qsnn.snn.network import SNN, TRAINED, TimeLoop, train_neurons_
+from qsnn.snn.network import SNN, TimeLoop, train_neurons_
 from qsnn.snn.neurons import IFNode
-from qsnn.training.fit import TrainConfig, fit
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """How a student learns. The weights of the loss terms have no unit; 0 leaves a term out.
-
-    The defaults are the recipe that was best on held-out images: the label teaches the answer after T steps and every
-    single step, a threshold a layer and an initial potential a channel learn too, AdamW.
-    """
-
-    timesteps: Timesteps = 2
-    """Simulation steps T of the student."""
-    epochs: Epochs = 10
-    """Passes over the training images."""
-    lr: LearningRate = 0.01
-    """Peak learning rate [1] (AdamW; of a deep network rather 0.001; about 0.02 for SGD)."""
-    optimizer: str = "adamw"
-    """"sgd" (Nesterov, momentum 0.9) or "adamw"."""
-    batch_size: BatchSize = 64
-    """Images a step."""
-    weight_decay: Weight = 0.0
-    """L2 penalty [1]; never on biases, batch norm and thresholds."""
-    label_smoothing: Part = 0.0
-    """Mass moved from the label to the other classes in the student's cross entropy [1], in [0, 1)."""
-    ce_weight: Weight = 0.5
-    """Weight of the cross entropy of the answer after T steps."""
-    kd_weight: Weight = 0.0
-    """Weight of the KL divergence from the teacher to the answer after T steps. The student starts as the teacher; on
-    all data that were measured its labels then teach it more. Without labels: 1, and the terms of cross entropy 0."""
-    answer_weight: Weight = 0.0
-    """Weight of the KL divergence from the teacher to the answers after 1 to T steps: one student for every T."""
-    step_ce_weight: Weight = 0.5
-    """Weight of the cross entropy of every single step (TET)."""
-    step_weight: Weight = 0.0
-    """Weight of the KL divergence from the teacher to the logits of every single step."""
-    ensemble_weight: Weight = 0.0
-    """Weight of the KL divergence from the student's mean over time to its single steps."""
-    correct_weight: Weight = 0.0
-    """Weight of the KL divergence from the mean of the steps that answer rightly to every single step."""
-    strong_weight: Weight = 0.0
-    """Weight of the KL divergence from an image's strongest step to its weakest (Strong2Weak)."""
-    entropy_weight: Weight = 0.0
-    """Reward [1] of the entropy of every step's answer; beside a KL term of the teacher."""
-    regulariser_weight: Weight = 0.0
-    """Weight of the squared distance of every step's logits from 1 (TET)."""
-    rate_weight: Weight = 0.0
-    """Weight of the distance of the student's firing rates from the teacher's activations [1]."""
-    current_weight: Weight = 0.0
-    """Weight of the distance of the mean currents of the student's neurons from the teacher's pre-activations [1]."""
-    rate_layers: tuple[str, ...] = ()
-    """Layers whose rates or currents are matched, "name" or "student name:teacher name"; by default all neurons."""
-    kd_temperature: Factor = 1.0
-    """Temperature τ of the KL terms [1]."""
-    train_threshold: str = "auto"
-    """Train the thresholds: one a "layer", which is what "auto" means, or one a "channel": spikes of several sizes, so
-    that the folded layers behind compute in floats; "" leaves them as they are."""
-    train_initial: str = "auto"
-    """Train the initial potentials, likewise; "auto": one a channel, of an SNN that knows the shape of its images;
-    "step": one a channel and time step, so that each step has a threshold of its own."""
-    train_tau: str = ""
-    """Train the time constants of the leak, likewise; "auto" where there is a leak."""
-    surrogate: str = "box"
-    """Derivative of a spike: "box", "rate" (see :class:`qsnn.IFNode`), or one of SpikingJelly by name ("ATan")."""
-    mutual: bool = False
-    """Train the teacher too, which learns from the student; see :func:`distill_together`."""
-    sparsity: Part = 0.0
-    """Part of the weights that is pruned, by magnitude in every layer, growing during the training [1], in [0, 1)."""
-    ema: Part = 0.0
-    """Decay of the running mean of the weights that the student ends with [1]; see :class:`qsnn.TrainConfig`."""
-    augment: str | None = None
-    """"none", or of "flip", "shift" and "cutout" some, like "flip+shift"; None takes the data set's default."""
-    mixup: Weight = 0.0
-    """α with which images are mixed in pairs, for student and teacher alike [1]; see :class:`qsnn.TrainConfig`."""
-    train_images: Images | None = None
-    """Use only the first so many training images."""
-    precision: str = "fp32"
-    """"fp32", or "bf16" (autocast; see :class:`qsnn.TrainConfig`)."""
-    compile: bool = False
-    """Compile the step with torch.compile."""
-    seed: Seed = 0
-    """Of the order of the images, augmentation and dropout."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible options.
-
-        Raises:
-            ValueError: which option, and what it may be.
-        """
-        check_options(self)
-        weights = {name: value for name, value in asdict(self).items() if name.endswith("_weight")}
-        if not any(weights.values()):
-            raise ValueError(f"every loss term has weight 0; give at least one of {', '.join(weights)}")
-        for name in ("train_threshold", "train_initial", "train_tau"):
-            known = (*TRAINED, "step") if name == "train_initial" else TRAINED
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
-        if self.mutual and not self.kd_weight:
-            raise ValueError("mutual=True lets the teacher learn from the student by kd_weight, which is 0; give one")
-        if self.rate_layers and not self._matches:
-            raise ValueError(
-                f"rate_layers={self.rate_layers} names layers to match, with rate_weight={self.rate_weight}; give a "
-                f"rate_weight or current_weight above 0, or leave rate_layers away"
-            )
-        firing_function(self.surrogate)
-        self.training()
-
-    @property
-    def _matches(self) -> bool:
-        """Whether layers of student and teacher are compared."""
-        return bool(self.rate_weight or self.current_weight)
-
-    def training(self) -> TrainConfig:
-        """Return the options of :func:`qsnn.fit` that are the same."""
-        return TrainConfig(
-            epochs=self.epochs, lr=self.lr, optimizer=self.optimizer, batch_size=self.batch_size,
-            weight_decay=self.weight_decay, label_smoothing=self.label_smoothing, augment=self.augment,
-            mixup=self.mixup, kd_temperature=self.kd_temperature, ema=self.ema, train_images=self.train_images,
-            precision=self.precision, compile=self.compile, seed=self.seed,
-        )  # fmt: skip
-
-
-def distillation_loss(
-    step_logits: Tensor, targets: Sequence[Tensor], labels: Tensor, config: DistillConfig, task: Task = CLASSIFICATION
-) -> dict[str, Tensor]:
-    """Return the weighted terms that ``config`` names, by name; several teachers count alike.
-
-    Shape:
-        step_logits: (T, B, K) or (T, B, \\*); targets, the logits of each teacher: (B, K) or (B, \\*); labels: (B,) or
-        (B, \\*), as the task says.
-    Raises:
-        ValueError: a term that is for classes alone, with another task.
-    """
-
-    def taught(term: Callable[..., Tensor], z: Tensor, *options: Any) -> Tensor:
-        return torch.stack([term(z, target, config.kd_temperature, *options) for target in targets]).mean()
-
-    z, smoothing, temperature = step_logits, config.label_smoothing, config.kd_temperature
-    terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
-        "ce": (config.ce_weight, lambda: smoothed_cross_entropy(z, labels, smoothing, task)),
-        "kd": (config.kd_weight, lambda: taught(task.taught, z.mean(0))),
-        "answer": (config.answer_weight, lambda: taught(answer_divergence, z, task)),
-        "step_ce": (config.step_ce_weight, lambda: step_cross_entropy(z, labels, smoothing, task)),
-        "step": (config.step_weight, lambda: taught(step_divergence, z, task)),
-        "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(z, temperature, task)),
-        "correct": (config.correct_weight, lambda: correct_divergence(z, labels, temperature)),
-        "strong": (config.strong_weight, lambda: strong_divergence(z, labels, temperature)),
-        "entropy": (config.entropy_weight, lambda: negative_entropy(z)),
-        "regulariser": (config.regulariser_weight, lambda: step_regulariser(z)),
-    }
-    alone = [name for name in ("correct", "strong", "entropy") if terms[name][0]]
-    if alone and task is not CLASSIFICATION:
-        names = ", ".join(f"{name}_weight" for name in alone)
-        raise ValueError(f"{names} are for classes, got labels of {task.name}; leave them 0")
-    return {name: weight * term() for name, (weight, term) in terms.items() if weight}
+from qsnn.training.fit import fit
 
 
 class FitOptions(TypedDict, total=False):
@@ -367,9 +191,9 @@ class _Loss:
         if not torch.compiler.is_compiling():
             for one in (labels.one, labels.other) if isinstance(labels, Mixed) else (labels,):
                 self.tasks.check(heads(one))
-        matched = matches(model.loop, config.rate_layers) if config._matches else {}
+        matched = matches(model.loop, config.rate_layers) if config.compares_layers else {}
         layers = teacher_layers(model.teacher or self.teachers[0], matched) if matched else {}
-        asked = config.kd_weight or config.answer_weight or config.step_weight or config._matches
+        asked = config.kd_weight or config.answer_weight or config.step_weight or config.compares_layers
         asked, self.first = asked or self.first, False
         seen, targets, taught = summed(images, self.teachers[0] if self.teachers else model.teacher), [], None
         with recorded(layers) as activations, recorded_inputs(layers) as inputs:

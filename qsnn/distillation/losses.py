@@ -6,10 +6,14 @@ pixels, of numbers (T, B, \\*) mean squared errors.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsnn.distillation.config import DistillConfig
 from qsnn.measure.task import CLASSIFICATION, Task, kl_divergence
 
 
@@ -173,3 +177,38 @@ def rate_matching(rates: dict[str, Tensor], activations: dict[str, Tensor], scal
     """
     errors = [((rate - activations[name]) / scales[name]).square().mean() for name, rate in rates.items()]
     return torch.stack(errors).mean()
+
+
+def distillation_loss(
+    step_logits: Tensor, targets: Sequence[Tensor], labels: Tensor, config: DistillConfig, task: Task = CLASSIFICATION
+) -> dict[str, Tensor]:
+    """Return the weighted terms that ``config`` names, by name; several teachers count alike.
+
+    Shape:
+        step_logits: (T, B, K) or (T, B, \\*); targets, the logits of each teacher: (B, K) or (B, \\*); labels: (B,) or
+        (B, \\*), as the task says.
+    Raises:
+        ValueError: a term that is for classes alone, with another task.
+    """
+
+    def taught(term: Callable[..., Tensor], z: Tensor, *options: Any) -> Tensor:
+        return torch.stack([term(z, target, config.kd_temperature, *options) for target in targets]).mean()
+
+    z, smoothing, temperature = step_logits, config.label_smoothing, config.kd_temperature
+    terms: dict[str, tuple[float, Callable[[], Tensor]]] = {
+        "ce": (config.ce_weight, lambda: smoothed_cross_entropy(z, labels, smoothing, task)),
+        "kd": (config.kd_weight, lambda: taught(task.taught, z.mean(0))),
+        "answer": (config.answer_weight, lambda: taught(answer_divergence, z, task)),
+        "step_ce": (config.step_ce_weight, lambda: step_cross_entropy(z, labels, smoothing, task)),
+        "step": (config.step_weight, lambda: taught(step_divergence, z, task)),
+        "ensemble": (config.ensemble_weight, lambda: ensemble_divergence(z, temperature, task)),
+        "correct": (config.correct_weight, lambda: correct_divergence(z, labels, temperature)),
+        "strong": (config.strong_weight, lambda: strong_divergence(z, labels, temperature)),
+        "entropy": (config.entropy_weight, lambda: negative_entropy(z)),
+        "regulariser": (config.regulariser_weight, lambda: step_regulariser(z)),
+    }
+    alone = [name for name in ("correct", "strong", "entropy") if terms[name][0]]
+    if alone and task is not CLASSIFICATION:
+        names = ", ".join(f"{name}_weight" for name in alone)
+        raise ValueError(f"{names} are for classes, got labels of {task.name}; leave them 0")
+    return {name: weight * term() for name, (weight, term) in terms.items() if weight}

@@ -17,8 +17,9 @@ from qsnn.export.c_writer import Emit, Value, Writer
 from qsnn.export.gains import alike, limits_of, scores_of
 from qsnn.export.real import REAL
 from qsnn.files import write_atomic
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import CountPool, IntegerInput, IntegerLayer, SumPool
-from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
+from qsnn.folded.neurons import Current, CurrentIF
 from qsnn.graph.kinds import CLASSES
 from qsnn.graph.modules import Sum
 from qsnn.graph.recipe import input_shape_of, recipe_of

@@ -13,8 +13,9 @@ from torch import fx
 from qsnn.export.c_text import POOL, packed, whole_type
 from qsnn.export.c_writer import Value, Writer
 from qsnn.export.gains import weighted_range
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import SumPool
-from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
+from qsnn.folded.neurons import Current, CurrentIF
 from qsnn.folded.terms import sides as as_tuple
 from qsnn.graph.trace import module_of
 from qsnn.snn.neurons import Repeat

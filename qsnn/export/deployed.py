@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qsnn.data.images import batches, normalise, summed
+from qsnn.data.batches import batches, summed
+from qsnn.data.images import normalise
 from qsnn.data.shown import batch_count, shown
 from qsnn.export.float_onnx import float_side, write_float
 from qsnn.export.runtime import OnnxNetwork
 from qsnn.export.write import export
 from qsnn.graph.recipe import recipe_of
 from qsnn.graph.trace import device_of
-from qsnn.measure.benchmark import Benchmark, as_measured
+from qsnn.measure.benchmark import as_measured
 from qsnn.measure.heads import heads
 from qsnn.measure.latency import in_turns, rotating
+from qsnn.measure.result import Benchmark
 from qsnn.measure.tally import Tally
 from qsnn.snn.network import SNN
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
+from qsnn.folded.integer import IntegerIF
+from qsnn.folded.neurons import Current, CurrentIF
 
 GRID = 1_000_000
 """Most combinations of the other inputs that are gone through for one channel and threshold."""
@@ -35,7 +36,7 @@ def limits_of(
 ) -> Limits:
     """Return a folded neuron as integers that decide as it does, for all inputs within ``ranges``.
 
-    An :class:`~qsnn.folded.neurons.IntegerIF` is its own table. For a :class:`~qsnn.folded.neurons.CurrentIF`, which
+    An :class:`~qsnn.folded.integer.IntegerIF` is its own table. For a :class:`~qsnn.folded.neurons.CurrentIF`, which
     adds :math:`g_j A_j` in float64, the least A₀ that fires is found with fold()'s own float64 for every value of the
     other inputs; then the gains get as few bits as still divide what fires from what does not.
 

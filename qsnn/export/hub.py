@@ -12,8 +12,8 @@ from qsnn import __version__
 from qsnn.checkpoint import load, save
 from qsnn.files import write_atomic
 from qsnn.graph.recipe import recipe_of
-from qsnn.measure.benchmark import Benchmark
-from qsnn.measure.certify import Certificate
+from qsnn.measure.certificate import Certificate
+from qsnn.measure.result import Benchmark
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _MISSING = "sharing on the hub needs huggingface_hub: pip install 'qsnn[hub]'"

@@ -15,8 +15,9 @@ from qsnn.export.nir_graph import Emit, Graph, Value
 from qsnn.export.nir_read import RELAYS, import_nir
 from qsnn.export.nir_read import load_into as load_into
 from qsnn.files import write_atomic
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import IntegerInput, IntegerLayer, SumPool
-from qsnn.folded.neurons import Current, CurrentIF, IntegerIF
+from qsnn.folded.neurons import Current, CurrentIF
 from qsnn.folded.terms import sides as as_tuple
 from qsnn.graph.modules import Add, Concat, Sum
 from qsnn.graph.recipe import input_shape_of
@@ -31,7 +32,7 @@ EXACT = {np.float32: 2**22, np.float64: 2**51}
 def write(folded: SNN, path: str | Path, *, timesteps: int | None = None) -> Written:
     r"""Write a folded network as a NIR graph whose every spike and integer logit at T = 2 is :func:`qsnn.fold`'s.
 
-    NIR's IF has no initial potential and no bias. The integer table M of :class:`~qsnn.folded.neurons.IntegerIF` is an
+    NIR's IF has no initial potential and no bias. The integer table M of :class:`~qsnn.folded.integer.IntegerIF` is an
     IF with :math:`\Theta = M_{2,1} - M_{2,0}`, :math:`b = M_{1,0} - M_{2,0}` and
     :math:`v_0 = \Theta - M_{1,0} - b`. Two relay channels bring :math:`v_0 + \tfrac12` (at the first step) and b (at
     each) in as weights; the half makes > and >= agree. Pooling is written as a dense convolution, gains and signs go

@@ -24,8 +24,9 @@ from qsnn.export.onnx_products import integer_product, mean_product
 from qsnn.export.onnx_values import TYPES, CannotWriteError, Values, Wire
 from qsnn.files import write_atomic
 from qsnn.folded.gates import CurrentGate, IntegerGate
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import CountPool, FloatLayer, IntegerInput, IntegerLayer, SumPool
-from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, RealIF
 from qsnn.folded.products import IntegerProduct
 from qsnn.graph.kinds import CLASSES
 from qsnn.graph.modules import Gating

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from qsnn.export.affine import affine
 from qsnn.export.onnx_layers import array, rounded
 from qsnn.export.onnx_values import Values, Wire
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import IntegerLayer
-from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.folded.neurons import Current, CurrentIF, DynamicIF, RealIF
 from qsnn.snn.equations import later, offset_at
 
 _FACTORS = (1, 2, 3, 4, 6, 8, 12, 16, 31, 63, 127)

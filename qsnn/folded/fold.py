@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 from qsnn.folded.builder import Builder
 from qsnn.folded.compare import same_network
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.kinds import FOLD
 from qsnn.folded.layers import IntegerInput
-from qsnn.folded.neurons import CurrentIF, DynamicIF, IntegerIF, RealIF
+from qsnn.folded.neurons import CurrentIF, DynamicIF, RealIF
 from qsnn.folded.prepared import PREPARED
 from qsnn.folded.terms import Term, Value, bias_of, current_arguments, real, scaled, spread, stacked, steps_of
 from qsnn.folded.whole import in_one_
@@ -34,7 +35,7 @@ def fold(snn: SNN, *, dtype: torch.dtype = torch.float64) -> SNN:
 
     With integer weights W and spikes, a layer's input A is an integer. Scales, batch norm and bias go into what a unit
     of A is worth, :math:`g_c = \gamma'_c\, s_w\, \theta_{in}`, and a bias b_c; the neuron compares A with the integers
-    of :class:`~qsnn.folded.neurons.IntegerIF`. γ < 0 flips a channel's weights, average pooling sums spikes. Where
+    of :class:`~qsnn.folded.integer.IntegerIF`. γ < 0 flips a channel's weights, average pooling sums spikes. Where
     currents meet (a residual sum before its neuron) they are added in float64. Spikes and argmax are those of the
     unfolded network in float64, the scales read once in the dtype it runs in: the two are compared layer by layer on
     seeded random spikes before one is returned (:func:`qsnn.folded.compare.same_network`).

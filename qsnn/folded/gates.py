@@ -11,7 +11,7 @@ from torch import Tensor
 from qsnn.folded.firing import in_time, summed_up
 from qsnn.folded.neurons import Current, Shape, least, shaped
 from qsnn.folded.prepared import Prepared
-from qsnn.graph.call import Call, current
+from qsnn.graph.call import this_call
 
 
 def _held(open_now: list[Tensor], firing: str) -> Tensor:
@@ -26,7 +26,7 @@ class IntegerGate(Prepared):
 
     A_t is the integer input summed up to step t, g_c > 0 the current of one unit, b_c the bias of a step, λ the level.
     M is an integer, computed once per T from the exact rationals of the stored numbers. Deferred :math:`A_T \ge M_T`
-    decides for all steps. It is the table of :class:`~qsnn.folded.neurons.IntegerIF` with one level and no reset.
+    decides for all steps. It is the table of :class:`~qsnn.folded.integer.IntegerIF` with one level and no reset.
 
     Args:
         factors: numbers whose product over ``divisor``·T^``steps`` is g, (F, n) or (F, 1) float64.
@@ -90,7 +90,7 @@ class IntegerGate(Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         """Integers (T·B, *) -> gates {0, 1} in float32 of the same shape."""
-        call = current() or Call()
+        call = this_call()
         steps = call.timesteps
         sign = self.kept("sign", lambda: shaped(self.sign, self.shape))
         limits = self.kept(("limits", steps), lambda: [shaped(row, self.shape) for row in self.table(steps)])
@@ -117,7 +117,7 @@ class CurrentGate(Current):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Gates {0, 1} in float32, (T·B, *)."""
-        call = current() or Call()
+        call = this_call()
         steps = call.timesteps
         levels = self.kept(("levels", steps), lambda: [t * self.level for t in range(1, steps + 1)])
         totals = self.totals(inputs, steps)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsnn.folded.firing import total
 from qsnn.folded.prepared import Prepared
-from qsnn.graph.call import Call, current
+from qsnn.graph.call import this_call
 from qsnn.quant.activations import round_half_up
 
 EXACT_FLOAT32 = 2**23
@@ -131,7 +131,7 @@ class IntegerLayer(Prepared):
 
     def forward(self, x: Tensor) -> Tensor:
         """Integer sums in float32 or float64; of a ``whole`` layer deferred (T·B, *) -> (B, *), as W Σx is ΣW x."""
-        call = current() or Call()
+        call = this_call()
         weight = self.ready(call.timesteps)
         x = x.to(weight.dtype)
         if self.whole and call.firing == "deferred":

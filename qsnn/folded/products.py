@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qsnn.folded.layers import exact_dtype
-from qsnn.graph.call import Call, current
+from qsnn.graph.call import this_call
 from qsnn.snn.counts import CountProduct
 
 
@@ -39,7 +39,7 @@ class IntegerProduct(CountProduct):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The product of the sums over T."""
-        call = current() or Call()
+        call = this_call()
         dtype = exact_dtype(self.bound * call.timesteps ** (self.steps + 1))
         counts = (total.to(dtype) for total in self.totals(call, x.double(), y.double()))
         return self.at_every_step(call, torch.einsum(self.equation, *counts).round_())

@@ -6,8 +6,8 @@ from collections import Counter
 
 from torch import fx
 
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import IntegerLayer
-from qsnn.folded.neurons import IntegerIF
 from qsnn.graph.trace import module_of
 
 

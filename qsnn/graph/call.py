@@ -33,10 +33,14 @@ def current() -> Call | None:
     return _CURRENT.get()
 
 
+def this_call() -> Call:
+    """Return the call that runs in this thread, or one of a single step where a layer is called by itself."""
+    return _CURRENT.get() or Call()
+
+
 def steps() -> int:
     """Return T of the call that runs in this thread, 1 where a layer is called by itself."""
-    call = _CURRENT.get()
-    return 1 if call is None else call.timesteps
+    return this_call().timesteps
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qsnn.data.images import batches, summed
+from qsnn.data.batches import batches, summed
 from qsnn.data.memory import batch_within, keep_freed_memory, within
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.measure.heads import Asked, Tasks, find_tasks, heads

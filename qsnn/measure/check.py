@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qsnn.data.batches import batches
 from qsnn.data.fitting import describe, fitted
-from qsnn.data.images import Data, batches, first_of
+from qsnn.data.images import Data, first_of
 from qsnn.data.memory import batch_within, keep_freed_memory, laid_out, lay_out_, within
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.hooks import recorded

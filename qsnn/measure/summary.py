@@ -10,8 +10,9 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 
 from qsnn.folded.gates import CurrentGate, IntegerGate
+from qsnn.folded.integer import IntegerIF
 from qsnn.folded.layers import FloatLayer, IntegerInput, IntegerLayer
-from qsnn.folded.neurons import Current, IntegerIF
+from qsnn.folded.neurons import Current
 from qsnn.folded.products import IntegerProduct
 from qsnn.graph.arrived import arrived, evaluating
 from qsnn.graph.call import Call, calling

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qsnn.data.images import batches
+from qsnn.data.batches import batches
 from qsnn.graph.arrived import evaluating
 from qsnn.graph.hooks import Watcher, watching
 from qsnn.graph.kinds import does

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsnn.files import write_atomic
 from qsnn.measure.accuracy import interval
-from qsnn.measure.benchmark import Benchmark
+from qsnn.measure.result import Benchmark
 from qsnn.report.terminal import shown, shown_steps, unit_of
 
 if TYPE_CHECKING:

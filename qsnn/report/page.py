@@ -25,7 +25,7 @@ from qsnn.report.terminal import (
 
 if TYPE_CHECKING:
     from qsnn.export.deployed import Deployed
-    from qsnn.measure.benchmark import Benchmark
+    from qsnn.measure.result import Benchmark
 
 _DEFERRED = """Deferred firing costs latency: a layer fires only after all T steps of its input have come, so on
 pipelined hardware the answer takes depth \u00d7 T steps."""

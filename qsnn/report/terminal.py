@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qsnn.export.deployed import Deployed
-    from qsnn.measure.benchmark import Benchmark
+    from qsnn.measure.result import Benchmark
 
 NONE = "\u2013"
 """What a table shows where there is no number."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from qsnn.graph.call import Call, current
+from qsnn.graph.call import Call, this_call
 from qsnn.graph.kinds import does
 from qsnn.graph.product import Product
 from qsnn.graph.trace import call_nodes, module_of
@@ -38,7 +38,7 @@ class CountProduct(Product):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The product of the means over T."""
-        call = current() or Call()
+        call = this_call()
         totals = zip(self.totals(call, x, y), self.timed, strict=True)
         means = [total / call.timesteps if timed else total for total, timed in totals]
         return self.at_every_step(call, torch.einsum(self.equation, *means))

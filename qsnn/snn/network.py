@@ -12,7 +12,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
-from qsnn.data.images import check_images
+from qsnn.data.batches import check_images
 from qsnn.graph.call import Call, calling, full_precision
 from qsnn.graph.recipe import input_shape_of
 from qsnn.graph.trace import takes_frames, value_shapes

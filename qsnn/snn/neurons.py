@@ -8,7 +8,7 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
-from qsnn.graph.call import SHORT, Call, current
+from qsnn.graph.call import SHORT, Call, current, this_call
 from qsnn.graph.modules import Gate, step_at
 from qsnn.options import expect, seen
 from qsnn.snn.backward import IFFunction, RateFunction
@@ -304,7 +304,7 @@ class GateNode(Gate):
 
     def forward(self, x: Tensor) -> Tensor:
         """0 or 1 of the shape of x."""
-        call = current() or Call()
+        call = this_call()
         short = x.dtype in SHORT  # under autocast: sums of short currents are not exact
         stepped = (x.float() if short else x).unflatten(0, (call.timesteps, -1))
         time = torch.arange(1, call.timesteps + 1, device=x.device, dtype=stepped.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsnn.data.images import batches
+from qsnn.data.batches import batches
 from qsnn.data.memory import batch_within
 from qsnn.graph.hooks import watching
 from qsnn.graph.trace import device_of
