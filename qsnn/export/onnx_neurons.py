@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qsnn.export.affine import affine
@@ -250,29 +251,23 @@ def real_if(values: Values, name: str, module: RealIF, shape: tuple[int, ...], w
     """The IF neuron step by step on currents, in the float they come in."""
     source, graph = values.ready(wire), values.graph
     dtype = "f32" if source.dtype == "f32" else "f64"
-    kind = np.float32 if dtype == "f32" else np.float64
-    dims = len(shape) + 1
-    theta: Any = values.per_channel(np.ones(()) if module.unit else array(module.threshold), dims).astype(kind)
-    start, *pushes = (
-        (values.per_channel(array(row), dims).astype(kind) * theta).astype(kind)
-        for row in (module.initial if module.initial.dim() == 2 else module.initial[None])
-    )
-    pushes = pushes[: values.timesteps - 1]
+    theta, start, later_on = module.equation(torch.float32 if dtype == "f32" else torch.float64, len(shape) + 1)
+    pushes = [] if later_on is None else list(later_on[: values.timesteps - 1])
     xs = values.increments(source, dtype)
     if source.static:
         xs = [values.times(xs[0], span, dtype) for span in values.spans]
-    limit = graph.const(theta, dtype)
+    limit, v = graph.const(array(theta), dtype), graph.const(array(start), dtype)
     values.note(name, f"real: {'float64' if dtype == 'f64' else 'float32'} potentials")
     if values.deferred and pushes:
-        pushes = [np.sum(pushes, 0).astype(kind)]
+        pushes = [torch.stack(pushes).sum(0)]
     for t, push in enumerate(pushes, 0 if values.deferred else 1):
-        xs[t] = graph.add("Add", xs[t], graph.const(push, dtype))
+        xs[t] = graph.add("Add", xs[t], graph.const(array(push), dtype))
     if values.deferred:
-        total = graph.add("Div", graph.add("Add", xs[0], graph.const(start, dtype)), limit)
+        total = graph.add("Div", graph.add("Add", xs[0], v), limit)
         most = graph.const(float(values.timesteps), dtype)
         count = graph.add("Clip", graph.add("Floor", total), graph.const(0.0, dtype), most)
         return Wire((graph.cast(count, values.counts),), values.counts, shape, 1.0, ordered=True)
-    v, fired = graph.const(start, dtype), list[str]()
+    fired = list[str]()
     for x in xs:
         v = graph.add("Add", v, x)
         spike = graph.add("GreaterOrEqual", v, limit)

@@ -176,13 +176,13 @@ class RealIF(Prepared):
     def forward(self, x: Tensor) -> Tensor:
         """Currents (T·B, C, *) -> spikes {0, 1} of the same dtype and shape."""
         call = this_call()
-        theta, start, pushes = self.kept((x.dtype, x.dim()), lambda: self._shaped(x.dtype, x.dim()))
+        theta, start, pushes = self.kept((x.dtype, x.dim()), lambda: self.equation(x.dtype, x.dim()))
         once = self.constant and not call.frames
         x = x.expand(call.timesteps, *x.shape) if once else x.unflatten(0, (call.timesteps, -1))
         x = pushed(x, pushes)
         return (deferred if call.firing == "deferred" else integrated)(x, theta, start)[0].flatten(0, 1)
 
-    def _shaped(self, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def equation(self, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """θ, v₀ and what comes later, shaped to meet a step; a number as (1,), never read back from a device."""
         theta = torch.ones_like(self.threshold) if self.unit else self.threshold
         theta = per_channel(theta.to(dtype).reshape(-1), dims) if theta.dim() else theta.to(dtype).reshape(1)
