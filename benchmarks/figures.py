@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, quantiles, stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,16 +68,24 @@ def scatter(x: str, title: str, unit: float = 1e6) -> Draw:
 
 
 def dots(*keys: str) -> Draw:
-    """A line a row of the study, a dot for each of these metrics."""
+    """A line a row of the study, a dot for each of these metrics; one far below all others is a number at the edge."""
 
     def draw(figure: Any, by: By) -> None:
         axes = figure.subplots()
-        for index, key in enumerate(keys):
-            labels = [label for label, rows in by.items() if any(key in row for row in rows)]
-            found = [_spread(by[label], key) for label in labels]
-            axes.errorbar([m for m, _ in found], [list(by).index(label) + 0.12 * index for label in labels],
-                          xerr=[s for _, s in found], color=CYCLE[index], marker="osD^v"[index], linestyle="",
-                          capsize=2, label=WORDS.get(key, key))  # fmt: skip
+        found = {
+            key: [(place, *_spread(rows, key)) for place, rows in enumerate(by.values()) if any(key in r for r in rows)]
+            for key in keys
+        }
+        low = _least_shown([m for dots in found.values() for _, m, _ in dots])
+        for index, (key, all_of) in enumerate(found.items()):
+            shown = [(place + 0.12 * index, m, s) for place, m, s in all_of if m >= low]
+            axes.errorbar([m for _, m, _ in shown], [y for y, _, _ in shown], xerr=[s for _, _, s in shown],
+                          color=CYCLE[index], marker="osD^v"[index], linestyle="", capsize=2,
+                          label=WORDS.get(key, key))  # fmt: skip
+            for place, m, _ in all_of:
+                if m < low:
+                    axes.annotate(f"← {m:.1f}", (0.01 + 0.11 * index, place), xycoords=("axes fraction", "data"),
+                                  va="center", fontsize=7, color=CYCLE[index])  # fmt: skip
         axes.grid(False, axis="y")
         axes.grid(True, axis="x")
         axes.set_yticks(range(len(by)), list(by))
@@ -86,6 +94,14 @@ def dots(*keys: str) -> Draw:
         axes.legend(fontsize=7)
 
     return draw
+
+
+def _least_shown(values: Sequence[float]) -> float:
+    """The least value that is no outlier: not more than three interquartile ranges below the lower quartile."""
+    if len(values) < 8:
+        return min(values)
+    lower, _, upper = quantiles(values, n=4)
+    return min(v for v in values if v >= lower - 3 * (upper - lower))
 
 
 def _spread(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:

@@ -292,3 +292,14 @@ def test_a_command_on_cifar10_says_how_its_stages_were_trained(
     stages = zip(("train", "distill"), (5, 4), precisions, strict=True)
     config = {name: {"epochs": epochs, "precision": precision} for name, epochs, precision in stages}
     assert tables._cifar10_stages({"teacher": teacher, **config}) == said
+
+
+def test_a_row_far_below_all_others_is_a_number_at_the_edge_of_the_figure():
+    from matplotlib.figure import Figure
+
+    figure, by = Figure(), {f"row {i}": [{"T=1": 80.0 + i / 10, "T=2": 81.0 + i / 10}] for i in range(6)}
+    figures.dots("T=1", "T=2")(figure, {**by, "poor": [{"T=1": 80.2, "T=2": 30.0}]})
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["← 30.0"]
+    assert axes.get_xlim()[0] > 79 and [tick.get_text() for tick in axes.get_yticklabels()] == [*by, "poor"]
+    assert figures._least_shown([5.0, 80.0]) == 5.0  # of few rows none is far from all others
