@@ -28,6 +28,7 @@ from spikingjelly.activation_based import layer as sj_layer
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.cli.one_line import one_line
 from qsnn.measure.latency import TURN, in_turns, rotating
 from qsnn.models.ann import VggSmall
 from qsnn.quant.activations import level_quant
@@ -269,4 +270,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("deploy.py"):
+        main()

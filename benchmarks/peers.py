@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import qsnn
+from qsnn.cli.one_line import one_line
 from qsnn.report.records import Record, append, environment, now
 from qsnn.report.terminal import number
 
@@ -309,4 +310,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("peers.py"):
+        main()

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import qsnn
+from qsnn.cli.one_line import GOES_ON, one_line
 from qsnn.files import write_atomic
 from qsnn.report.records import Record, append, environment, now
 
@@ -151,16 +152,11 @@ def main() -> None:
     )
     args = parser.parse_args()
     study = studies.find(args.name)
-    try:
+    with one_line("study.py", f"{GOES_ON} with the rows that are missing"):
         records = run(
             args.name, args.data or study.data, args.seeds, args.full, args.data_root, args.model, args.only or (),
             max(1, args.jobs),
         )  # fmt: skip
-    except KeyboardInterrupt:
-        sys.exit("study.py: stopped; the same command goes on with the rows that are missing")
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        sys.exit(2)
     print_table(args.name, records)
     if study.answer is not None and not args.only:
         if drawn := figures.of_study(args.name, records):

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 
 import qsnn
+from qsnn.cli.one_line import one_line
 from qsnn.data.memory import keep_freed_memory, laid_out, lay_out_
 from qsnn.models.create import build_model
 from qsnn.report.records import Record, append, environment, now
@@ -337,4 +338,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("throughput.py"):
+        main()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from peer_network import peer_network
 from spikingjelly.activation_based import surrogate
 
 import qsnn
+from qsnn.cli.one_line import GOES_ON, one_line
 from qsnn.graph.recipe import recipe_of
 from qsnn.report.records import Record, append, environment, now, read
 from qsnn.snn.network import TimeLoop
@@ -76,19 +76,21 @@ def seconds_of_epochs(trains: dict[str, Any], data: qsnn.Data, config: qsnn.Trai
 
 
 def main() -> None:
-    """Choose, train, test once, append the record."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--epochs", type=int, default=None, help="by default as many as take the student's time")
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--records", type=Path, default=None, help="append the record here too")
     args = parser.parse_args()
-    try:
-        record = student_record(args.folder)
-        qann: Any = qsnn.load(args.folder / "qann.safetensors")
-    except (ValueError, FileNotFoundError) as error:
-        print(f"trained_peer.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with one_line("trained_peer.py", f"{GOES_ON} from the last epoch"):
+        compared(args)
+
+
+def compared(args: argparse.Namespace) -> None:
+    """Choose, train, test once, append the record."""
+    record = student_record(args.folder)
+    qann: Any = qsnn.load(args.folder / "qann.safetensors")
     told, distill = recipe_of(qann)["data"], qsnn.DistillConfig(**record.config["distill"])
     data = qsnn.load_data(told["name"], root=args.data_root, mean=tuple(told["mean"]), std=tuple(told["std"]))
     config = replace(distill.training(), kd_weight=0.0)

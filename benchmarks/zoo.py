@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qsnn
+from qsnn.cli.one_line import GOES_ON, one_line
 from qsnn.report.records import Record, append, environment, now
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -360,13 +361,10 @@ def main() -> None:
     if args.one:
         examine(args.one, args.seeds[0], lambda found: print(json.dumps(found), flush=True))
         return
-    if unknown := [name for name in args.names if name not in NETWORKS]:
-        print(f"zoo.py: no network {', '.join(unknown)}; --list prints their names", file=sys.stderr)
-        sys.exit(2)
-    try:
+    with one_line("zoo.py", f"{GOES_ON} with the networks that are missing"):
+        if unknown := [name for name in args.names if name not in NETWORKS]:
+            raise ValueError(f"no network {', '.join(unknown)}; --list prints their names")
         run(args.names or list(NETWORKS), args.seeds, args.limit, args.records)
-    except KeyboardInterrupt:
-        sys.exit("zoo.py: stopped; the same command goes on with the networks that are missing")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,13 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tyro
 
 from qsnn import __version__
-from qsnn.files import shown
+from qsnn.cli.one_line import flat, one_line
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": (
@@ -57,8 +56,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 _DESCRIPTION = """From a trained ANN to a spiking network that answers in two time steps, with proof.
 `qsnn COMMAND --help` explains the options of a command, `qsnn --version` prints the version."""
-_OURS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
-"""What the package raises for wrong input; its message says what to do."""
+_STOPPED = (
+    "stopped; the same command goes on from the last checkpoint (one is written after every epoch of a training, and "
+    "within an epoch every few minutes)"
+)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -70,17 +71,8 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path:
         sys.path.append("")  # a model of one's own in the working directory, also where the script `qsnn` is called
     words = sys.argv[1:] if args is None else args
-    try:
-        with _one_voice():
-            _run(words)
-    except _OURS as error:
-        _end(2, _flat(error))
-    except KeyboardInterrupt:
-        _end(130, "stopped; the same command goes on from the last checkpoint (one is written after every epoch of a "
-                  "training, and within an epoch every few minutes)")  # fmt: skip
-    except Exception as error:
-        _end(2, f"{_flat(error)} ({type(error).__name__}); qsnn did not foresee this: please report it, with the "
-                "command you typed, `qsnn --version`, and what QSNN_DEBUG=1 before the command prints")  # fmt: skip
+    with one_line("qsnn", _STOPPED), _one_voice():
+        _run(words)
 
 
 def _run(words: Sequence[str]) -> None:
@@ -101,17 +93,6 @@ def _run(words: Sequence[str]) -> None:
     else:
         wrong = f"unknown command {name!r}" if words else "a command is missing"
         raise ValueError(f"{wrong}; use one of {', '.join(COMMANDS)}; `qsnn --help` says what each does")
-
-
-def _end(status: int, line: str) -> None:
-    if os.environ.get("QSNN_DEBUG") == "1":
-        traceback.print_exc()
-    print(f"qsnn: {line}", file=sys.stderr)
-    raise SystemExit(status) from None
-
-
-def _flat(error: object) -> str:
-    return shown(" ".join(str(error).split()))
 
 
 @contextlib.contextmanager
@@ -196,7 +177,7 @@ def _unboxed(box: str, prog: str) -> str:
     """
     rows = [row.strip(" │") for row in box.strip().splitlines()[1:]]  # without the title
     rows = list(itertools.dropwhile(_is_rule, rows))  # where the terminal knows ASCII alone, one stands below the title
-    text = _flat(" ".join(itertools.takewhile(lambda row: not _is_rule(row), rows)))
+    text = flat(" ".join(itertools.takewhile(lambda row: not _is_rule(row), rows)))
     refused = re.match(r"Error parsing (?!-)[\w.]*: ", text)  # a config that says itself what is wrong with an option
     if refused:
         return text[refused.end() :]
