@@ -1,4 +1,4 @@
-"""The programs in scripts/ and benchmarks/: what is wrong is said in one line, with exit status 2, and nothing is left."""
+"""The programs in scripts/ and benchmarks/: wrong input is one line and exit status 2, and leaves nothing behind."""
 
 from __future__ import annotations
 
