@@ -22,7 +22,7 @@ _HOMES = {
     "Summary": "qsnn.measure.summary",
     "TrainConfig": "qsnn.training.config",
     "accuracy": "qsnn.measure.accuracy",
-    "as_qann": "qsnn.snn.convert",
+    "as_qann": "qsnn.snn.twin",
     "batches": "qsnn.data.batches",
     "benchmark": "qsnn.measure.benchmark",
     "certify": "qsnn.measure.certify",
@@ -80,10 +80,10 @@ if _typing.TYPE_CHECKING:
     from qsnn.quant.weights import integer_weights as integer_weights
     from qsnn.report.records import Record as Record
     from qsnn.snn.config import ConvertConfig as ConvertConfig
-    from qsnn.snn.convert import as_qann as as_qann
     from qsnn.snn.convert import convert as convert
     from qsnn.snn.network import SNN as SNN
     from qsnn.snn.neurons import IFNode as IFNode
+    from qsnn.snn.twin import as_qann as as_qann
     from qsnn.training.config import TrainConfig as TrainConfig
     from qsnn.training.fit import fit as fit
 

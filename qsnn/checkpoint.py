@@ -31,9 +31,9 @@ from qsnn.models.weights import load_weights as load_weights
 from qsnn.quant.activations import level_quant
 from qsnn.quant.quantize import QuantizeConfig, quantized_structure
 from qsnn.snn.config import ConvertConfig
-from qsnn.snn.convert import spiking_structure
 from qsnn.snn.network import SNN, TimeLoop
 from qsnn.snn.neurons import IFNode
+from qsnn.snn.structure import spiking_structure
 
 _KEY = "qsnn"
 Named = str | Callable[..., nn.Module]

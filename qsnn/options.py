@@ -59,7 +59,7 @@ Slope = Annotated[float, Meta(ge=-1e6, le=1e6)]
 
 CONFIGS = {
     "quantize": ("qsnn.quant.quantize", "QuantizeConfig"),
-    "convert": ("qsnn.snn.convert", "ConvertConfig"),
+    "convert": ("qsnn.snn.config", "ConvertConfig"),
     "train": ("qsnn.training.config", "TrainConfig"),
     "distill": ("qsnn.distillation.config", "DistillConfig"),
     "mutual": ("qsnn.distillation.config", "DistillConfig"),

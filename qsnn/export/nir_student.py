@@ -17,10 +17,10 @@ from qsnn.export.nir_read import convolution, import_nir, linear, read_graph
 from qsnn.graph.modules import Add
 from qsnn.graph.recipe import set_recipe
 from qsnn.options import seen
-from qsnn.snn.convert import _repeat_static_
 from qsnn.snn.equations import per_channel
 from qsnn.snn.network import SNN, TimeLoop
 from qsnn.snn.neurons import IFNode
+from qsnn.snn.structure import repeat_static_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def from_nir(
     network = _network(graph, meaning, path)
     plain = all(isinstance(m, IFNode) for m in network.modules() if isinstance(m, neuron.BaseNode))
     if plain:
-        _repeat_static_(network)
+        repeat_static_(network)
         network.recompile()
         found: SNN | TimeLoop = SNN(network, timesteps)
     else:

@@ -6,42 +6,31 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, cast, overload
+from typing import Any, overload
 
-import torch
 from torch import Tensor, fx, nn
 
 from qsnn.data.memory import fewer, room, within
 from qsnn.graph.arrived import arrived, refuse_state, set_training_flags_, training_flags
 from qsnn.graph.compare import refuse_not_finite
 from qsnn.graph.kinds import CLASSES, does
-from qsnn.graph.modules import Gate
-from qsnn.graph.pools import moved_max_pools, over_channels, reroute
-from qsnn.graph.product import Product
+from qsnn.graph.pools import over_channels
 from qsnn.graph.recipe import child_recipe, data_recipe, recipe_of, set_recipe
-from qsnn.graph.spell import trace
 from qsnn.graph.trace import (
-    add_module,
     call_nodes,
-    module_of,
     refuse,
-    replace_module,
     spelled,
     takes_frames,
-    unknown_layers,
     value_shapes,
 )
 from qsnn.options import expect
-from qsnn.quant.activations import HalfQuant, act_quant_of, is_sign, level_quant
+from qsnn.quant.activations import act_quant_of
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
-from qsnn.snn.backward import AveragePool2d
 from qsnn.snn.calibrate import correct_
 from qsnn.snn.config import ConvertConfig
-from qsnn.snn.counts import CountProduct, refuse_online
-from qsnn.snn.equations import Dynamics
 from qsnn.snn.network import SNN
-from qsnn.snn.neurons import GateNode, IFNode, PlusMinus, Repeat, amplified
+from qsnn.snn.structure import prepared, spiking
 
 
 @overload
@@ -128,7 +117,7 @@ def convert(
             f"first, or convert(model, data) to calibrate them"
         )
     network = copy.deepcopy(model) if images is None or spelled(model) else _spelled(model, images)
-    network, moved = _prepared(network, config)
+    network, moved = prepared(network, config)
     if images is not None:
         shapes = value_shapes(network, tuple(images.shape[1:]))
         bad = over_channels(network, shapes, lambda module: does(module) == "fires")
@@ -140,7 +129,7 @@ def convert(
             f"{type(model).__name__} holds {plain} nn.ReLU that are not quantized; call quantize(model, data) "
             f"first, or convert(model, data) to calibrate them"
         )
-    snns = [_spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
+    snns = [spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
     if images is not None:
         largest = max(math.prod(shape) for shape in value_shapes(network, tuple(images.shape[1:])).values())
         with within(memory):
@@ -186,185 +175,3 @@ def _side_by_side(snns: list[SNN], images: Tensor, largest: int) -> list[tuple[l
 
 def _spelled(model: nn.Module, images: Tensor) -> fx.GraphModule:
     return spelled_copy(model, images, lambda module: act_quant_of(module) is not None)
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Return whether a neuron takes this module's place."""
-    quant = level_quant(module)
-    return does(module) == "fires" or is_sign(module) or (quant is not None and not quant.signed)
-
-
-def _prepared(network: Any, config: ConvertConfig) -> tuple[fx.GraphModule, dict[str, str]]:
-    """The network ready for neurons, in place: what cannot spike refused, max pools behind activations, biases."""
-    refuse(_places(network, config), "convert")
-    if config.firing == "online":
-        refuse_online(network, "the spiking network")
-    if not any(is_activation(module) for _, module in call_nodes(network)):
-        raise ValueError(
-            f"nothing to convert in {type(network).__name__}: it holds no nn.ReLU and no quantized ReLU; put nn.ReLU "
-            f"in the place of its activations and train again"
-        )
-    moved = moved_max_pools(network, lambda module: is_activation(module) or does(module) == "decides")
-    network.recompile()
-    for _, layer in call_nodes(network):
-        plain = does(layer) == "weighs" and not hasattr(layer, "weight_quant")
-        if plain and layer.bias is None:  # a correction needs one; quantized layers keep theirs
-            channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            zeros = layer.weight.new_zeros(cast(int, channels))
-            layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
-    return network, moved
-
-
-def _places(network: fx.GraphModule, config: ConvertConfig) -> list[str]:
-    """Everything that has no faithful spiking form, with what to do about it."""
-    strict = config.strict and config.firing == "online"
-    bad = unknown_layers(network, lambda module: act_quant_of(module) is not None)
-    for node, module in call_nodes(network):
-        name = f"{node.target} ({type(module).__name__}"
-        if isinstance(act_quant_of(module), HalfQuant):
-            bad.append(f"{name} of fp16: no spiking form; quantize with levels or act_bits)")
-        elif is_sign(module) and not config.dynamics(0).plain:
-            bad.append(f"{node.target} (±1, which has one step: leave reset, tau, signed and state_bits alone)")
-        elif does(module) == "takes maxima" and config.signed:
-            bad.append(f"{name} of signed spikes: use average pooling)")
-        elif does(module) == "takes maxima" and strict:
-            bad.append(f"{name} of online spikes: use average pooling, or firing='deferred')")
-    return bad
-
-
-@torch.no_grad()
-def as_qann(student: SNN, qann: nn.Module) -> nn.Module:
-    """Return a copy of a quantized network with the weights, batch norms and thresholds of a student made from it.
-
-    Fired deferred at T = L the student equals this network, which :func:`qsnn.certify` proves.
-
-    Args:
-        student: from :func:`qsnn.distill`.
-        qann: the network that :func:`convert` was given.
-    Raises:
-        TypeError: they are not an SNN and a network.
-        ValueError: the student has no such twin: another neuron than the IF of one θ and v₀ = θ/2, or other layers.
-    """
-    call = "as_qann(student, qann)"
-    expect(call, "student", student, SNN)
-    expect(call, "qann", qann, nn.Module)
-    twin = copy.deepcopy(qann)
-    for name, module in student.network.named_modules():
-        if isinstance(module, IFNode):
-            try:
-                quant = level_quant(twin.get_submodule(name))
-            except AttributeError:
-                raise ValueError(f"the two networks have different layers; look at {name}") from None
-            if not module.dynamics.plain or module.threshold.dim() or bool((module.initial != 0.5).any()):
-                raise ValueError(
-                    f"{name} is no IF neuron of one threshold and half of it at the start, which the quantized network "
-                    f"has; distill with train_threshold and train_initial of '' (or the threshold by 'layer')"
-                )
-            if quant is not None and float(quant.step.double() * quant.levels) != float(module.threshold):
-                quant.set_threshold_(module.threshold)
-        elif does(module) in ("weighs", "normalises", "decides", "scales", "shifts") or level_quant(module) is not None:
-            try:
-                twin.get_submodule(name).load_state_dict(module.state_dict())
-            except (AttributeError, RuntimeError) as error:
-                raise ValueError(f"the two networks have different layers; look at {name}") from error
-    return twin
-
-
-def spiking_structure(model: nn.Module, config: ConvertConfig, shape: tuple[int, ...]) -> SNN:
-    """Return the spiking network with thresholds and corrections still to be loaded, as ``load`` needs it."""
-    network = trace(model, shape)
-    network, moved = _prepared(network, config)
-    snn = _spiking(network, moved, config)
-    set_recipe(snn, child_recipe(model, "snn", convert=asdict(config)))
-    return snn
-
-
-def _spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConfig) -> SNN:
-    place = 0
-    for node, module in list(call_nodes(network)):
-        if type(module) is nn.AvgPool2d:
-            replace_module(network, str(node.target), _lean(module))
-        if is_activation(module):
-            _to_neuron_(network, node, config.dynamics(place))
-            place += 1
-        elif isinstance(module, Gate):
-            replace_module(network, str(node.target), GateNode(module).to(module.level.device))
-        elif isinstance(module, Product):
-            replace_module(network, str(node.target), CountProduct(module.equation))
-    if len(config.tau) not in (0, 1, place):
-        raise ValueError(f"expected one time constant, or one for each of {place} spiking layers, got {config.tau}")
-    _repeat_static_(network)
-    network.graph.lint()
-    network.recompile()
-    return SNN(network, config.timesteps, config.firing, probes=moved)
-
-
-def _lean(pool: nn.AvgPool2d) -> AveragePool2d:
-    return AveragePool2d(
-        pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad, pool.divisor_override
-    )
-
-
-def _to_neuron_(network: fx.GraphModule, node: fx.Node, dynamics: Dynamics) -> None:
-    """Put an IF neuron in the place of an activation, and multiply its spikes by θ."""
-    name = str(node.target)
-    module = network.get_submodule(name)
-    quant = level_quant(module)
-    if quant is None and does(module) != "fires":  # ±1: from v0 = θ the neuron fires at x >= 0
-        replace_module(network, name, IFNode(1.0, initial=1.0))
-        with network.graph.inserting_after(node):
-            signs = network.graph.call_module(add_module(network, f"{name}_sign", PlusMinus()), (node,))
-        reroute(node, signs)
-        return
-    if quant is None:
-        threshold = torch.ones(1, dtype=torch.float64)  # one a channel, once the calibration has seen them
-    else:
-        with torch.no_grad():
-            threshold = quant.step.double() * quant.levels
-        if not bool(threshold.isfinite()):
-            raise ValueError(f"the quantizer of {name} has no step yet; calibrate it with quantize(model, data)")
-    neuron = IFNode(threshold, dynamics=dynamics)
-    replace_module(network, name, neuron.to(threshold.device))
-    with network.graph.inserting_after(node):
-        amplitude = network.graph.get_attr(f"{name}.threshold")
-    with network.graph.inserting_after(amplitude):
-        scaled = network.graph.call_function(amplified, (node, amplitude))
-    reroute(node, scaled)
-
-
-def _repeat_static_(network: fx.GraphModule) -> None:
-    """Insert a :class:`Repeat` wherever a value computed once meets the part that runs in time.
-
-    A neuron takes such a value as it is, and knows that it stands for every step. So does a product of counts where it
-    comes of other products alone.
-    """
-    dynamic: set[fx.Node] = set()
-    counted: set[fx.Node] = set()
-    for node in network.graph.nodes:
-        module = module_of(network, node)
-        sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
-        begins = isinstance(module, IFNode | GateNode) or node.op == "output"
-        if isinstance(module, CountProduct) or (sources and not begins and counted.issuperset(sources)):
-            counted.add(node)  # once an image, like the front of the network
-        elif begins or any(source in dynamic or source in counted for source in sources):
-            dynamic.add(node)
-    repeated: dict[fx.Node, fx.Node] = {}
-
-    def in_time(source: Any) -> Any:
-        if not isinstance(source, fx.Node) or source in dynamic or source.op == "get_attr":
-            return source
-        if source not in repeated:
-            with network.graph.inserting_after(source):
-                repeated[source] = network.graph.call_module(add_module(network, "repeat", Repeat()), (source,))
-        return repeated[source]
-
-    for node in list(network.graph.nodes):
-        module = module_of(network, node)
-        if isinstance(module, IFNode) and node.all_input_nodes[0] not in dynamic:
-            module.constant_input = True
-        elif isinstance(module, CountProduct):
-            module.timed = (node.args[0] not in counted, node.args[1] not in counted)
-            node.args = tuple(in_time(a) if timed else a for a, timed in zip(node.args, module.timed, strict=True))
-        elif node in dynamic:
-            node.args = fx.node.map_arg(node.args, in_time)
-            node.kwargs = fx.node.map_arg(node.kwargs, in_time)
