@@ -10,8 +10,6 @@ epoch of the first 10,000 training images. Its record has the name and the confi
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from qsnn.cli.one_line import GOES_ON, one_line
 from qsnn.graph.recipe import recipe_of
 from qsnn.report.records import Record, append, environment, now, read
 from qsnn.snn.network import TimeLoop
-from qsnn.training.budget import epoch_seconds
+from qsnn.training.budget import seconds_in_turns
 
 TRIED: dict[str, tuple[type, bool]] = {
     "ATan, from θ/2": (surrogate.ATan, True),
@@ -65,16 +63,6 @@ def chosen(qann: Any, data: qsnn.Data, config: qsnn.TrainConfig, timesteps: int)
     return max(found, key=found.__getitem__)
 
 
-def seconds_of_epochs(trains: dict[str, Any], data: qsnn.Data, config: qsnn.TrainConfig) -> dict[str, float]:
-    """What an epoch of each takes [s]: the shortest of three measurements in turns, whatever else the machine does."""
-    taken: dict[str, list[float]] = {name: [] for name in trains}
-    with contextlib.redirect_stdout(io.StringIO()):
-        for _ in range(3):
-            for name, train in trains.items():
-                taken[name].append(epoch_seconds(train, data, batch_size=config.batch_size, images=config.train_images))
-    return {name: min(seconds) for name, seconds in taken.items()}
-
-
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -97,10 +85,10 @@ def compared(args: argparse.Namespace) -> None:
     best = chosen(qann, data, config, distill.timesteps)
     if args.epochs is None:
         one = replace(config, epochs=1)
-        took = seconds_of_epochs({
+        took = seconds_in_turns({
             "qsnn": lambda part: qsnn.distill(qsnn.convert(qann), qann, part, replace(distill, epochs=1)),
             "SpikingJelly": lambda part: qsnn.fit(peer(qann, best, distill.timesteps), part, one),
-        }, data, config)  # fmt: skip
+        }, data, batch_size=config.batch_size, images=config.train_images)  # fmt: skip
         args.epochs = max(1, round(distill.epochs * took["qsnn"] / took["SpikingJelly"]))
         print(f"seconds of an epoch: {', '.join(f'{name} {s:.1f}' for name, s in took.items())}", flush=True)
     epochs = args.epochs

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import qsnn
-from qsnn.training.budget import Stage, epoch_seconds, seconds_of, shared_epochs, told
+from qsnn.training.budget import Stage, epoch_seconds, seconds_in_turns, seconds_of, shared_epochs, told
 
 times = st.floats(0.1, 100.0)
 
@@ -49,3 +51,24 @@ def test_an_epoch_is_measured_without_what_comes_once(digits: qsnn.Data) -> None
 
     expected = 2e-4 * len(digits.train) + 1e-4 * len(digits.val)  # type: ignore[arg-type]
     assert epoch_seconds(train, digits, batch_size=32) == pytest.approx(expected, rel=0.2)
+
+
+@given(st.lists(st.floats(0.0, 5.0), min_size=14, max_size=14), st.integers(0, 2))
+def test_what_else_the_machine_does_makes_no_side_faster(delays: list[float], quiet: int) -> None:
+    """Of three rounds one is quiet; in the others, and in the first runs, a step waits for as long as it may."""
+    data, clock, late = qsnn.load_data("digits"), [0.0], iter(delays)
+    turns = itertools.count(-2)  # the first run of both comes before the rounds, of six runs each
+
+    def train(seconds: float) -> Callable[[qsnn.Data], None]:
+        def run(data: qsnn.Data) -> None:
+            clock[0] += 0.5 + seconds * (len(data.train) + len(data.val))  # type: ignore[arg-type]
+            turn = next(turns)
+            clock[0] += 0.0 if 0 <= turn and turn // 6 == quiet else next(late)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qsnn.training.budget.time.perf_counter", lambda: clock[0])
+        found = seconds_in_turns({"a": train(0.01), "b": train(0.02)}, data, batch_size=32)
+    all_of = len(data.train) + len(data.val)  # type: ignore[arg-type]
+    assert found == pytest.approx({"a": 0.01 * all_of, "b": 0.02 * all_of})
