@@ -450,7 +450,7 @@ def test_distill_prunes_and_teaches_both(chain: Path, tmp_path: Path, capsys: py
 def test_torchrun_writes_once_and_goes_on(chain: Path, tmp_path: Path) -> None:
     """Two processes, stopped after their first epoch, give the file of two that were not."""
     wide = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qsnn"]
-    command = ["distill", str(chain / "snn"), "--teacher", str(chain / "qann"), "--epochs", "8", "--device", "cpu"]
+    command = ["distill", str(chain / "snn"), "--teacher", str(chain / "qann"), "--epochs", "4", "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = subprocess.run([*wide, *command, "--out", str(whole)], env=environment, capture_output=True, text=True)

@@ -38,7 +38,13 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def prepared(network: Any, config: ConvertConfig) -> tuple[fx.GraphModule, dict[str, str]]:
-    """The network ready for neurons, in place: what cannot spike refused, max pools behind activations, biases."""
+    """The network ready for neurons, in place: what cannot spike refused, max pools behind activations, biases.
+
+    Returns:
+        The network; and for each activation behind which a max pool was moved, the name of that pool.
+    Raises:
+        ValueError: nothing to convert, or what has no faithful spiking form (all of it is named).
+    """
     refuse(_places(network, config), "convert")
     if config.firing == "online":
         refuse_online(network, "the spiking network")
@@ -85,7 +91,11 @@ def spiking_structure(model: nn.Module, config: ConvertConfig, shape: tuple[int,
 
 
 def spiking(network: fx.GraphModule, moved: dict[str, str], config: ConvertConfig) -> SNN:
-    """The spiking network of one that is :func:`prepared`, in place; float neurons have no thresholds yet."""
+    """The spiking network of one that is :func:`prepared`, in place; float neurons have no thresholds yet.
+
+    Raises:
+        ValueError: another number of time constants than spiking layers, or a quantizer without a step.
+    """
     place = 0
     for node, module in list(call_nodes(network)):
         if type(module) is nn.AvgPool2d:
