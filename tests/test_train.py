@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_the_same_seed_gives_the_same_weights(digits: qsnn.Data) -> None:
     assert equal(first, second) and not equal(first, other)
     assert [epoch.epoch for epoch in history] == [1, 2, 3]
     assert not first.training
+
+
+def test_short_floats_that_a_cpu_emulates_are_said(digits: qsnn.Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = qsnn.TrainConfig(epochs=1, train_images=64, precision="bf16")
+    for there, said in ((False, 1), (True, 0)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", qsnn.QsnnWarning)
+            qsnn.fit(fresh(digits), digits, few)
+        assert ["emulates it: precision='bf16' takes many times as long" in str(one.message) for one in found] == [
+            True
+        ] * said
+        assert all(one.filename == __file__ for one in found)
 
 
 def test_the_average_of_weights_by_hand() -> None:
