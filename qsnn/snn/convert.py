@@ -23,7 +23,6 @@ from qsnn.graph.trace import (
     takes_frames,
     value_shapes,
 )
-from qsnn.options import expect
 from qsnn.quant.activations import act_quant_of
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
@@ -87,16 +86,7 @@ def convert(
     >>> snn(images).shape  # the answer after one step, and after two
     torch.Size([2, 4, 10])
     """
-    if isinstance(data, ConvertConfig) and config is None:
-        data, config = None, data
-    expect("convert(qann), or convert(model, data)", "model", model, nn.Module)
-    config = ConvertConfig() if config is None else config
-    if not isinstance(config, ConvertConfig) or isinstance(data, nn.Module | dict):
-        got = type(data if isinstance(config, ConvertConfig) else config).__name__
-        raise TypeError(
-            f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
-            f"convert(model, data, ConvertConfig(...)) to calibrate"
-        )
+    data, config = _given(data, config)
     steps = (config.timesteps,) if timesteps is None else tuple(timesteps)
     if not steps:
         raise ValueError("expected timesteps such as (1, 2, 4), got none")
@@ -105,52 +95,84 @@ def convert(
     if isinstance(model, SNN) or recipe_of(model).get("kind") in ("snn", "student", "folded"):
         raise ValueError(f"expected a float or a quantized network, got {type(model).__name__}, which spikes already")
     refuse_state(model, "convert", numbers=not spelled(model))
-    images = None
+    images, in_time = None, False
     if data is not None:
         images = calibration_images(getattr(data, "train", data), config.calibration_images)
         in_time = takes_frames(model, images)
         images = images.mean(1) if in_time else images
-    elif not spelled(model):
-        plain = sum(isinstance(module, CLASSES["fires"]) for module in model.modules())
-        raise ValueError(
-            f"{type(model).__name__} holds {plain} nn.ReLU that are not quantized; call quantize(model, data) "
-            f"first, or convert(model, data) to calibrate them"
-        )
-    network = copy.deepcopy(model) if images is None or spelled(model) else _spelled(model, images)
-    network, moved = prepared(network, config)
-    if images is not None:
-        shapes = value_shapes(network, tuple(images.shape[1:]))
-        bad = over_channels(network, shapes, lambda module: does(module) == "fires")
-        several = "a maximum over channels, each of which gets a threshold of its own; quantize(model, data) first"
-        refuse([f"{name} ({several})" for name in bad], "convert")
-    plain = sum(does(module) == "fires" for _, module in call_nodes(network))
-    if plain and images is None:
-        raise ValueError(
-            f"{type(model).__name__} holds {plain} nn.ReLU that are not quantized; call quantize(model, data) "
-            f"first, or convert(model, data) to calibrate them"
-        )
+    network, moved = prepared(_copied(model, images), config)
+    _refuse_uncalibrated(model, network, images)
     snns = [spiking(copy.deepcopy(network), moved, one).eval() for one in configs]
     if images is not None:
-        largest = max(math.prod(shape) for shape in value_shapes(network, tuple(images.shape[1:])).values())
-        with within(memory):
-            groups = _side_by_side(snns, images, largest)
-        for group, some in groups:
-            correct_(
-                group, network.eval(), some, threshold=config.threshold, percentile=config.percentile,
-                correction=config.correction, initial=config.initial, targets=config.targets,
-            )  # fmt: skip
+        _calibrate_(snns, network, images, config, memory)
     for snn, one in zip(snns, configs, strict=True):
+        recipe = child_recipe(model, "snn", convert=asdict(one))
         if images is not None:
-            refuse_not_finite(snn, "convert", images)
-        set_recipe(snn, child_recipe(model, "snn", convert=asdict(one)))
-        if images is not None:
-            corrected = config.correction != "none"
-            recipe = {**recipe_of(snn), "input_shape": list(images.shape[1:]), "corrected": corrected}
-            recorded = data_recipe(data, in_time=in_time)
-            set_recipe(snn, {**recipe, "data": recorded} if recorded else recipe)
+            recipe.update(input_shape=list(images.shape[1:]), corrected=config.correction != "none")
+            recipe.update({"data": recorded} if (recorded := data_recipe(data, in_time=in_time)) else {})
+        set_recipe(snn, recipe)
         snn.train(model.training)
         set_training_flags_(snn.network, training_flags(model))  # frozen batch norms stay frozen
     return snns[0] if timesteps is None else {snn.timesteps: snn for snn in snns}
+
+
+def _given(data: Any, config: ConvertConfig | None) -> tuple[Any, ConvertConfig]:
+    """Data and config, each in its place: the config may stand second."""
+    if isinstance(data, ConvertConfig) and config is None:
+        data, config = None, data
+    config = ConvertConfig() if config is None else config
+    if not isinstance(config, ConvertConfig) or isinstance(data, nn.Module | dict):
+        got = type(data if isinstance(config, ConvertConfig) else config).__name__
+        raise TypeError(
+            f"expected a ConvertConfig, got {got}; call convert(qann, ConvertConfig(...)), or "
+            f"convert(model, data, ConvertConfig(...)) to calibrate"
+        )
+    return data, config
+
+
+def _copied(model: nn.Module, images: Tensor | None) -> nn.Module:
+    """A copy of the model, traced: a quantized network is already, a float one is by the images that calibrate it."""
+    if spelled(model):
+        return copy.deepcopy(model)
+    if images is None:
+        raise _not_quantized(model, sum(isinstance(module, CLASSES["fires"]) for module in model.modules()))
+    return spelled_copy(model, images, lambda module: act_quant_of(module) is not None)
+
+
+def _not_quantized(model: nn.Module, plain: int) -> ValueError:
+    """What to do with a float network; ``plain``: how many ReLU modules it holds."""
+    holds = f"holds {plain} nn.ReLU that are not quantized" if plain else "is not quantized"
+    return ValueError(
+        f"{type(model).__name__} {holds}; call quantize(model, data) first, or convert(model, data) to calibrate it"
+    )
+
+
+def _refuse_uncalibrated(model: nn.Module, network: fx.GraphModule, images: Tensor | None) -> None:
+    """Refuse plain ReLUs that no image calibrates, and maxima over channels, each of which has a θ of its own then."""
+    if images is None:
+        if plain := sum(does(module) == "fires" for _, module in call_nodes(network)):
+            raise _not_quantized(model, plain)
+        return
+    shapes = value_shapes(network, tuple(images.shape[1:]))
+    bad = over_channels(network, shapes, lambda module: does(module) == "fires")
+    several = "a maximum over channels, each of which gets a threshold of its own; quantize(model, data) first"
+    refuse([f"{name} ({several})" for name in bad], "convert")
+
+
+def _calibrate_(
+    snns: list[SNN], network: fx.GraphModule, images: Tensor, config: ConvertConfig, memory: int | str | None
+) -> None:
+    """Set thresholds and correct the layers, of the spiking networks for every T, in place."""
+    largest = max(math.prod(shape) for shape in value_shapes(network, tuple(images.shape[1:])).values())
+    with within(memory):
+        groups = _side_by_side(snns, images, largest)
+    for group, some in groups:
+        correct_(
+            group, network.eval(), some, threshold=config.threshold, percentile=config.percentile,
+            correction=config.correction, initial=config.initial, targets=config.targets,
+        )  # fmt: skip
+    for snn in snns:
+        refuse_not_finite(snn, "convert", images)
 
 
 def _side_by_side(snns: list[SNN], images: Tensor, largest: int) -> list[tuple[list[SNN], Tensor]]:
@@ -171,7 +193,3 @@ def _side_by_side(snns: list[SNN], images: Tensor, largest: int) -> list[tuple[l
                 waiting.remove(snn)
         groups.append((group, some))
     return groups
-
-
-def _spelled(model: nn.Module, images: Tensor) -> fx.GraphModule:
-    return spelled_copy(model, images, lambda module: act_quant_of(module) is not None)
