@@ -23,6 +23,7 @@ from qsnn.graph.trace import (
     takes_frames,
     value_shapes,
 )
+from qsnn.options import expect
 from qsnn.quant.activations import act_quant_of
 from qsnn.quant.calibrate import calibration_images
 from qsnn.quant.quantize import spelled_copy
@@ -86,6 +87,7 @@ def convert(
     >>> snn(images).shape  # the answer after one step, and after two
     torch.Size([2, 4, 10])
     """
+    expect("convert(qann), or convert(model, data)", "model", model, nn.Module)
     data, config = _given(data, config)
     steps = (config.timesteps,) if timesteps is None else tuple(timesteps)
     if not steps:
