@@ -195,7 +195,7 @@ def test_the_fused_step_has_the_gradients_of_the_equation(channels, leak, seen, 
         current.requires_grad_()
         if fused:
             keep = None if slow is None else torch.exp(-1 / slow)
-            spikes, v, y = IFFunction.apply(current, shaped, start, 0, keep, None, signed, None)
+            spikes, v, y, _ = IFFunction.apply(current, shaped, start, 0, keep, None, signed, None)
         else:
             spikes, v, _ = simulate(current, shaped, start, Dynamics(signed=signed), slow)
             assert bool((spikes < 0).any()) == signed

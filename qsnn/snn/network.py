@@ -19,6 +19,7 @@ from qsnn.graph.trace import takes_frames, value_shapes
 from qsnn.options import Timesteps, check_option, expect, seen
 from qsnn.snn.counts import refuse_online
 from qsnn.snn.equations import Dynamics
+from qsnn.snn.kept import spikes_as_bytes
 from qsnn.snn.mean_backward import MeanWalk, unsupported
 from qsnn.snn.neurons import IFNode, PlusMinus
 
@@ -162,7 +163,8 @@ class SNN(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         exact = full_precision(images.device) if self.folded else nullcontext()
         run = MeanWalk(self.network, steps).run if self._goes_through_means(firing, frames) else self.network
-        with calling(Call(steps, firing, frames)), exact:
+        bytes_kept = torch.is_grad_enabled() and not (self.folded or torch.compiler.is_compiling())
+        with calling(Call(steps, firing, frames)), exact, spikes_as_bytes() if bytes_kept else nullcontext():
             return _each(lambda z: z.unflatten(0, (steps, -1)), run(images))
 
     def _goes_through_means(self, firing: str, frames: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from qsnn.snn.equations import (
     pushed,
     simulate,
 )
+from qsnn.snn.kept import known_spikes
 
 
 def numbers(name: str, value: Any) -> Tensor:
@@ -135,7 +137,7 @@ class IFNode(BaseNode):
     def _trained(self, x: Tensor, v: Tensor, repeats: int, short: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The fused step: spikes, the last potential, and where it comes with them θ·spikes."""
         theta = self._theta(v) if self.threshold.dim() else self.threshold
-        found: tuple[Tensor, ...]
+        found: Sequence[Tensor]
         pushes = self._pushes(v)
         if self.surrogate == "rate" and self.dynamics.plain:
             if repeats and pushes is not None:
@@ -143,8 +145,9 @@ class IFNode(BaseNode):
             found = RateFunction.apply(pushed(x, pushes), theta, v, repeats)
         else:
             keep = None if self.tau is None else kept(per_channel(self.tau, v.dim()), x.dtype)
-            found = IFFunction.apply(x, theta, v, repeats, keep, short, self.dynamics.signed, pushes)
-        return found
+            *found, codes = IFFunction.apply(x, theta, v, repeats, keep, short, self.dynamics.signed, pushes)
+            known_spikes(found[-1], codes, theta.detach())
+        return tuple(found)
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
