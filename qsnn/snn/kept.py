@@ -48,10 +48,8 @@ def spikes_as_bytes() -> Iterator[None]:
     def pack(tensor: Tensor) -> Any:
         spikes = known.get(tensor.untyped_storage()._cdata)
         if spikes is None or (spikes.version, spikes.dtype) != (tensor._version, tensor.dtype):
-            return (
-                tensor.detach(),
-                tensor._version,
-            )  # detached, for a node that kept its own output would never be freed
+            # detached: a node that keeps its own output would never be freed
+            return tensor.detach(), tensor._version
         return spikes, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(kept: Any) -> Tensor:
