@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import qsnn
 from qsnn.data.memory import LiveMemory
@@ -76,6 +77,22 @@ def test_a_step_keeps_less(qann: nn.Module, images: Tensor, monkeypatch: pytest.
         peaks.append(memory.peak)
         floats_kept(monkeypatch)
     assert held[0] < 0.75 * held[1] and peaks[0] < 0.9 * peaks[1]
+
+
+def test_a_checkpoint_around_the_network_keeps_what_it_would(qann: nn.Module, images: Tensor) -> None:
+    found = []
+    for run in (
+        lambda snn: snn.step_logits(images),
+        lambda snn: checkpoint(snn.step_logits, images, use_reentrant=False),
+    ):
+        snn = student(qann)
+        with LiveMemory() as memory:
+            z = run(snn)
+            held = memory.now
+            z.square().mean().backward()
+        found.append((held, [p.grad for p in snn.parameters() if p.requires_grad]))
+    (held, gradients), (less, again) = found
+    assert less < 0.3 * held and all(torch.equal(*pair) for pair in zip(gradients, again, strict=True))
 
 
 def spikes(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

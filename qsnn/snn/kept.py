@@ -41,8 +41,12 @@ _KNOWN: ContextVar[dict[int, _Spikes] | None] = ContextVar("qsnn_kept_spikes", d
 def spikes_as_bytes() -> Iterator[None]:
     """Let what is made in the block keep :func:`known_spikes` for its backward as bytes; values are bit-equal.
 
-    Other tensors are kept as they are, and one that was changed in place since is refused, as autograd does.
+    Other tensors are kept as they are, and one that was changed in place since is refused, as autograd does. Where
+    somebody else says how tensors are kept (torch.utils.checkpoint, save_on_cpu), that stays as it is.
     """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        yield
+        return
     known: dict[int, _Spikes] = {}
 
     def pack(tensor: Tensor) -> Any:
