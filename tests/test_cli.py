@@ -196,6 +196,7 @@ def test_a_budget_becomes_epochs_once(
     assert left.value.code == 2 and "is no plan of epochs" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no arithmetic for bfloat16")
 def test_a_flow_in_short_floats(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--epochs", 1, 1, 1, "--train-images", 128, "--test-images", 20, "--max-timesteps", 2)
     qsnn_command("run", "--model", tiny, "--precision", "bf16", *few, "--out", tmp_path)

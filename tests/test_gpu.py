@@ -80,6 +80,7 @@ def test_a_float_network_converts_on_the_device(nets: dict[str, nn.Module], data
     assert qsnn.benchmark(snn, data.test, timesteps=4).accuracy[-1] > 50
 
 
+@pytest.mark.filterwarnings("ignore:this CPU has no arithmetic for bfloat16")
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "bf16", "compile": True}, {"compile": True}])
 def test_training_in_bfloat16_and_compiled(options: dict, nets: dict[str, nn.Module], data: qsnn.Data) -> None:
     if CPU and "compile" in options:
