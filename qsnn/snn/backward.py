@@ -30,16 +30,6 @@ def in_box(h: Tensor, theta: Any, low: float, high: float, scratch: Tensor) -> T
     return torch.ops.aten.hardtanh_backward.grad_input(h.new_ones(()), h, low, high, grad_input=scratch)
 
 
-def spikes_of(codes: Tensor) -> Tensor:
-    """The spikes, -1, 0 or 1, of the bytes that :class:`IFFunction` keeps, (*) -> (*)."""
-    return codes.add(1).bitwise_and_(3).sub_(1)
-
-
-def near_of(codes: Tensor) -> Tensor:
-    """Where the derivative of a spike is not 0: 1, or -1 where it is that of a spike that is taken back, (*)."""
-    return codes.add(1).bitwise_right_shift_(2)
-
-
 class IFFunction(torch.autograd.Function):
     r"""T steps of the soft-reset IF neuron, with or without leak, with their own backward.
 
@@ -72,10 +62,7 @@ class IFFunction(torch.autograd.Function):
         signed: bool,
         pushes: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Spikes (T, B, *), the last potential (B, *), the amplified spikes y (T, B, *), and a byte of each spike.
-
-        The byte, s + 4 near, is all that is kept: :func:`spikes_of` and :func:`near_of` read it. It is signed, for a
-        float becomes an unsigned byte ten times slower on a CPU.
+        """Spikes (T, B, *), the last potential (B, *), the amplified spikes y (T, B, *), and the spikes in bytes.
 
         ``repeats`` > 0: x is one step, (B, *), that stands for so many; ``keep``: d, None without leak; ``short``: the
         dtype of y, by default that of x; ``signed``: spikes of -1 take back spikes that came too early; ``pushes``:
@@ -87,7 +74,9 @@ class IFFunction(torch.autograd.Function):
         current = x.expand(repeats, *x.shape) if ctx.constant else x
         spikes = empty_steps(current)
         amplified = empty_steps(current, short)
-        codes = empty_steps(current, torch.int8)
+        # what is kept: a byte for the spike, and one for where its derivative is not 0; -1 where that is of a spike
+        # that is taken back (signed, for a float becomes an unsigned byte ten times slower on a CPU)
+        near, codes = empty_steps(current, torch.int8), empty_steps(current, torch.int8)
         # the potentials are for the gradient of d alone; without it they need not live on
         potentials, fired = [], None
         for t in range(len(current)):
@@ -99,23 +88,23 @@ class IFFunction(torch.autograd.Function):
                 h = (v if keep is None else v.mul_(keep)).add_(current[t])
             if pushes is not None and 0 < t <= len(pushes):
                 h.add_(pushes[t - 1])
-            near = in_box(h, theta, 0.5, 1.5, scratch=spikes[t]).to(torch.int8)
+            near[t] = in_box(h, theta, 0.5, 1.5, scratch=spikes[t])
             if fired is None:
                 torch.ge(h, theta, out=spikes[t])
                 fired = spikes[t].clone() if signed else None
             else:
                 some = (fired > 0).to(h.dtype)
-                near -= in_box(h, theta, -0.5, 0.5, scratch=spikes[t]).mul_(some).to(torch.int8)
+                near[t] -= in_box(h, theta, -0.5, 0.5, scratch=spikes[t]).mul_(some).to(torch.int8)
                 torch.ge(h, theta, out=spikes[t])
                 fired += spikes[t].sub_(some.mul_(h < 0))
-            codes[t].copy_(spikes[t]).add_(near, alpha=4)
+            codes[t].copy_(spikes[t])
             v = subtract_(h, spikes[t], theta)
             if short is None:
                 torch.mul(spikes[t], theta, out=amplified[t])
             else:
                 amplified[t].copy_(spikes[t]).mul_(theta)
         ctx.mark_non_differentiable(codes)
-        ctx.save_for_backward(codes, threshold, keep, *potentials)
+        ctx.save_for_backward(near, codes if ctx.needs_input_grad[1] else None, threshold, keep, *potentials)
         ctx.dtype, ctx.signed, ctx.pushed = x.dtype, signed, None if pushes is None else pushes.shape
         return spikes, v, amplified, codes
 
@@ -123,33 +112,31 @@ class IFFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients to x, θ, the first potential, d and what is added later."""
         grad_spikes, grad_v, grad_y, _ = grads
-        codes, threshold, keep, *potentials = ctx.saved_tensors
+        near, codes, threshold, keep, *potentials = ctx.saved_tensors
         theta = _value(threshold)
         if grad_spikes is None and grad_v is None and grad_y is None:
             return (None,) * 8
         wants_theta, wants_v, _, wants_keep, *_, wants_pushes = ctx.needs_input_grad[1:]
-        grad_x = None if ctx.constant else empty_steps(codes, ctx.dtype)
+        grad_x = None if ctx.constant else empty_steps(near, ctx.dtype)
         grad_theta, grad_keep, total = threshold.new_zeros(threshold.shape), None, None
-        grad_pushes = codes.new_zeros(ctx.pushed, dtype=ctx.dtype) if wants_pushes else None
-        for t in reversed(range(len(codes))):
-            near = near_of(codes[t])
+        grad_pushes = near.new_zeros(ctx.pushed, dtype=ctx.dtype) if wants_pushes else None
+        for t in reversed(range(len(near))):
+            scratch = torch.empty_like(near[t], dtype=ctx.dtype) if grad_x is None else grad_x[t]
             # one dtype in each operation: mixed ones are slower on a CPU than a copy before
             ours = grad_y is not None and grad_y.dtype != ctx.dtype  # a copy, that nobody else sees
             outer = _difference(None if grad_y is None else grad_y[t].to(ctx.dtype), grad_v, ours)
             if wants_theta and outer is not None:
-                spikes = spikes_of(codes[t])
-                if grad_spikes is None:  # both factors of g at once
-                    spikes -= near.clamp(min=0)
-                grad_theta += _summed_product(spikes.to(ctx.dtype), outer, threshold.shape)
+                # where y alone has a gradient, both factors of g at once
+                factor = codes[t] if grad_spikes is not None else codes[t] - near[t].clamp(min=0)
+                grad_theta += _summed_product(scratch.copy_(factor), outer, threshold.shape)
             if grad_spikes is not None:
                 inner = grad_spikes[t] / theta
                 outer = inner if outer is None else outer + inner
                 if wants_theta:
-                    grad_theta -= _summed_product(near.clamp(min=0).to(ctx.dtype), outer, threshold.shape)
+                    grad_theta -= _summed_product(scratch.copy_(near[t].clamp(min=0)), outer, threshold.shape)
             if outer is None:  # nothing comes to this step
-                outer = codes.new_zeros((), dtype=ctx.dtype).expand(codes.shape[1:])
-            box = near.abs() if ctx.signed else near
-            grad_h = (box.to(ctx.dtype) if grad_x is None else grad_x[t].copy_(box)).mul_(outer)
+                outer = near.new_zeros((), dtype=ctx.dtype).expand(near.shape[1:])
+            grad_h = scratch.copy_(near[t].abs() if ctx.signed else near[t]).mul_(outer)
             if grad_v is not None:
                 grad_h.add_(grad_v)
             if grad_pushes is not None and 0 < t <= len(grad_pushes):

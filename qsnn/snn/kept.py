@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qsnn.snn.backward import spikes_of
-
 
 @dataclass(frozen=True)
 class _Spikes:
@@ -31,7 +29,7 @@ class _Spikes:
 
     def amplified(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
         """θ·s, bit for bit as the neuron made it, seen as a view of it was."""
-        return spikes_of(self.codes).to(self.dtype).mul_(self.theta).as_strided(size, stride, offset)
+        return self.codes.to(self.dtype).mul_(self.theta).as_strided(size, stride, offset)
 
 
 _KNOWN: ContextVar[dict[int, _Spikes] | None] = ContextVar("qsnn_kept_spikes", default=None)
@@ -77,7 +75,7 @@ def spikes_as_bytes() -> Iterator[None]:
 
 
 def known_spikes(amplified: Tensor, codes: Tensor, theta: Tensor) -> None:
-    """Say that ``amplified`` is θ times the spikes of ``codes``; see :func:`spikes_as_bytes`.
+    """Say that ``amplified`` is θ times ``codes``, bytes; see :func:`spikes_as_bytes`.
 
     Shape:
         amplified and codes: (T, B, *), in one layout; theta: () or (C, 1, ...).
