@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,17 +136,15 @@ class IFNode(BaseNode):
     def _trained(self, x: Tensor, v: Tensor, repeats: int, short: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """The fused step: spikes, the last potential, and where it comes with them θ·spikes."""
         theta = self._theta(v) if self.threshold.dim() else self.threshold
-        found: Sequence[Tensor]
         pushes = self._pushes(v)
         if self.surrogate == "rate" and self.dynamics.plain:
             if repeats and pushes is not None:
                 x, repeats = x.expand(repeats, *x.shape), 0
-            found = RateFunction.apply(pushed(x, pushes), theta, v, repeats)
-        else:
-            keep = None if self.tau is None else kept(per_channel(self.tau, v.dim()), x.dtype)
-            *found, codes = IFFunction.apply(x, theta, v, repeats, keep, short, self.dynamics.signed, pushes)
-            known_spikes(found[-1], codes, theta.detach())
-        return tuple(found)
+            return RateFunction.apply(pushed(x, pushes), theta, v, repeats)  # type: ignore[no-any-return]
+        keep = None if self.tau is None else kept(per_channel(self.tau, v.dim()), x.dtype)
+        spikes, v, y, codes = IFFunction.apply(x, theta, v, repeats, keep, short, self.dynamics.signed, pushes)
+        known_spikes(y, codes, theta.detach())
+        return spikes, v, y
 
     def _run(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """T steps online, (T, B, *)."""
